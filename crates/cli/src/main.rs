@@ -1,0 +1,3 @@
+//! The freezeframe command.
+
+fn main() {}

@@ -1,0 +1,16 @@
+//! The way into a process and out again: seize, stop, registers, batches of
+//! remote syscalls, cure. Knows no kinds of resource.
+//!
+//! - [`batch`]: what is to be called; pure data, transport-independent.
+//! - [`tracer`]: seize, interrupt, detect stops without `wait()`, registers.
+//! - [`live`]: run batches in a live target so that our own death cannot harm it.
+//! - [`shell`]: create a fresh process tree that runs nothing but the stub, and
+//!   rebuild it from outside.
+
+pub mod arch;
+pub mod batch;
+pub mod live;
+pub mod shell;
+pub mod tracer;
+
+pub use batch::{Arg, Batch, DataRef, OpRef, Replies};
