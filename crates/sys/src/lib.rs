@@ -1,1 +1,30 @@
-//! (being written)
+//! The kernel interfaces freezeframe needs and the standard library lacks, as
+//! safe calls.
+//!
+//! Everything the other crates ask of the kernel beyond `std` goes through
+//! here: reading `/proc` ([`proc`]), the memory of another process ([`mem`],
+//! [`pagemap`]), tracing it ([`ptrace`]), its descriptors ([`fd`], [`pidfd`],
+//! [`kcmp`]), its attributes ([`sched`], [`ioprio`], [`rlimit`],
+//! [`robust_list`]), making new processes ([`clone`]), mappings of our own
+//! ([`mmap`]), and the question what this kernel can do and what we may do
+//! ([`probe`]).
+//!
+//! `unsafe` lives in this crate, `freezeframe-stub` and `inject::arch` alone.
+
+pub mod clone;
+pub mod fd;
+pub mod ids;
+pub mod ioprio;
+pub mod kcmp;
+pub mod mem;
+pub mod mmap;
+pub mod pagemap;
+pub mod pidfd;
+pub mod probe;
+pub mod proc;
+pub mod ptrace;
+pub mod rlimit;
+pub mod robust_list;
+pub mod sched;
+
+pub use ids::{Pid, Tid};

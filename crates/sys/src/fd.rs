@@ -1,0 +1,1 @@
+//! Descriptors: their attributes, their passing, what is queued in them.

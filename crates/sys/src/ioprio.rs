@@ -1,0 +1,1 @@
+//! I/O priorities of other tasks.

@@ -1,0 +1,1 @@
+//! Whether two tasks share a kernel object.

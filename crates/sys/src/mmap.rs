@@ -1,0 +1,1 @@
+//! Mappings of our own: files to read, pages to share.

@@ -1,0 +1,1 @@
+//! Descriptors that stand for processes.

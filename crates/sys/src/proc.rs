@@ -1,0 +1,1 @@
+//! What `/proc/PID` tells about a process.

@@ -1,0 +1,1 @@
+//! Robust futex lists of other threads.
