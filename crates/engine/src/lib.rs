@@ -1,1 +1,1 @@
-//! (being written)
+//! (being written: the modules beside this file are not compiled yet)

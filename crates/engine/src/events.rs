@@ -1,0 +1,72 @@
+//! What the engine tells its caller while it works.
+
+use std::fmt;
+
+use freezeframe_error::{Phase, Result};
+
+/// How important a message is, in CRIU's order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Level {
+    /// Something failed.
+    Error,
+    /// Something the caller should know.
+    Warning,
+    /// What is being done.
+    Info,
+    /// Everything.
+    Debug,
+}
+
+/// A point at which the caller may act, and by an error stop the operation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Step {
+    /// Before anything is frozen.
+    PreDump,
+    /// The image is written; the tree is still stopped.
+    PostDump,
+    /// Before the first process is created.
+    PreRestore,
+    /// The root process exists (its PID is given); it runs nothing of its own yet.
+    SetupNamespaces(i32),
+    /// Everything is rebuilt; nothing runs yet.
+    PostRestore(i32),
+    /// Just before the tree goes on.
+    PreResume(i32),
+    /// The restored tree runs.
+    PostResume(i32),
+}
+
+/// The caller's ears. Called on the operation's thread; while the target is
+/// frozen an implementation must not block.
+pub trait Events {
+    /// One line of log.
+    fn log(&self, level: Level, text: fmt::Arguments<'_>);
+    /// A phase begins.
+    fn phase(&self, phase: Phase);
+    /// So many of so many bytes of memory are done.
+    fn progress(&self, done: u64, total: u64);
+    /// A point at which the caller may act.
+    fn step(&self, step: Step) -> Result<()>;
+}
+
+/// Nobody listens.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct NoEvents;
+
+impl Events for NoEvents {
+    fn log(&self, _level: Level, _text: fmt::Arguments<'_>) {}
+    fn phase(&self, _phase: Phase) {}
+    fn progress(&self, _done: u64, _total: u64) {}
+    fn step(&self, _step: Step) -> Result<()> {
+        Ok(())
+    }
+}
+
+/// Logs a line: `log!(events, Info, "seized {} tasks", n)`.
+#[macro_export]
+macro_rules! log {
+    ($events:expr, $level:ident, $($arg:tt)*) => {
+        $events.log($crate::events::Level::$level, format_args!($($arg)*))
+    };
+}

@@ -1,0 +1,587 @@
+//! What kinds are given to work with, on dump and on restore. Filled by the engine.
+
+use std::cell::OnceCell;
+use std::collections::{BTreeMap, HashMap};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
+
+use freezeframe_error::{Error, Result};
+use freezeframe_image::RawRecord;
+use freezeframe_inject::{Arg, Batch, DataRef, OpRef, Replies};
+use freezeframe_sys::fd::FileStat;
+use freezeframe_sys::ids::{Pid, Tid};
+use freezeframe_sys::proc::{FdInfo, Map, ProcDir, Stat, Status, SyscallState, TaskDir, VmFlags};
+use freezeframe_sys::ptrace::Regs;
+
+use crate::about::About;
+use crate::model::{self, FileId, ObjectId};
+
+// ---------------------------------------------------------------- options
+
+/// The options of a dump that kinds look at.
+#[derive(Clone, Debug, Default)]
+pub struct DumpOptions {
+    /// Accept a session, process group or terminal outside the tree.
+    pub shell_job: bool,
+    /// Names (in CRIU's spelling) of resources the caller gives again on restore.
+    pub external: Vec<String>,
+    /// Accept file locks.
+    pub file_locks: bool,
+    /// Largest ghost file (unlinked, contents carried) in bytes.
+    pub ghost_limit: u64,
+    /// Link unlinked files that have other names.
+    pub link_remap: bool,
+    /// Accept unix sockets whose peer is outside.
+    pub ext_unix_sk: bool,
+    /// Carry established TCP connections.
+    pub tcp_established: bool,
+}
+
+/// The options of a restore that kinds look at.
+#[derive(Clone, Debug, Default)]
+pub struct RestoreOptions {
+    /// The restorer's own session and terminal stand in for those outside the tree.
+    pub shell_job: bool,
+    /// `--inherit-fd fd[N]:NAME`: name to descriptor of the restorer.
+    pub inherit: HashMap<String, RawFd>,
+    /// Accept file locks.
+    pub file_locks: bool,
+}
+
+// ---------------------------------------------------------------- dump
+
+/// One frozen process of the tree.
+#[derive(Debug)]
+pub struct ProcView {
+    /// Its PID.
+    pub pid: Pid,
+    /// /proc/PID, held open.
+    pub dir: ProcDir,
+    /// Its pidfd.
+    pub pidfd: OwnedFd,
+    /// /proc/PID/stat, read while frozen.
+    pub stat: Stat,
+    /// /proc/PID/status, read while frozen.
+    pub status: Status,
+    /// Its threads, the leader's first. Empty for a zombie.
+    pub tids: Vec<Tid>,
+}
+
+/// What was seen of a thread just before it was interrupted.
+#[derive(Clone, Debug, Default)]
+pub struct BeforeStop {
+    /// /proc/PID/task/TID/syscall.
+    pub syscall: Option<SyscallState>,
+    /// For a blocked call with a relative timeout: how long it had been blocked, in ns.
+    pub blocked_ns: Option<u64>,
+    /// The relative timeout as the call's arguments had it, in ns (read before the
+    /// stop, because nanosleep(&t, &t) overwrites it at the stop).
+    pub timeout_ns: Option<u64>,
+}
+
+/// One frozen thread.
+#[derive(Debug)]
+pub struct TaskView<'a> {
+    /// Its process.
+    pub proc: &'a ProcView,
+    /// Its TID.
+    pub tid: Tid,
+    /// Whether it is the thread-group leader.
+    pub leader: bool,
+    /// /proc/PID/task/TID, held open.
+    pub dir: &'a TaskDir,
+    /// /proc/PID/task/TID/status, read while frozen.
+    pub status: &'a Status,
+    /// General registers at the stop, with what the kernel ends by EINTR at a
+    /// ptrace stop made restartable.
+    pub regs: &'a Regs,
+    /// What was seen before the stop.
+    pub before: &'a BeforeStop,
+}
+
+impl TaskView<'_> {
+    /// The subject of this thread's records.
+    pub fn subject(&self) -> u64 {
+        self.tid.0 as u64
+    }
+}
+
+/// What a kind put into the batch that runs inside a thread, to find it again in the replies.
+#[derive(Clone, Debug, Default)]
+pub struct Asked {
+    /// Its calls.
+    pub ops: Vec<OpRef>,
+    /// Its data.
+    pub data: Vec<DataRef>,
+}
+
+/// Whether a task kind is dumped once per process or once per thread.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scope {
+    /// Once, with the leader. Records carry the PID as subject.
+    Process,
+    /// For each thread. Records carry the TID as subject.
+    Thread,
+}
+
+/// An open file description of the tree, seen from outside.
+#[derive(Debug)]
+pub struct FileView<'a> {
+    /// Its id in this image.
+    pub id: FileId,
+    /// The process it is looked at through.
+    pub proc: &'a ProcView,
+    /// Its number there.
+    pub fd: i32,
+    /// All holders: PID, number.
+    pub holders: &'a [(Pid, i32)],
+    /// readlink of /proc/PID/fd/N.
+    pub link: &'a [u8],
+    /// fstat of it.
+    pub stat: &'a FileStat,
+    /// /proc/PID/fdinfo/N.
+    pub info: &'a FdInfo,
+    ours: OnceCell<OwnedFd>,
+}
+
+impl<'a> FileView<'a> {
+    /// For the engine.
+    pub fn new(
+        id: FileId,
+        proc: &'a ProcView,
+        fd: i32,
+        holders: &'a [(Pid, i32)],
+        link: &'a [u8],
+        stat: &'a FileStat,
+        info: &'a FdInfo,
+    ) -> FileView<'a> {
+        FileView { id, proc, fd, holders, link, stat, info, ours: OnceCell::new() }
+    }
+
+    /// Our own descriptor for the same open file description (pidfd_getfd(2)),
+    /// opened on first use. What is changed through it is changed for the target.
+    pub fn ours(&self) -> Result<BorrowedFd<'_>> {
+        use std::os::fd::AsFd;
+        if self.ours.get().is_none() {
+            let fd = freezeframe_sys::pidfd::pidfd_getfd(&self.proc.pidfd, self.fd)
+                .map_err(|e| self.blame(e))?;
+            let _ = self.ours.set(fd);
+        }
+        Ok(self.ours.get().expect("set just above").as_fd())
+    }
+
+    /// The link as text.
+    pub fn name(&self) -> String {
+        String::from_utf8_lossy(self.link).into_owned()
+    }
+
+    /// The refusal by name: "pid 12: fd 7 (socket:[123]): WHAT".
+    pub fn refuse(&self, what: impl Into<std::borrow::Cow<'static, str>>) -> Error {
+        self.blame(Error::unsupported(what))
+    }
+
+    /// Puts PID and descriptor on an error.
+    pub fn blame(&self, e: Error) -> Error {
+        e.on(format!("fd {} ({})", self.fd, self.name())).on_task(self.proc.pid.0)
+    }
+
+    /// The subject of its records.
+    pub fn subject(&self) -> u64 {
+        u64::from(self.id.0)
+    }
+}
+
+/// A VMA of a frozen process.
+#[derive(Debug)]
+pub struct VmaView<'a> {
+    /// Its process.
+    pub proc: &'a ProcView,
+    /// Its line of /proc/PID/maps.
+    pub map: &'a Map,
+    /// The VmFlags line of smaps.
+    pub flags: VmFlags,
+}
+
+impl VmaView<'_> {
+    /// The refusal by name.
+    pub fn refuse(&self, what: impl Into<std::borrow::Cow<'static, str>>) -> Error {
+        self.blame(Error::unsupported(what))
+    }
+    /// Puts PID and address on an error.
+    pub fn blame(&self, e: Error) -> Error {
+        let name = String::from_utf8_lossy(&self.map.path);
+        e.on(format!("vma {:x}-{:x} {}", self.map.start, self.map.end, name).trim_end().to_string())
+            .on_task(self.proc.pid.0)
+    }
+    /// Opens the mapped file itself through /proc/PID/map_files (works for
+    /// deleted files and shared memory). Needs CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN.
+    pub fn open_mapped(&self, write: bool) -> Result<OwnedFd> {
+        let name = format!("map_files/{:x}-{:x}", self.map.start, self.map.end);
+        let flags = if write { libc::O_RDWR } else { libc::O_RDONLY };
+        self.proc.dir.open(&name, flags | libc::O_CLOEXEC).map_err(|e| self.blame(e))
+    }
+}
+
+/// What a memory kind says of a VMA it has dumped.
+#[derive(Debug)]
+pub struct Mapped {
+    /// The object, from [`DumpCx::object`].
+    pub object: ObjectId,
+    /// Where its bytes are carried.
+    pub contents: model::Contents,
+}
+
+/// A shared memory object whose bytes the engine stores after collection.
+#[derive(Debug)]
+pub struct ObjectSource {
+    /// Our descriptor for it, readable.
+    pub fd: OwnedFd,
+    /// Its size in bytes.
+    pub size: u64,
+}
+
+/// Identity of a memory object while dumping.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum ObjectKey {
+    /// An inode: device, inode number. One object for the whole tree.
+    Inode(u64, u64),
+    /// A file mapped by a process: PID, device, inode, path.
+    Mapped(i32, u64, u64, Vec<u8>),
+    /// One object for all VMAs of this kind (anonymous memory, vDSO).
+    Kind(u32),
+}
+
+/// What every kind may use while dumping.
+#[derive(Debug)]
+pub struct DumpCx<'a> {
+    /// The caller's options.
+    pub options: &'a DumpOptions,
+    /// The frozen processes, zombies included, in tree order (parents first).
+    pub procs: &'a [ProcView],
+    /// Records to be written.
+    pub records: Vec<RawRecord>,
+    /// Things the caller should know and that are no failure.
+    pub warnings: Vec<String>,
+    /// Shared objects whose contents are to be stored.
+    pub sources: BTreeMap<ObjectId, ObjectSource>,
+    objects: HashMap<ObjectKey, ObjectId>,
+    files: HashMap<(i32, i32), FileId>,
+}
+
+impl<'a> DumpCx<'a> {
+    /// For the engine.
+    pub fn new(options: &'a DumpOptions, procs: &'a [ProcView]) -> DumpCx<'a> {
+        DumpCx {
+            options,
+            procs,
+            records: Vec::new(),
+            warnings: Vec::new(),
+            sources: BTreeMap::new(),
+            objects: HashMap::new(),
+            files: HashMap::new(),
+        }
+    }
+
+    /// The object for `key`; on first sight `make` gives its record and, for
+    /// contents to be stored with the object, its source.
+    pub fn object(
+        &mut self,
+        key: ObjectKey,
+        make: impl FnOnce(ObjectId) -> Result<(RawRecord, Option<ObjectSource>)>,
+    ) -> Result<ObjectId> {
+        if let Some(id) = self.objects.get(&key) {
+            return Ok(*id);
+        }
+        let id = ObjectId(self.objects.len() as u32 + 1);
+        let (record, source) = make(id)?;
+        self.records.push(record);
+        if let Some(source) = source {
+            self.sources.insert(id, source);
+        }
+        self.objects.insert(key, id);
+        Ok(id)
+    }
+
+    /// The process of the tree with this PID.
+    pub fn proc(&self, pid: Pid) -> Option<&'a ProcView> {
+        self.procs.iter().find(|p| p.pid == pid)
+    }
+
+    /// Which file a descriptor of the tree refers to (known before any file is dumped).
+    pub fn file_at(&self, pid: Pid, fd: i32) -> Option<FileId> {
+        self.files.get(&(pid.0, fd)).copied()
+    }
+
+    /// For the engine: states which file a descriptor refers to.
+    pub fn set_file_at(&mut self, pid: Pid, fd: i32, id: FileId) {
+        self.files.insert((pid.0, fd), id);
+    }
+
+    /// All descriptors of the tree and the files they refer to.
+    pub fn all_fds(&self) -> impl Iterator<Item = (Pid, i32, FileId)> + '_ {
+        self.files.iter().map(|(&(pid, fd), &id)| (Pid(pid), fd, id))
+    }
+
+    /// Whether the caller gives this resource again on restore (`--external NAME`).
+    pub fn is_external(&self, name: &str) -> bool {
+        self.options.external.iter().any(|e| e == name || e.strip_suffix(':') == Some(name))
+    }
+
+    /// Something the caller should know.
+    pub fn warn(&mut self, text: impl Into<String>) {
+        self.warnings.push(text.into());
+    }
+}
+
+// ---------------------------------------------------------------- restore
+
+/// When, within a task's rebuilding, a task kind's calls are made. Memory and
+/// descriptors are in place before the first of these; all run in each task
+/// in this order, with every signal blocked, and with the restorer's rights up
+/// to [`Stage::Credentials`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Stage {
+    /// Root, cwd, umask.
+    Fs,
+    /// Names, scheduling, personality, limits and the like.
+    Attributes,
+    /// Actions, alternate stacks.
+    Signals,
+    /// Pending signals, then timers, which may add to them.
+    Pending,
+    /// Interval and POSIX timers.
+    Timers,
+    /// Robust list, tid address, rseq.
+    Thread,
+    /// Seccomp: suspended until the tracer lets go, and installed while we have the right.
+    Seccomp,
+    /// User, group, capabilities.
+    Credentials,
+    /// What a change of credentials resets: pdeathsig, dumpable; no_new_privs.
+    AfterCredentials,
+}
+
+/// The state of a thread that the last switch sets from outside.
+#[derive(Clone, Debug, Default)]
+pub struct FinalState {
+    /// General registers.
+    pub regs: Option<Regs>,
+    /// XSAVE area, as PTRACE_GETREGSET NT_X86_XSTATE gives it.
+    pub xstate: Vec<u8>,
+    /// Blocked signals.
+    pub sigmask: u64,
+    /// One blocking call to be interrupted, so that the kernel goes on with it
+    /// for the time that was left.
+    pub interrupt: Option<Batch>,
+}
+
+/// What a task kind works with on restore: calls are appended to the batch of
+/// its thread; anything done from outside is done at once.
+#[derive(Debug)]
+pub struct RestoreTask<'a> {
+    /// PID of its process (as the restorer sees it).
+    pub pid: Pid,
+    /// Its TID.
+    pub tid: Tid,
+    /// Whether it is the thread-group leader.
+    pub leader: bool,
+    /// The calls it will make.
+    pub batch: &'a mut Batch,
+    /// What the last switch sets.
+    pub last: &'a mut FinalState,
+    /// The image's tree.
+    pub tree: &'a model::Tree,
+    /// Options.
+    pub options: &'a RestoreOptions,
+    /// Things the caller should know.
+    pub warnings: &'a mut Vec<String>,
+    /// Nanoseconds between the dump and now on CLOCK_MONOTONIC of this boot
+    /// (0 if the image is of another boot): how far absolute monotonic times are behind.
+    pub elapsed_ns: u64,
+}
+
+/// A file to be restored, with its records.
+#[derive(Debug)]
+pub struct FileItem<'a> {
+    /// Its id.
+    pub id: FileId,
+    /// What is common to all files.
+    pub common: &'a model::OpenFile,
+    /// The kind's own record.
+    pub record: &'a RawRecord,
+}
+
+/// What a file kind works with on restore. Calls are appended to the batch of
+/// the process that is to own the file; each file made is handed over by
+/// [`RestoreFiles::provide`]. The engine then moves it to its numbers, hands it
+/// to the other holders, and sets status flags, owner and position where the
+/// kind has not.
+#[derive(Debug)]
+pub struct RestoreFiles<'a> {
+    /// The process that makes the file.
+    pub pid: Pid,
+    /// Its calls.
+    pub batch: &'a mut Batch,
+    /// Options.
+    pub options: &'a RestoreOptions,
+    /// The image's tree.
+    pub tree: &'a model::Tree,
+    /// The image's processes.
+    pub procs: &'a [model::Process],
+    /// Numbers, in this process, of files restored in earlier passes.
+    pub numbers: &'a HashMap<FileId, i32>,
+    /// Descriptor tables of the image, by PID.
+    pub tables: &'a HashMap<i32, model::FdTable>,
+    /// Shared memory objects: numbers of their descriptors in this process.
+    pub objects: &'a HashMap<ObjectId, i32>,
+    /// Files that have been handed over: id, number, what is done already.
+    pub provided: &'a mut Vec<Provided>,
+    /// Descriptors of ours to be sent to this process before the batch runs,
+    /// each with the place in the batch's data where its number goes.
+    pub to_send: &'a mut Vec<(OwnedFd, DataRef)>,
+    /// Calls to be made in the process when every file of every process has its number.
+    pub afterwards: &'a mut Batch,
+    /// Things the caller should know.
+    pub warnings: &'a mut Vec<String>,
+    /// See [`RestoreTask::elapsed_ns`].
+    pub elapsed_ns: u64,
+}
+
+/// A file a kind has made.
+#[derive(Clone, Copy, Debug)]
+pub struct Provided {
+    /// Its id.
+    pub id: FileId,
+    /// The descriptor in the making process.
+    pub fd: Arg,
+    /// Whether the position is set already (or there is none).
+    pub pos_done: bool,
+    /// Whether the status flags are set already.
+    pub flags_done: bool,
+}
+
+impl RestoreFiles<'_> {
+    /// Hands over a file; flags and position are still to be set by the engine.
+    pub fn provide(&mut self, id: FileId, fd: impl Into<Arg>) {
+        self.provided.push(Provided { id, fd: fd.into(), pos_done: false, flags_done: false });
+    }
+    /// Hands over a file that has no position.
+    pub fn provide_unseekable(&mut self, id: FileId, fd: impl Into<Arg>) {
+        self.provided.push(Provided { id, fd: fd.into(), pos_done: true, flags_done: false });
+    }
+    /// Hands over a file of ours (sent to the process by SCM_RIGHTS before its batch runs).
+    pub fn provide_ours(&mut self, id: FileId, fd: OwnedFd) {
+        let place = self.batch.room(8);
+        self.to_send.push((fd, place));
+        self.provided.push(Provided { id, fd: Arg::Load32(place), pos_done: true, flags_done: true });
+    }
+    /// A path for the batch.
+    pub fn path(&mut self, path: &[u8]) -> DataRef {
+        self.batch.cstr(path)
+    }
+    /// The restorer's descriptor for a name given by `--inherit-fd`.
+    pub fn inherited(&self, name: &str) -> Option<RawFd> {
+        self.options.inherit.get(name).copied()
+    }
+}
+
+/// What a memory kind works with when a process maps its VMAs.
+#[derive(Debug)]
+pub struct MakeMapping<'a> {
+    /// The process.
+    pub pid: Pid,
+    /// Its calls.
+    pub batch: &'a mut Batch,
+    /// Options.
+    pub options: &'a RestoreOptions,
+}
+
+/// What a memory kind works with when a tree-wide object is made.
+pub trait MakeObject {
+    /// The process that makes it.
+    fn pid(&self) -> Pid;
+    /// Runs calls in it.
+    fn run(&mut self, batch: &Batch) -> Result<Replies>;
+    /// Brings one of its descriptors to us.
+    fn get_fd(&mut self, fd: i32) -> Result<OwnedFd>;
+}
+
+/// What is mapped.
+#[derive(Debug)]
+pub enum Backing {
+    /// mmap without a file, with these further MAP_* flags.
+    Anonymous(i32),
+    /// mmap of a descriptor opened in the batch (closed by the engine after mapping).
+    File(Arg),
+    /// mmap of the tree-wide object.
+    Object,
+    /// Not mapped by mmap: the engine puts the kernel's own there (vDSO, vvar).
+    Kernel,
+}
+
+/// Whether a memory object is made once per process or once for the tree.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sharing {
+    /// Each process makes its own [`Backing`] by [`MemKind::backing`].
+    Process,
+    /// Made once by [`MemKind::make`], filled, and given to each process as a descriptor.
+    Tree,
+}
+
+// ---------------------------------------------------------------- kinds
+
+/// An attribute of a thread or a process.
+pub trait TaskKind: Sync + std::fmt::Debug {
+    /// What it is.
+    fn about(&self) -> &'static About;
+    /// Once per process or per thread.
+    fn scope(&self) -> Scope;
+    /// When its calls are made on restore.
+    fn stage(&self) -> Stage;
+    /// Adds to the batch that runs inside the thread what only the thread itself can ask.
+    fn ask(&self, task: &TaskView<'_>, batch: &mut Batch) -> Result<Asked>;
+    /// Its record, or none if there is nothing to restore (the state of a fresh
+    /// process that [`crate::cx::Stage`] describes).
+    fn dump(&self, cx: &mut DumpCx<'_>, task: &TaskView<'_>, asked: &Asked, replies: &Replies) -> Result<Option<RawRecord>>;
+    /// Appends the calls that set it, or sets it from outside.
+    fn restore(&self, task: &mut RestoreTask<'_>, record: &RawRecord) -> Result<()>;
+}
+
+/// A kind of open file.
+pub trait FileKind: Sync + std::fmt::Debug {
+    /// What it is.
+    fn about(&self) -> &'static About;
+    /// Whether this file is one. The first kind of the registry that claims a file has it.
+    fn claims(&self, file: &FileView<'_>) -> bool;
+    /// Its name in CRIU's spelling, for `--external` and `--inherit-fd`.
+    fn external_name(&self, file: &FileView<'_>) -> Option<String>;
+    /// Its record.
+    fn dump(&self, cx: &mut DumpCx<'_>, file: &FileView<'_>) -> Result<RawRecord>;
+    /// Files that must have their numbers before this one is made.
+    fn deps(&self, item: &FileItem<'_>) -> Result<Vec<FileId>>;
+    /// Files with the same key are made together by one call of `restore`
+    /// (the two ends of a pipe). The key is of this kind alone.
+    fn group(&self, item: &FileItem<'_>) -> Result<u64>;
+    /// Makes the files of one group in one process.
+    fn restore(&self, cx: &mut RestoreFiles<'_>, group: &[FileItem<'_>]) -> Result<()>;
+}
+
+/// A kind of memory object.
+pub trait MemKind: Sync + std::fmt::Debug {
+    /// What it is.
+    fn about(&self) -> &'static About;
+    /// Whether this VMA maps one. The first kind of the registry that claims a VMA has it.
+    fn claims(&self, vma: &VmaView<'_>) -> bool;
+    /// The object, its record made on first sight by [`DumpCx::object`].
+    fn dump(&self, cx: &mut DumpCx<'_>, vma: &VmaView<'_>) -> Result<Mapped>;
+    /// Made per process or per tree.
+    fn sharing(&self) -> Sharing;
+    /// Makes a tree-wide object, empty but of its full size; the engine fills it. (Sharing::Tree)
+    fn make(&self, cx: &mut dyn MakeObject, record: &RawRecord) -> Result<OwnedFd>;
+    /// What a process maps. (Sharing::Process; a tree-wide object gives [`Backing::Object`].)
+    fn backing(&self, cx: &mut MakeMapping<'_>, record: &RawRecord) -> Result<Backing>;
+}
+
+/// The number of a descriptor, for logs.
+pub fn raw(fd: &impl AsRawFd) -> RawFd {
+    fd.as_raw_fd()
+}

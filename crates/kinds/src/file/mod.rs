@@ -1,0 +1,4 @@
+//! What a descriptor can refer to.
+
+pub mod device;
+pub mod regular;

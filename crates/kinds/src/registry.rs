@@ -1,0 +1,89 @@
+//! The kinds there are: one line each.
+
+use freezeframe_image::{RawRecord, Tag};
+
+use crate::about::{About, Family};
+use crate::cx::{FileKind, MemKind, TaskKind};
+use crate::{file, mem, task};
+
+/// What a descriptor can refer to. The first that claims a file has it.
+pub static FILES: &[&dyn FileKind] = &[
+    &file::device::Device,
+    &file::regular::Regular,
+];
+
+/// What a VMA can map. The first that claims a VMA has it.
+pub static MEMORY: &[&dyn MemKind] = &[
+    &mem::vdso::Vdso,
+    &mem::anonymous::Anonymous,
+    &mem::file::MappedFile,
+];
+
+/// Attributes of threads and processes. Within a stage they are restored in this order.
+pub static TASKS: &[&dyn TaskKind] = &[
+    &task::registers::Registers,
+    &task::sigmask::SigMask,
+    &task::sigaction::SigActions,
+];
+
+/// The file kind with this tag.
+pub fn file(tag: Tag) -> Option<&'static dyn FileKind> {
+    FILES.iter().copied().find(|k| k.about().tag == tag)
+}
+
+/// The memory kind with this tag.
+pub fn memory(tag: Tag) -> Option<&'static dyn MemKind> {
+    MEMORY.iter().copied().find(|k| k.about().tag == tag)
+}
+
+/// The task kind with this tag.
+pub fn task(tag: Tag) -> Option<&'static dyn TaskKind> {
+    TASKS.iter().copied().find(|k| k.about().tag == tag)
+}
+
+/// All kinds, by family.
+pub fn all() -> impl Iterator<Item = (Family, &'static About)> {
+    let files = FILES.iter().map(|k| (Family::File, k.about()));
+    let memory = MEMORY.iter().map(|k| (Family::Memory, k.about()));
+    let tasks = TASKS.iter().map(|k| (Family::Task, k.about()));
+    files.chain(memory).chain(tasks)
+}
+
+/// What a record's kind says of itself.
+pub fn about(tag: Tag) -> Option<&'static About> {
+    all().map(|(_, about)| about).find(|about| about.tag == tag)
+}
+
+/// For the fuzzers: decodes `body` as a record of kind `tag`, whatever comes of it.
+pub fn fuzz_decode(tag: Tag, body: &[u8]) {
+    if let Some(about) = about(tag) {
+        let raw = RawRecord { tag, version: about.version, flags: 0, subject: 0, body: body.to_vec() };
+        let _ = (about.show)(&raw);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::HashSet;
+
+    #[test]
+    fn tags_and_names_are_unique() {
+        let mut tags = HashSet::new();
+        let mut names = HashSet::new();
+        for (_, about) in all() {
+            assert!(tags.insert(about.tag), "tag of {} is taken", about.name);
+            assert!(names.insert(about.name), "name {} is taken", about.name);
+        }
+    }
+
+    #[test]
+    fn every_kind_says_what_it_is() {
+        for (_, about) in all() {
+            assert!(!about.title.is_empty(), "{}: no title", about.name);
+            assert!(!about.manual.is_empty(), "{}: no manual page", about.name);
+            assert!(!about.carried.is_empty(), "{}: does not say what is carried", about.name);
+            assert!(!about.programs.is_empty(), "{}: no self-checking program", about.name);
+        }
+    }
+}

@@ -1,0 +1,78 @@
+//! General, floating-point and vector registers of a thread.
+//!
+//! Read and set from outside by ptrace(2) (`PTRACE_GETREGSET` with
+//! `NT_PRSTATUS` and `NT_X86_XSTATE`): FS and GS base, AVX-512 and AMX state
+//! are part of them. A call that the stop interrupted is in them too: the
+//! kernel restarts it when the thread goes on (see the `restart` kind for calls
+//! with a relative timeout).
+
+use freezeframe_error::{Error, Result, ResultExt};
+use freezeframe_image::{RawRecord, Tag};
+use freezeframe_inject::{Batch, Replies};
+use freezeframe_sys::ptrace::{self, Regs};
+use serde::{Deserialize, Serialize};
+
+use crate::about::{About, show};
+use crate::cx::{Asked, DumpCx, RestoreTask, Scope, Stage, TaskKind, TaskView};
+
+/// See the module.
+#[derive(Debug)]
+pub struct Registers;
+
+static ABOUT: About = About {
+    tag: Tag::new(*b"REGS"),
+    version: 1,
+    name: "registers",
+    title: "Registers of each thread",
+    manual: "ptrace(2)",
+    since: "",
+    carried: "general registers, FS and GS base, FPU, SSE, AVX, AVX-512, AMX, PKRU (all XSAVE state)",
+    refused: "a 32-bit task (\"32-bit tasks are not supported\")",
+    programs: &["registers"],
+    show: show::<Record>,
+};
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Record {
+    /// `user_regs_struct`, as 27 little-endian u64.
+    general: Vec<u8>,
+    /// The XSAVE area in the CPU's standard format.
+    xstate: Vec<u8>,
+}
+
+/// The architecture regset with the XSAVE area (`NT_X86_XSTATE`).
+const NT_X86_XSTATE: i32 = 0x202;
+/// XSAVE areas larger than this are not believed.
+const MAX_XSTATE: usize = 64 << 10;
+
+impl TaskKind for Registers {
+    fn about(&self) -> &'static About {
+        &ABOUT
+    }
+    fn scope(&self) -> Scope {
+        Scope::Thread
+    }
+    fn stage(&self) -> Stage {
+        Stage::Thread
+    }
+    fn ask(&self, _task: &TaskView<'_>, _batch: &mut Batch) -> Result<Asked> {
+        Ok(Asked::default())
+    }
+    fn dump(&self, _cx: &mut DumpCx<'_>, task: &TaskView<'_>, _asked: &Asked, _replies: &Replies) -> Result<Option<RawRecord>> {
+        // The registers are those of the stop, not of now: the stub is in the thread.
+        let xstate = ptrace::getregset(task.tid, NT_X86_XSTATE).on_task(task.tid.0)?;
+        let record = Record { general: task.regs.to_bytes().to_vec(), xstate };
+        Ok(Some(ABOUT.record(task.subject(), &record)?))
+    }
+    fn restore(&self, task: &mut RestoreTask<'_>, record: &RawRecord) -> Result<()> {
+        let record: Record = ABOUT.decode(record)?;
+        if record.xstate.len() > MAX_XSTATE {
+            return Err(Error::corrupt("the XSAVE area is too long").on_task(task.tid.0));
+        }
+        let regs = Regs::from_bytes(&record.general)
+            .ok_or_else(|| Error::corrupt("the general registers have a wrong length").on_task(task.tid.0))?;
+        task.last.regs = Some(regs);
+        task.last.xstate = record.xstate;
+        Ok(())
+    }
+}
