@@ -181,12 +181,7 @@ pub mod nt {
     pub const X86_SHSTK: u32 = 0x204;
 }
 
-fn raw(
-    request: u32,
-    tid: Tid,
-    addr: usize,
-    data: *mut c_void,
-) -> std::result::Result<c_long, i32> {
+fn raw(request: u32, tid: Tid, addr: usize, data: *mut c_void) -> std::result::Result<c_long, i32> {
     // Of the requests made in this file none returns its result through libc's
     // PEEK special case, so -1 always means an error.
     // SAFETY: ptrace reads or writes only through `data`; each caller passes a
