@@ -6,7 +6,7 @@
 //! [`pagemap`]), tracing it ([`ptrace`]), its descriptors ([`fd`], [`pidfd`],
 //! [`kcmp`]), its attributes ([`sched`], [`ioprio`], [`rlimit`],
 //! [`robust_list`]), making new processes ([`clone`]), mappings of our own
-//! ([`mmap`]), and the question what this kernel can do and what we may do
+//! ([`mmap`], [`region`]), and the question what this kernel can do and what we may do
 //! ([`probe`]).
 //!
 //! `unsafe` lives in this crate, `freezeframe-stub` and `inject::arch` alone.
@@ -23,6 +23,7 @@ pub mod pidfd;
 pub mod probe;
 pub mod proc;
 pub mod ptrace;
+pub mod region;
 pub mod rlimit;
 pub mod robust_list;
 pub mod sched;
