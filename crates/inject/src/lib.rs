@@ -11,6 +11,10 @@ pub mod arch;
 pub mod batch;
 pub mod live;
 pub mod shell;
+#[cfg(not(feature = "step-kill"))]
+mod step;
+#[cfg(feature = "step-kill")]
+pub mod step;
 pub mod tracer;
 
 pub use batch::{Arg, Batch, DataRef, OpRef, Replies};

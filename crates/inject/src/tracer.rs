@@ -1,1 +1,726 @@
-//! (being written)
+//! Seizing, stopping and letting go of tasks.
+//!
+//! ptrace answers only to the thread that attached, so a [`Tracer`] is bound to
+//! the thread that makes it (it is not `Send`), and there is one per operation.
+//!
+//! **Stops are polled for, never waited for.** Any `waitpid(-1)` in our process,
+//! a reaper of the caller's for instance, would steal a stop report, and we
+//! would wait for ever. PTRACE_GETSIGINFO answers ESRCH until the task is in a
+//! stop and then says which one; a stop cannot be stolen from it. Death never
+//! ends that ESRCH, so it is looked up in `/proc` when the wait gets long.
+//!
+//! **The window between the interrupt and the register fix.** Most syscalls that
+//! a ptrace stop interrupts are restarted by the kernel when the task goes on.
+//! Some (epoll_wait and its like, signal(7)) are not: they return EINTR to the
+//! program. The kernel leaves that choice in `rax`, so each task's `rax` is
+//! changed from -EINTR to -ERESTARTNOHAND as soon as its stop is seen; the
+//! kernel then restarts the call, or returns EINTR if a handler really runs.
+//! Only our own death between the two, some microseconds, shows the EINTR.
+//! That is why tasks are looked at while the next ones are being interrupted.
+
+use std::cell::RefCell;
+use std::collections::{BTreeMap, VecDeque};
+use std::marker::PhantomData;
+use std::time::{Duration, Instant};
+
+use freezeframe_error::{Error, Kind, Result, SysExt};
+use freezeframe_sys::ids::{Pid, Tid};
+use freezeframe_sys::ptrace::{self, Options, Regs, SigInfo, event};
+use nix::errno::Errno;
+use nix::sys::signal::{self, Signal};
+use nix::sys::wait::{WaitPidFlag, waitpid};
+
+use crate::step::step;
+
+/// How long a single wait may last unless the caller says otherwise.
+pub const DEFAULT_WAIT: Duration = Duration::from_secs(10);
+
+/// Why a task is stopped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stop {
+    /// By [`Tracer::interrupt`], or a new child's first stop.
+    EventStop,
+    /// By job control, with this signal.
+    GroupStop(i32),
+    /// At the entry or the exit of a syscall.
+    SyscallStop,
+    /// By an event that was asked for: its kind ([`event`]) and message.
+    Event(u32, u64),
+    /// About to receive this signal; it is lost unless given on.
+    SignalDelivery(SigInfo),
+    /// The task is dead (a zombie, or gone).
+    Exited,
+}
+
+impl Stop {
+    fn of(tid: Tid, info: &SigInfo) -> Stop {
+        let (sig, code) = (info.signo(), info.code());
+        if sig == libc::SIGTRAP && code == libc::SIGTRAP | 0x80 {
+            return Stop::SyscallStop;
+        }
+        match (code >> 8) as u32 {
+            event::STOP if sig == libc::SIGTRAP => Stop::EventStop,
+            event::STOP => Stop::GroupStop(sig),
+            kind @ event::FORK..=event::SECCOMP
+                if sig == libc::SIGTRAP && code & 0xff == libc::SIGTRAP =>
+            {
+                Stop::Event(kind, ptrace::geteventmsg(tid).unwrap_or(0))
+            }
+            _ => Stop::SignalDelivery(*info),
+        }
+    }
+}
+
+/// A task in a ptrace stop, as it was when it stopped.
+#[derive(Clone, Copy, Debug)]
+pub struct StoppedTask {
+    /// The task.
+    pub tid: Tid,
+    /// Its registers; a syscall that only the stop would have ended with EINTR
+    /// has been made restartable.
+    pub regs: Regs,
+    /// Its blocked signals, bit n-1 for signal n. (Ask here, not the kernel:
+    /// while a stub runs in the task everything is blocked.)
+    pub sigmask: u64,
+    /// The signal of the job-control stop it was in already. It will be in it
+    /// again when it is let go.
+    pub group_stopped: Option<i32>,
+    /// Whether `rax` was changed from -EINTR (see the module).
+    pub restart_fixed: bool,
+}
+
+impl StoppedTask {
+    /// The syscall the task was interrupted in, if it was in one.
+    pub fn syscall_nr(&self) -> Option<u64> {
+        ((self.regs.orig_rax as i64) >= 0).then_some(self.regs.orig_rax)
+    }
+
+    /// The kernel's restart code (-512, -513, -514 or -516) if it was
+    /// interrupted in a syscall that will be restarted.
+    pub fn restart_code(&self) -> Option<i64> {
+        let code = self.regs.rax as i64;
+        (self.syscall_nr().is_some() && matches!(code, -514..=-512 | -516)).then_some(code)
+    }
+}
+
+/// A new task or another event, seen while something else was waited for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Seen {
+    /// Whose event.
+    pub tid: Tid,
+    /// Its kind ([`event`]).
+    pub kind: u32,
+    /// Its message.
+    pub message: u64,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Held {
+    options: Options,
+    /// The task was left at a syscall stop by a session. There the kernel does
+    /// not look at restart codes before it is let go.
+    at_syscall: bool,
+}
+
+/// The tracer of one operation. Dropping it lets go of all it still holds.
+#[derive(Debug, Default)]
+pub struct Tracer {
+    held: RefCell<BTreeMap<Tid, Held>>,
+    seen: RefCell<Vec<Seen>>,
+    not_send: PhantomData<*const ()>,
+}
+
+/// Calls whose interruption by a stop the kernel reports as EINTR, though
+/// nothing has happened yet: all can be made again with the same arguments.
+fn is_eintr_call(nr: u64) -> bool {
+    matches!(
+        nr as i64,
+        libc::SYS_epoll_wait
+            | libc::SYS_epoll_pwait
+            | libc::SYS_epoll_pwait2
+            | libc::SYS_semop
+            | libc::SYS_semtimedop
+            | libc::SYS_io_getevents
+            | libc::SYS_rt_sigtimedwait
+            | libc::SYS_io_uring_enter
+            // With SO_RCVTIMEO:
+            | libc::SYS_recvfrom
+            | libc::SYS_recvmsg
+            | libc::SYS_recvmmsg
+            | libc::SYS_accept
+            | libc::SYS_accept4
+    )
+}
+
+const EINTR: u64 = -(libc::EINTR as i64) as u64;
+/// `-ERESTARTNOHAND`
+const RESTART_NO_HANDLER: u64 = -514i64 as u64;
+
+impl Tracer {
+    /// A tracer for the calling thread.
+    pub fn new() -> Tracer {
+        Tracer::default()
+    }
+
+    /// The tasks held now.
+    pub fn held(&self) -> Vec<Tid> {
+        self.held.borrow().keys().copied().collect()
+    }
+
+    /// The options a held task was seized with.
+    pub fn options(&self, tid: Tid) -> Option<Options> {
+        self.held.borrow().get(&tid).map(|h| h.options)
+    }
+
+    /// Events ([`Options::TRACECLONE`] and so on) seen since the last call.
+    pub fn take_seen(&self) -> Vec<Seen> {
+        self.seen.take()
+    }
+
+    /// States that an auto-attached child belongs to this tracer.
+    pub fn adopt(&self, tid: Tid, options: Options) {
+        let held = Held {
+            options,
+            at_syscall: false,
+        };
+        self.held.borrow_mut().insert(tid, held);
+    }
+
+    /// Attaches to a task, which runs on. If the kernel does not let us suspend
+    /// seccomp, the task is seized without ([`Tracer::options`] tells).
+    ///
+    /// # Errors
+    /// Refused by name: our own threads, kernel threads, zombies, a task that
+    /// has a tracer (says who; [`Kind::TargetBusy`]).
+    pub fn seize(&self, tid: Tid, options: Options) -> Result<()> {
+        let mut options = options;
+        loop {
+            match ptrace::seize(tid, options) {
+                Ok(()) => break,
+                Err(e)
+                    if options.contains(Options::SUSPEND_SECCOMP)
+                        && matches!(e.errno(), Some(libc::EPERM | libc::EINVAL))
+                        && refusal(tid).is_none() =>
+                {
+                    options = options.without(Options::SUSPEND_SECCOMP);
+                }
+                Err(e) => return Err(refusal(tid).unwrap_or(e)),
+            }
+        }
+        self.adopt(tid, options);
+        Ok(())
+    }
+
+    /// Asks a seized task to stop.
+    pub fn interrupt(&self, tid: Tid) -> Result<()> {
+        ptrace::interrupt(tid)
+    }
+
+    /// Waits until the task is stopped, or dead.
+    ///
+    /// # Errors
+    /// [`Kind::Timeout`], naming the task, its state, where it waits and what
+    /// its freezer says.
+    pub fn wait_stop(&self, tid: Tid, deadline: Instant) -> Result<Stop> {
+        let mut round = 0u32;
+        loop {
+            match ptrace::try_siginfo(tid) {
+                Ok(Some(info)) => return Ok(Stop::of(tid, &info)),
+                Ok(None) => {}
+                Err(errno) => {
+                    return Err(Error::syscall("ptrace(GETSIGINFO)", errno).on_task(tid.0));
+                }
+            }
+            round += 1;
+            // Mostly the task needs our own CPU (see live::CpuPin), so give it away soon.
+            if round < 3 {
+                std::hint::spin_loop();
+            } else if round < 500 {
+                std::thread::yield_now();
+            } else {
+                std::thread::sleep(Duration::from_micros(50));
+            }
+            if round.is_multiple_of(64) || round > 500 {
+                if is_dead(tid) {
+                    return Ok(Stop::Exited);
+                }
+                if Instant::now() >= deadline {
+                    return Err(timeout(tid, "it did not stop in time"));
+                }
+            }
+        }
+    }
+
+    /// Seizes and stops tasks: all are seized, then all are interrupted, and each
+    /// one's registers are read and fixed as soon as it is seen stopped. Tasks
+    /// that are dead by then are left out of the result, which is in no order.
+    ///
+    /// # Errors
+    /// The first task that cannot be held; those that this call had taken run
+    /// on as before.
+    pub fn seize_and_stop(
+        &self,
+        tids: &[Tid],
+        options: Options,
+        deadline: Instant,
+    ) -> Result<Vec<StoppedTask>> {
+        let mut taken = Vec::with_capacity(tids.len());
+        let result = self.seize_and_stop_inner(tids, options, deadline, &mut taken);
+        if result.is_err() {
+            for tid in taken {
+                let _ = self.release(tid);
+            }
+        }
+        result
+    }
+
+    fn seize_and_stop_inner(
+        &self,
+        tids: &[Tid],
+        options: Options,
+        deadline: Instant,
+        taken: &mut Vec<Tid>,
+    ) -> Result<Vec<StoppedTask>> {
+        for &tid in tids {
+            match self.seize(tid, options) {
+                Ok(()) => taken.push(tid),
+                Err(e) if e.kind() == Kind::TargetGone => {}
+                Err(e) => return Err(e),
+            }
+            step("seize");
+        }
+        let mut done = Vec::with_capacity(taken.len());
+        let mut waiting = VecDeque::new();
+        for &tid in taken.iter() {
+            match ptrace::interrupt(tid) {
+                Ok(()) => waiting.push_back(tid),
+                Err(e) if e.kind() == Kind::TargetGone => {
+                    self.forget(tid);
+                    continue;
+                }
+                Err(e) => return Err(e),
+            }
+            step("interrupt");
+            // Those interrupted before have most likely stopped by now.
+            for _ in 0..waiting.len().min(4) {
+                let Some(first) = waiting.pop_front() else {
+                    break;
+                };
+                match self.poll_stopped(first)? {
+                    Some(task) => done.push(task),
+                    None => waiting.push_back(first),
+                }
+            }
+        }
+        while let Some(tid) = waiting.pop_front() {
+            if let Some(task) = self.wait_stopped(tid, deadline)? {
+                done.push(task);
+            }
+        }
+        Ok(done)
+    }
+
+    /// Looks whether an interrupted task has stopped yet.
+    fn poll_stopped(&self, tid: Tid) -> Result<Option<StoppedTask>> {
+        match ptrace::try_siginfo(tid) {
+            Ok(Some(info)) => self.take_stop(tid, Stop::of(tid, &info)),
+            Ok(None) => Ok(None),
+            Err(errno) => Err(Error::syscall("ptrace(GETSIGINFO)", errno).on_task(tid.0)),
+        }
+    }
+
+    /// Waits until an interrupted task has stopped for good; None if it died.
+    pub fn wait_stopped(&self, tid: Tid, deadline: Instant) -> Result<Option<StoppedTask>> {
+        loop {
+            let stop = self.wait_stop(tid, deadline)?;
+            if stop == Stop::Exited {
+                self.reap(tid);
+                self.forget(tid);
+                return Ok(None);
+            }
+            if let Some(task) = self.take_stop(tid, stop)? {
+                return Ok(Some(task));
+            }
+        }
+    }
+
+    /// A stop after an interrupt: the one that was asked for, or one that comes
+    /// before it and is passed through.
+    fn take_stop(&self, tid: Tid, stop: Stop) -> Result<Option<StoppedTask>> {
+        let group_stopped = match stop {
+            Stop::EventStop => None,
+            Stop::GroupStop(sig) => Some(sig),
+            // A signal was about to be delivered. It would be swallowed if this
+            // stop were taken for ours; ours is still to come.
+            Stop::SignalDelivery(info) => {
+                ptrace::cont(tid, info.signo())?;
+                return Ok(None);
+            }
+            Stop::Event(kind, message) => {
+                self.note(tid, kind, message);
+                ptrace::cont(tid, 0)?;
+                return Ok(None);
+            }
+            Stop::SyscallStop => {
+                ptrace::cont(tid, 0)?;
+                return Ok(None);
+            }
+            Stop::Exited => return Ok(None),
+        };
+        let mut regs = ptrace::getregs(tid)?;
+        let restart_fixed = regs.rax == EINTR && is_eintr_call(regs.orig_rax);
+        if restart_fixed {
+            regs.rax = RESTART_NO_HANDLER;
+            ptrace::setregs(tid, &regs)?;
+            step("eintr-fix");
+        }
+        let sigmask = ptrace::getsigmask(tid)?;
+        step("stopped");
+        Ok(Some(StoppedTask {
+            tid,
+            regs,
+            sigmask,
+            group_stopped,
+            restart_fixed,
+        }))
+    }
+
+    fn note(&self, tid: Tid, kind: u32, message: u64) {
+        self.seen.borrow_mut().push(Seen { tid, kind, message });
+    }
+
+    fn forget(&self, tid: Tid) {
+        self.held.borrow_mut().remove(&tid);
+    }
+
+    /// Lets a stopped task run to its next syscall stop, through whatever comes
+    /// in between (a pending stop is taken again, SIGSTOP is given on).
+    ///
+    /// # Errors
+    /// [`Kind::TargetGone`] if it dies, [`Kind::Timeout`].
+    pub fn to_syscall_stop(&self, tid: Tid, deadline: Instant) -> Result<()> {
+        let mut sig = 0;
+        loop {
+            ptrace::syscall(tid, sig)?;
+            step("syscall");
+            sig = match self.wait_stop(tid, deadline)? {
+                Stop::SyscallStop => {
+                    step("syscall-stop");
+                    return Ok(());
+                }
+                Stop::EventStop | Stop::GroupStop(_) => 0,
+                Stop::Event(kind, message) => {
+                    self.note(tid, kind, message);
+                    0
+                }
+                Stop::SignalDelivery(info) => info.signo(),
+                Stop::Exited => return Err(self.died(tid)),
+            };
+        }
+    }
+
+    /// Interrupts a running task and waits for the stop, taking nothing for it
+    /// but an event or group stop.
+    pub(crate) fn interrupt_and_wait(&self, tid: Tid, deadline: Instant) -> Result<()> {
+        ptrace::interrupt(tid)?;
+        step("interrupt-again");
+        loop {
+            let sig = match self.wait_stop(tid, deadline)? {
+                Stop::EventStop | Stop::GroupStop(_) => return Ok(()),
+                Stop::SyscallStop => 0,
+                Stop::Event(kind, message) => {
+                    self.note(tid, kind, message);
+                    0
+                }
+                Stop::SignalDelivery(info) => info.signo(),
+                Stop::Exited => return Err(self.died(tid)),
+            };
+            ptrace::cont(tid, sig)?;
+        }
+    }
+
+    /// Lets a task that runs in our stub go on if it was stopped meanwhile; says
+    /// whether it is alive.
+    pub(crate) fn nudge(&self, tid: Tid) -> Result<()> {
+        let info = match ptrace::try_siginfo(tid) {
+            Ok(Some(info)) => info,
+            Ok(None) if is_dead(tid) => return Err(self.died(tid)),
+            Ok(None) => return Ok(()),
+            Err(errno) => return Err(Error::syscall("ptrace(GETSIGINFO)", errno).on_task(tid.0)),
+        };
+        match Stop::of(tid, &info) {
+            Stop::SignalDelivery(info) => ptrace::cont(tid, info.signo()),
+            Stop::Event(kind, message) => {
+                self.note(tid, kind, message);
+                ptrace::cont(tid, 0)
+            }
+            _ => ptrace::cont(tid, 0),
+        }
+    }
+
+    pub(crate) fn died(&self, tid: Tid) -> Error {
+        self.reap(tid);
+        self.forget(tid);
+        Error::new(Kind::TargetGone, "it died while it was held").on_task(tid.0)
+    }
+
+    pub(crate) fn set_at_syscall(&self, tid: Tid, at: bool) {
+        if let Some(held) = self.held.borrow_mut().get_mut(&tid) {
+            held.at_syscall = at;
+        }
+    }
+
+    pub(crate) fn is_at_syscall(&self, tid: Tid) -> bool {
+        self.held.borrow().get(&tid).is_some_and(|h| h.at_syscall)
+    }
+
+    /// Lets a stopped task go. One that was in a job-control stop is in it again.
+    pub fn detach(&self, tid: Tid) -> Result<()> {
+        let result = ptrace::detach(tid, 0);
+        step("detach");
+        if result.is_ok() || is_dead(tid) {
+            self.forget(tid);
+            return Ok(());
+        }
+        result
+    }
+
+    /// Lets a task go, whether it is stopped or running.
+    pub fn release(&self, tid: Tid) -> Result<()> {
+        let deadline = Instant::now() + Duration::from_secs(2);
+        let mut interrupted = false;
+        loop {
+            match ptrace::try_siginfo(tid) {
+                Ok(Some(info)) => {
+                    let sig = match Stop::of(tid, &info) {
+                        Stop::SignalDelivery(info) => info.signo(),
+                        _ => 0,
+                    };
+                    let result = ptrace::detach(tid, sig);
+                    self.forget(tid);
+                    return result;
+                }
+                Ok(None) if !interrupted => {
+                    interrupted = true;
+                    if ptrace::interrupt(tid).is_err() {
+                        self.forget(tid);
+                        return Ok(()); // dead, or not ours
+                    }
+                }
+                _ => {
+                    if self.wait_stop(tid, deadline)? == Stop::Exited {
+                        self.reap(tid);
+                        self.forget(tid);
+                        return Ok(());
+                    }
+                }
+            }
+        }
+    }
+
+    /// Kills a process and waits until all its held tasks are dead and let go, so
+    /// that its parent can reap it. (A dead tracee is kept from its real parent
+    /// until its tracer has waited for it.)
+    pub fn kill(&self, pid: Pid, deadline: Instant) -> Result<()> {
+        let raw = nix::unistd::Pid::from_raw(pid.0);
+        match signal::kill(raw, Signal::SIGKILL) {
+            Ok(()) | Err(Errno::ESRCH) => {}
+            Err(e) => return Err(Error::syscall("kill", e as i32).on_task(pid.0)),
+        }
+        step("kill");
+        let mut ours: Vec<Tid> = self
+            .held()
+            .into_iter()
+            .filter(|&t| t == pid.leader() || tgid_of(t) == Some(pid))
+            .collect();
+        // The leader last: it becomes a zombie only when the others are gone.
+        ours.sort_by_key(|&t| t == pid.leader());
+        let mut round = 0u32;
+        while !ours.is_empty() {
+            ours.retain(|&t| !self.reap(t));
+            if ours.is_empty() {
+                break;
+            }
+            round += 1;
+            if Instant::now() >= deadline {
+                return Err(timeout(ours[0], "it did not die in time"));
+            }
+            if round < 50 {
+                std::thread::yield_now();
+            } else {
+                std::thread::sleep(Duration::from_micros(100));
+            }
+        }
+        while !is_dead(pid.leader()) {
+            if Instant::now() >= deadline {
+                return Err(timeout(pid.leader(), "it did not die in time"));
+            }
+            std::thread::sleep(Duration::from_micros(50));
+        }
+        Ok(())
+    }
+
+    /// Waits for a task that is dead or dying. True once it is out of our hands:
+    /// reaped by us, or by somebody else in our process (ECHILD).
+    fn reap(&self, tid: Tid) -> bool {
+        let flags = WaitPidFlag::__WALL | WaitPidFlag::WNOHANG;
+        loop {
+            match waitpid(nix::unistd::Pid::from_raw(tid.0), Some(flags)) {
+                Ok(
+                    nix::sys::wait::WaitStatus::Exited(..)
+                    | nix::sys::wait::WaitStatus::Signaled(..),
+                )
+                | Err(Errno::ECHILD) => {
+                    self.forget(tid);
+                    return true;
+                }
+                Ok(nix::sys::wait::WaitStatus::StillAlive) => return false,
+                Ok(_) | Err(Errno::EINTR) => {} // an old stop report
+                Err(_) => return false,
+            }
+        }
+    }
+}
+
+impl Drop for Tracer {
+    fn drop(&mut self) {
+        for tid in self.held() {
+            let _ = self.release(tid);
+        }
+    }
+}
+
+/// Why a task cannot be seized, if we can tell.
+fn refusal(tid: Tid) -> Option<Error> {
+    let refuse = |kind, why: String| Some(Error::new(kind, why).on_task(tid.0));
+    if std::path::Path::new(&format!("/proc/self/task/{tid}")).exists() {
+        return refuse(
+            Kind::Unsupported,
+            "a process cannot freeze itself".to_string(),
+        );
+    }
+    let Some(status) = Status::read(tid) else {
+        return refuse(Kind::TargetGone, "no such task".to_string());
+    };
+    if status.number("Kthread") == Some(1) {
+        return refuse(Kind::Unsupported, "it is a kernel thread".to_string());
+    }
+    if matches!(status.state(), 'Z' | 'X') {
+        return refuse(Kind::TargetGone, "it is a zombie".to_string());
+    }
+    match status.number("TracerPid") {
+        Some(0) | None => None,
+        Some(tracer) => {
+            let comm = std::fs::read_to_string(format!("/proc/{tracer}/comm")).unwrap_or_default();
+            refuse(
+                Kind::TargetBusy,
+                format!("it is traced by process {tracer} ({})", comm.trim_end()),
+            )
+        }
+    }
+}
+
+/// `/proc/TID/status`, for what an error has to say.
+struct Status(String);
+
+impl Status {
+    fn read(tid: Tid) -> Option<Status> {
+        let bytes = std::fs::read(format!("/proc/{tid}/status")).ok()?;
+        Some(Status(String::from_utf8_lossy(&bytes).into_owned()))
+    }
+    fn field(&self, name: &str) -> Option<&str> {
+        self.0
+            .lines()
+            .find_map(|l| l.strip_prefix(name)?.strip_prefix(':'))
+            .map(str::trim)
+    }
+    fn number(&self, name: &str) -> Option<i64> {
+        self.field(name)?.parse().ok()
+    }
+    fn state(&self) -> char {
+        self.field("State")
+            .and_then(|s| s.chars().next())
+            .unwrap_or('?')
+    }
+}
+
+fn tgid_of(tid: Tid) -> Option<Pid> {
+    Some(Pid(Status::read(tid)?.number("Tgid")? as i32))
+}
+
+/// Whether a task is a zombie or gone.
+fn is_dead(tid: Tid) -> bool {
+    let Ok(stat) = std::fs::read(format!("/proc/{tid}/stat")) else {
+        return true;
+    };
+    // The state comes after the last parenthesis of the command name.
+    let after = stat.iter().rposition(|&b| b == b')').map(|at| at + 2);
+    matches!(after.and_then(|at| stat.get(at)), Some(b'Z' | b'X') | None)
+}
+
+/// A timeout that says all that can be known about the task.
+pub(crate) fn timeout(tid: Tid, what: &str) -> Error {
+    let state = Status::read(tid).map_or('?', |s| s.state());
+    let wchan = std::fs::read_to_string(format!("/proc/{tid}/wchan")).unwrap_or_default();
+    let wchan = match wchan.trim() {
+        "" | "0" => "user space",
+        w => w,
+    };
+    Error::new(
+        Kind::Timeout,
+        format!(
+            "{what} (state {state}, in {wchan}, freezer: {})",
+            freezer(tid)
+        ),
+    )
+    .on_task(tid.0)
+}
+
+/// What the cgroup freezers say about a task.
+fn freezer(tid: Tid) -> String {
+    let Ok(cgroups) = std::fs::read_to_string(format!("/proc/{tid}/cgroup")) else {
+        return "unknown".to_string();
+    };
+    for line in cgroups.lines() {
+        let mut parts = line.splitn(3, ':');
+        let (Some(_), Some(controllers), Some(path)) = (parts.next(), parts.next(), parts.next())
+        else {
+            continue;
+        };
+        if controllers.split(',').any(|c| c == "freezer") {
+            let file = format!("/sys/fs/cgroup/freezer{path}/freezer.state");
+            match std::fs::read_to_string(file).as_deref().map(str::trim) {
+                Ok("THAWED") | Err(_) => {}
+                Ok(state) => return format!("{state}, cgroup {path}"),
+            }
+        }
+        if controllers.is_empty() {
+            for root in ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"] {
+                let events = std::fs::read_to_string(format!("{root}{path}/cgroup.events"));
+                if events.is_ok_and(|e| e.lines().any(|l| l == "frozen 1")) {
+                    return format!("frozen, cgroup {path}");
+                }
+            }
+        }
+    }
+    "not frozen".to_string()
+}
+
+/// All threads of a process.
+pub(crate) fn threads(pid: Pid) -> Result<Vec<Tid>> {
+    let dir = match std::fs::read_dir(format!("/proc/{pid}/task")) {
+        Ok(dir) => dir,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+            return Err(Error::new(Kind::TargetGone, "no such process").on_task(pid.0));
+        }
+        Err(e) => return Err(Error::io("opendir(/proc/PID/task)", e).on_task(pid.0)),
+    };
+    let mut tids = Vec::new();
+    for entry in dir {
+        let entry = entry.sys("getdents(/proc/PID/task)")?;
+        if let Some(tid) = entry.file_name().to_str().and_then(|n| n.parse().ok()) {
+            tids.push(Tid(tid));
+        }
+    }
+    Ok(tids)
+}

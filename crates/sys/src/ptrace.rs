@@ -115,12 +115,15 @@ macro_rules! regs {
                 out
             }
 
-            /// The reverse of [`Regs::to_bytes`].
-            pub fn from_bytes(bytes: &[u8; size_of::<Regs>()]) -> Regs {
+            /// The reverse of [`Regs::to_bytes`]. None if the length is another.
+            pub fn from_bytes(bytes: &[u8]) -> Option<Regs> {
+                if bytes.len() != size_of::<Regs>() {
+                    return None;
+                }
                 let word = |at: usize| {
                     u64::from_le_bytes(bytes[at..at + 8].try_into().expect("8 bytes"))
                 };
-                Regs { $($name: word(offset_of!(Regs, $name)),)* }
+                Some(Regs { $($name: word(offset_of!(Regs, $name)),)* })
             }
         }
     };
@@ -172,13 +175,13 @@ impl SigInfo {
 /// The register sets of [`getregset`], named by their ELF note type.
 pub mod nt {
     /// General registers.
-    pub const PRSTATUS: u32 = 1;
+    pub const PRSTATUS: i32 = 1;
     /// x87 and SSE.
-    pub const PRFPREG: u32 = 2;
+    pub const PRFPREG: i32 = 2;
     /// All of xsave.
-    pub const X86_XSTATE: u32 = 0x202;
+    pub const X86_XSTATE: i32 = 0x202;
     /// The shadow stack pointer.
-    pub const X86_SHSTK: u32 = 0x204;
+    pub const X86_SHSTK: i32 = 0x204;
 }
 
 fn raw(request: u32, tid: Tid, addr: usize, data: *mut c_void) -> std::result::Result<c_long, i32> {
@@ -326,8 +329,8 @@ pub fn setregs(tid: Tid, regs: &Regs) -> Result<()> {
 ///
 /// # Errors
 /// ENODEV, EINVAL: this machine or task has no such set.
-pub fn getregset(tid: Tid, note: u32) -> Result<Vec<u8>> {
-    let mut buf = vec![0u8; 16384];
+pub fn getregset(tid: Tid, note: i32) -> Result<Vec<u8>> {
+    let mut buf = vec![0u8; 16 << 10];
     let mut iov = libc::iovec {
         iov_base: buf.as_mut_ptr().cast(),
         iov_len: buf.len(),
@@ -344,7 +347,7 @@ pub fn getregset(tid: Tid, note: u32) -> Result<Vec<u8>> {
 }
 
 /// Replaces a register set.
-pub fn setregset(tid: Tid, note: u32, bytes: &[u8]) -> Result<()> {
+pub fn setregset(tid: Tid, note: i32, bytes: &[u8]) -> Result<()> {
     // Copied: the kernel takes the bytes through a non-const iovec.
     let mut buf = bytes.to_vec();
     let mut iov = libc::iovec {
@@ -654,8 +657,9 @@ mod tests {
         for (i, b) in bytes.iter_mut().enumerate() {
             *b = i as u8;
         }
-        let regs = Regs::from_bytes(&bytes);
+        let regs = Regs::from_bytes(&bytes).unwrap();
         assert_eq!(regs.r15, 0x0706050403020100);
         assert_eq!(regs.to_bytes(), bytes);
+        assert_eq!(Regs::from_bytes(&bytes[1..]), None);
     }
 }
