@@ -95,6 +95,8 @@ struct Call {
 pub struct Batch {
     calls: Vec<Call>,
     data: Vec<u8>,
+    /// (where in `data` an address goes, the offset in `data` it is to point to)
+    pointers: Vec<(usize, usize)>,
 }
 
 /// The bytes of a batch placed at an address.
@@ -145,6 +147,24 @@ impl Batch {
         let offset = self.data.len().next_multiple_of(8);
         self.data.resize(offset + len, 0);
         DataRef { offset, len }
+    }
+
+    /// Replaces the bytes of a piece carried along. Panics unless `bytes` fit.
+    pub fn set(&mut self, piece: DataRef, bytes: &[u8]) {
+        assert!(bytes.len() <= piece.len, "Batch::set past the piece's end");
+        self.data[piece.offset..piece.offset + bytes.len()].copy_from_slice(bytes);
+    }
+
+    /// Stores the address, in the target, of `to` in the first 8 bytes of `at`
+    /// (an iovec's base, say).
+    pub fn pointer(&mut self, at: DataRef, to: DataRef) {
+        assert!(at.len >= 8, "Batch::pointer in less than 8 bytes");
+        self.pointers.push((at.offset, to.offset));
+    }
+
+    /// The syscall numbers, in order.
+    pub fn numbers(&self) -> impl Iterator<Item = i64> + '_ {
+        self.calls.iter().map(|c| c.nr)
     }
 
     /// Adds a call. An error it returns ends the batch. `label` names it in
@@ -251,7 +271,12 @@ impl Batch {
             }
             op.write_to(&mut bytes);
         }
+        let data_from = bytes.len();
         bytes.extend_from_slice(&self.data);
+        for &(at, to) in &self.pointers {
+            let address = data_at + to as u64;
+            bytes[data_from + at..][..8].copy_from_slice(&address.to_le_bytes());
+        }
         bytes.resize(self.placed_len(), 0);
         Placed {
             bytes,
