@@ -1,0 +1,27 @@
+//! `ff-program FAMILY::NAME DIR [spoil]` runs one self-checking program in the directory DIR.
+//! `ff-program exec [--uid N] [--no-new-privs] PROGRAM ARGS...` starts any other program the way the kit starts its own.
+//! `ff-program list` prints the table; `ff-program missing` what this machine lacks, and for which programs.
+
+use freezeframe_tests::programs;
+
+fn main() {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let words: Vec<&str> = args.iter().map(String::as_str).collect();
+    match words.as_slice() {
+        ["list"] => programs::all().for_each(|p| println!("{:40} {}", p.full_name(), p.proves)),
+        ["missing"] => {
+            for (program, need) in programs::missing() {
+                println!("needs {}: not here ({})", need.what, program.full_name());
+            }
+        }
+        ["exec", rest @ ..] => programs::exec(rest),
+        [name, dir] => programs::main(name, dir, false),
+        [name, dir, "spoil"] => programs::main(name, dir, true),
+        _ => {
+            eprintln!(
+                "usage: ff-program FAMILY::NAME DIR [spoil] | exec PROGRAM ARGS... | list | missing"
+            );
+            std::process::exit(2);
+        }
+    }
+}

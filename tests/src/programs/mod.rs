@@ -1,0 +1,175 @@
+//! The self-checking programs: the table of all of them and how one is run.
+//!
+//! A program sets its feature up, says that it is ready, waits until it is asked, and then checks its own state.
+//! Everything the two sides say to each other goes through files in one directory that are opened only for the moment,
+//! so nothing of the protocol is in the program while it is dumped but a `nanosleep` loop that looks for a file.
+
+#![allow(
+    unsafe_code,
+    reason = "programs make the system calls whose results a dump must carry"
+)]
+
+mod cx;
+mod os;
+
+mod basic;
+mod files;
+mod pipes;
+
+pub use cx::Cx;
+use std::os::unix::process::CommandExt;
+
+/// One self-checking program: a row of the table.
+#[derive(Clone, Copy, Debug)]
+pub struct Program {
+    /// The family it belongs to: the module it is written in.
+    pub family: &'static str,
+    /// Its name, unique in the family.
+    pub name: &'static str,
+    /// What it shows when it passes, in one line.
+    pub proves: &'static str,
+    /// What it needs of the machine beyond Linux 6.18 and root.
+    pub needs: &'static [Need],
+    /// Further arguments for `freezeframe dump`.
+    pub dump_args: &'static [&'static str],
+    /// Further arguments for `freezeframe restore`.
+    pub restore_args: &'static [&'static str],
+    /// What a dump of it has to come to.
+    pub expect: Expect,
+    /// The program's root process is stopped (state `T`) when it is dumped; SIGCONT has to come before the check.
+    pub stopped: bool,
+    /// The program is given a pseudo-terminal as controlling terminal and standard descriptors, and its session leader
+    /// stays outside the tree.
+    pub terminal: bool,
+    /// Differences of `/proc` that this program alone explains: beginnings of keys, with the reason as second.
+    pub explained: &'static [(&'static str, &'static str)],
+    run: fn(&Cx),
+}
+
+/// What a dump of a program has to come to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Expect {
+    /// It is carried.
+    Carried,
+    /// It is refused: exit 1, an error that says this word, and the program unharmed.
+    Refused(&'static str),
+    /// One of both. For what nobody promised: never half of it, never silently.
+    CarriedOrRefused(&'static str),
+}
+
+/// Something a program needs that not every machine has.
+#[derive(Clone, Copy, Debug)]
+pub struct Need {
+    /// Its name, for people: a Debian package, a processor feature, a kernel option.
+    pub what: &'static str,
+    /// Looks for it, by using it where possible.
+    pub here: fn() -> bool,
+}
+
+impl Program {
+    /// A row with nothing special about it.
+    const fn new(name: &'static str, proves: &'static str, run: fn(&Cx)) -> Self {
+        Program {
+            family: "",
+            name,
+            proves,
+            needs: &[],
+            dump_args: &[],
+            restore_args: &[],
+            expect: Expect::Carried,
+            stopped: false,
+            terminal: false,
+            explained: &[],
+            run,
+        }
+    }
+
+    const fn needs(mut self, needs: &'static [Need]) -> Self {
+        self.needs = needs;
+        self
+    }
+
+    const fn refused(mut self, word: &'static str) -> Self {
+        self.expect = Expect::Refused(word);
+        self
+    }
+
+    const fn carried_or_refused(mut self, word: &'static str) -> Self {
+        self.expect = Expect::CarriedOrRefused(word);
+        self
+    }
+
+    const fn explained(mut self, keys: &'static [(&'static str, &'static str)]) -> Self {
+        self.explained = keys;
+        self
+    }
+
+    /// `family::name`.
+    pub fn full_name(&self) -> String {
+        format!("{}::{}", self.family, self.name)
+    }
+
+    /// What of its needs this machine lacks.
+    pub fn lacks(&self) -> Vec<Need> {
+        self.needs.iter().filter(|n| !(n.here)()).copied().collect()
+    }
+}
+
+const FAMILIES: &[(&str, &[Program])] = &[
+    ("basic", basic::PROGRAMS),
+    ("pipes", pipes::PROGRAMS),
+    ("files", files::PROGRAMS),
+];
+
+/// Every program, in the order of the table.
+pub fn all() -> impl Iterator<Item = Program> {
+    FAMILIES
+        .iter()
+        .flat_map(|(family, rows)| rows.iter().map(|row| Program { family, ..*row }))
+}
+
+/// Each program that this machine cannot run, with the first thing it lacks.
+pub fn missing() -> impl Iterator<Item = (Program, Need)> {
+    all().filter_map(|p| p.lacks().first().map(|n| (p, *n)))
+}
+
+/// Runs the program called `name` in `dir` and does not come back. With `spoil` it damages its own state before it
+/// checks, and must say so: that is how the kit knows that the check can fail.
+pub fn main(name: &str, dir: &str, spoil: bool) -> ! {
+    let Some(program) = all().find(|p| p.full_name() == name) else {
+        eprintln!("ff-program: there is no program {name}");
+        std::process::exit(2);
+    };
+    if !program.terminal {
+        os::own_session();
+    }
+    os::close_from(3);
+    let cx = Cx::new(dir, spoil);
+    (program.run)(&cx);
+    std::process::exit(cx.finish())
+}
+
+/// Runs another program in a session of its own with descriptors 0, 1 and 2 only. Does not come back.
+pub fn exec(words: &[&str]) -> ! {
+    os::own_session();
+    os::close_from(3);
+    let mut words = words.to_vec();
+    loop {
+        match words.as_slice() {
+            ["--uid", uid, ..] => {
+                os::become_uid(uid.parse().unwrap());
+                words.drain(..2);
+            }
+            ["--no-new-privs", ..] => {
+                os::prctl(libc::PR_SET_NO_NEW_PRIVS, [1, 0, 0, 0]).unwrap();
+                words.drain(..1);
+            }
+            _ => break,
+        }
+    }
+    let error = std::process::Command::new(words[0])
+        .args(&words[1..])
+        .exec();
+    eprintln!("ff-program: {}: {error}", words[0]);
+    std::process::exit(127)
+}

@@ -1,0 +1,472 @@
+//! The harness: starts a program, takes it through a mode and asks it whether everything is as it was.
+
+use crate::compare::differences;
+use crate::programs::{Expect, Program};
+use crate::snapshot::{Snapshot, children, state_of, tree};
+use crate::tool::{Outcome, freezeframe};
+use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid};
+use nix::unistd::Pid;
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// How long any one thing may take: generous, since all tests share a machine.
+pub const DEADLINE: Duration = Duration::from_secs(30);
+
+/// What happens to a program between "ready" and the check.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// Nothing: shows that the program and the comparison pass where nothing is done.
+    Alone,
+    /// Nothing, but the program damages its own state: shows that its check can fail.
+    Spoilt,
+    /// Dumped and killed, then restored.
+    Restore,
+    /// Dumped with `--leave-running`.
+    Running,
+    /// Dumped and restored, then both once more.
+    Twice,
+}
+
+impl Mode {
+    /// Every mode, with its name in the tests' names.
+    pub const ALL: [(Mode, &str); 5] = [
+        (Mode::Alone, "alone"),
+        (Mode::Spoilt, "spoilt"),
+        (Mode::Restore, "restore"),
+        (Mode::Running, "running"),
+        (Mode::Twice, "twice"),
+    ];
+}
+
+/// Whether a program is put through a mode: one that is refused is not restored.
+pub fn applies(program: &Program, mode: Mode) -> bool {
+    match program.expect {
+        Expect::Refused(_) => matches!(
+            mode,
+            Mode::Alone | Mode::Spoilt | Mode::Restore | Mode::Running
+        ),
+        _ => true,
+    }
+}
+
+/// One test: the program through the mode. The error is what a person needs to see.
+pub fn carry(program: &Program, mode: Mode) -> Result<(), String> {
+    if program.stopped && mode == Mode::Spoilt {
+        return Ok(());
+    }
+    let scene = Scene::new(program.terminal)?;
+    let words = [program.full_name(), scene.dir_text()];
+    let mut command = Command::new(program_binary());
+    command.args(&words);
+    if mode == Mode::Spoilt {
+        command.arg("spoil");
+    }
+    let mut target = scene.start(command)?;
+    scene.await_file("ready", &target)?;
+    if program.stopped {
+        scene.await_state(&target, 'T')?;
+    }
+    let before = Snapshot::take(target.pid);
+    match mode {
+        Mode::Alone | Mode::Spoilt => {}
+        Mode::Running => {
+            let outcome = scene.dump(program, &target, "img", &["--leave-running"])?;
+            if expected_refusal(program, outcome)? {
+                return scene.finish(target, program, &before, mode);
+            }
+            scene.verify("img")?;
+        }
+        Mode::Restore | Mode::Twice => {
+            for round in 0..if mode == Mode::Twice { 2 } else { 1 } {
+                let images = format!("img{round}");
+                let outcome = scene.dump(program, &target, &images, &[])?;
+                if expected_refusal(program, outcome)? {
+                    return scene.finish(target, program, &before, mode);
+                }
+                scene.await_gone(&before, DEADLINE)?;
+                target = scene.restore(program, &target, &images)?;
+            }
+        }
+    }
+    scene.finish(target, program, &before, mode)
+}
+
+/// Whether the dump was refused as the table says it has to be, or may be.
+fn expected_refusal(program: &Program, outcome: Outcome) -> Result<bool, String> {
+    let (word, must) = match program.expect {
+        Expect::Carried => return outcome.must_exit(0).map(|_| false),
+        Expect::CarriedOrRefused(word) => (word, false),
+        Expect::Refused(word) => (word, true),
+    };
+    if outcome.code == Some(0) && !must {
+        return Ok(false);
+    }
+    let outcome = outcome.must_exit(1)?;
+    if outcome.stderr.contains(word) {
+        Ok(true)
+    } else {
+        Err(format!("no word of {word:?} in\n{}", outcome.told()))
+    }
+}
+
+/// The binary with the programs: next to the tests.
+pub fn program_binary() -> PathBuf {
+    let exe = std::env::current_exe().expect("a process has an executable");
+    exe.ancestors()
+        .nth(2)
+        .expect("tests lie in target/PROFILE/deps")
+        .join("ff-program")
+}
+
+/// A process the test started, or got back by a restore.
+#[derive(Clone, Copy, Debug)]
+pub struct Target {
+    /// Its id.
+    pub pid: i32,
+}
+
+/// The surroundings of one test: a directory of its own, and the duty to leave no process behind.
+#[derive(Debug)]
+pub struct Scene {
+    dir: tempfile::TempDir,
+    terminal: Option<nix::pty::OpenptyResult>,
+}
+
+impl Scene {
+    /// A new directory that any user may use. From here on this process adopts orphans, so that it sees everything that
+    /// its programs leave behind, and restored trees become its own.
+    pub fn new(terminal: bool) -> Result<Self, String> {
+        nix::sys::prctl::set_child_subreaper(true).map_err(|e| format!("subreaper: {e}"))?;
+        let dir = tempfile::Builder::new()
+            .prefix("ff-")
+            .tempdir()
+            .map_err(|e| e.to_string())?;
+        fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o777))
+            .map_err(|e| e.to_string())?;
+        let terminal = if terminal {
+            Some(nix::pty::openpty(None, None).map_err(|e| e.to_string())?)
+        } else {
+            None
+        };
+        Ok(Scene { dir, terminal })
+    }
+
+    /// A path in the test's directory.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// The directory as text.
+    pub fn dir_text(&self) -> String {
+        self.dir.path().to_string_lossy().into_owned()
+    }
+
+    /// Starts a command with nothing on its standard descriptors.
+    pub fn start(&self, mut command: Command) -> Result<Target, String> {
+        command.stdin(Stdio::null()).stdout(Stdio::null());
+        let stderr = if std::env::var_os("FF_STDERR").is_some() {
+            Stdio::inherit()
+        } else {
+            Stdio::null()
+        };
+        command.stderr(stderr).current_dir("/");
+        let child = command
+            .spawn()
+            .map_err(|e| format!("{:?}: {e}", command.get_program()))?;
+        Ok(Target {
+            pid: child.id() as i32,
+        })
+    }
+
+    /// Starts another program than the kit's own, in a session of its own.
+    pub fn start_other(&self, words: &[&str]) -> Result<Target, String> {
+        let mut command = Command::new(program_binary());
+        command.arg("exec").args(words);
+        self.start(command)
+    }
+
+    /// Waits until the program has made a file.
+    pub fn await_file(&self, name: &str, target: &Target) -> Result<(), String> {
+        let path = self.path(name);
+        self.await_that(
+            &format!("{name} of {}", target.pid),
+            || Ok(path.exists()),
+            Some(target),
+        )
+    }
+
+    /// Waits until the process is in a state.
+    pub fn await_state(&self, target: &Target, state: char) -> Result<(), String> {
+        let what = format!("state {state} of {}", target.pid);
+        self.await_that(
+            &what,
+            || Ok(state_of(target.pid) == Some(state)),
+            Some(target),
+        )
+    }
+
+    /// Polls until the condition holds, the target has died or the deadline has passed.
+    pub fn await_that(
+        &self,
+        what: &str,
+        mut condition: impl FnMut() -> Result<bool, String>,
+        alive: Option<&Target>,
+    ) -> Result<(), String> {
+        let start = Instant::now();
+        while !condition()? {
+            if let Some(target) = alive
+                && let Some(end) = ended(target.pid)
+                && !condition()?
+            {
+                return Err(format!("waiting for {what}: {end}"));
+            }
+            if start.elapsed() > DEADLINE {
+                return Err(format!(
+                    "waiting for {what}: not in {DEADLINE:?}; {}",
+                    self.states()
+                ));
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Ok(())
+    }
+
+    /// Where every process below us stands, for a failure.
+    fn states(&self) -> String {
+        let all = tree(std::process::id() as i32);
+        let one = |pid: &i32| {
+            let wchan = fs::read_to_string(format!("/proc/{pid}/wchan")).unwrap_or_default();
+            let comm = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+            format!(
+                "{pid} {} {} {wchan}",
+                comm.trim_end(),
+                state_of(*pid).unwrap_or('-')
+            )
+        };
+        all[1..].iter().map(one).collect::<Vec<_>>().join(", ")
+    }
+
+    /// Dumps the target into the directory `images`.
+    pub fn dump(
+        &self,
+        program: &Program,
+        target: &Target,
+        images: &str,
+        more: &[&str],
+    ) -> Result<Outcome, String> {
+        let more = [program.dump_args, more].concat();
+        self.dump_pid(target.pid, images, &more)
+    }
+
+    /// Dumps a process, whichever it is.
+    pub fn dump_pid(&self, pid: i32, images: &str, more: &[&str]) -> Result<Outcome, String> {
+        let dir = self.path(images);
+        fs::create_dir_all(&dir).map_err(|e| e.to_string())?;
+        let (pid, dir) = (pid.to_string(), dir.to_string_lossy().into_owned());
+        freezeframe(
+            &[&["dump", "-t", &pid, "-D", &dir, "--no-sync"], more].concat(),
+            DEADLINE,
+        )
+    }
+
+    /// Restores it from the directory and checks that it is the same process and ours.
+    pub fn restore(
+        &self,
+        program: &Program,
+        target: &Target,
+        images: &str,
+    ) -> Result<Target, String> {
+        self.restore_pid(target.pid, images, program.restore_args)
+            .map(|(target, _)| target)
+    }
+
+    /// Restores what is in the directory; the command has to say that it is `pid`.
+    pub fn restore_pid(
+        &self,
+        pid: i32,
+        images: &str,
+        more: &[&str],
+    ) -> Result<(Target, Outcome), String> {
+        let (dir, pidfile) = (self.path(images), self.path("pidfile"));
+        let _ = fs::remove_file(&pidfile);
+        let (dir, pidfile_text) = (dir.to_string_lossy(), pidfile.to_string_lossy());
+        let args = [
+            &["restore", "-D", &dir, "-d", "--pidfile", &pidfile_text],
+            more,
+        ]
+        .concat();
+        let outcome = freezeframe(&args, DEADLINE)?.must_exit(0)?;
+        let told = fs::read_to_string(&pidfile)
+            .map_err(|e| format!("pidfile: {e}\n{}", outcome.told()))?;
+        if told.trim() != pid.to_string() {
+            return Err(format!(
+                "the pidfile says {told:?}, not {pid}\n{}",
+                outcome.told()
+            ));
+        }
+        if !children(std::process::id() as i32).contains(&pid) {
+            return Err(format!(
+                "{pid} is not our child after the restore\n{}",
+                outcome.told()
+            ));
+        }
+        Ok((Target { pid }, outcome))
+    }
+
+    /// `freezeframe verify` has to find the image good.
+    pub fn verify(&self, images: &str) -> Result<(), String> {
+        let dir = self.path(images);
+        freezeframe(&["verify", "-D", &dir.to_string_lossy()], DEADLINE)?
+            .must_exit(0)
+            .map(drop)
+    }
+
+    /// Waits until no process of the tree is there any more, reaping those that are ours by now.
+    pub fn await_gone(&self, before: &Snapshot, deadline: Duration) -> Result<(), String> {
+        let start = Instant::now();
+        loop {
+            while let Ok(status) = waitpid(None, Some(WaitPidFlag::WNOHANG)) {
+                if status == WaitStatus::StillAlive {
+                    break;
+                }
+            }
+            let left: Vec<i32> = before
+                .pids
+                .iter()
+                .filter(|p| state_of(**p).is_some())
+                .copied()
+                .collect();
+            if left.is_empty() {
+                return Ok(());
+            }
+            if start.elapsed() > deadline {
+                return Err(format!(
+                    "still there after the dump: {left:?}; {}",
+                    self.states()
+                ));
+            }
+            std::thread::sleep(Duration::from_micros(500));
+        }
+    }
+
+    /// Compares, asks the program, and sees it leave with nothing left behind.
+    fn finish(
+        &self,
+        target: Target,
+        program: &Program,
+        before: &Snapshot,
+        mode: Mode,
+    ) -> Result<(), String> {
+        let after = Snapshot::take(target.pid);
+        let mut faults: Vec<String> = differences(before, &after, program.explained)
+            .iter()
+            .map(|d| format!("/proc: {d}"))
+            .collect();
+        if program.stopped {
+            if state_of(target.pid) != Some('T') {
+                faults.push(format!("state {:?}, not stopped", state_of(target.pid)));
+            }
+            kill(Pid::from_raw(target.pid), Signal::SIGCONT).map_err(|e| e.to_string())?;
+        }
+        fs::write(self.path("check"), "").map_err(|e| e.to_string())?;
+        self.await_file("result", &target)
+            .map_err(|e| [vec![e], faults.clone()].concat().join("\n"))?;
+        let result = fs::read_to_string(self.path("result")).map_err(|e| e.to_string())?;
+        let told: Vec<&str> = result.lines().filter(|l| *l != "pass").collect();
+        if mode == Mode::Spoilt {
+            if told.is_empty() {
+                faults
+                    .push("the program damaged its state and its check did not notice".to_owned());
+            }
+        } else {
+            faults.extend(told.iter().map(|l| format!("program: {l}")));
+        }
+        if let Err(e) = self.await_exit(&target) {
+            faults.push(e);
+        }
+        if let Err(e) = self.nothing_left() {
+            faults.push(e);
+        }
+        if faults.is_empty() {
+            Ok(())
+        } else {
+            Err(faults.join("\n"))
+        }
+    }
+
+    /// Waits for the target to exit with 0.
+    pub fn await_exit(&self, target: &Target) -> Result<(), String> {
+        let pid = Pid::from_raw(target.pid);
+        let mut last = WaitStatus::StillAlive;
+        self.await_that(
+            &format!("the end of {pid}"),
+            || {
+                last = waitpid(pid, Some(WaitPidFlag::WNOHANG))
+                    .map_err(|e| format!("wait for {pid}: {e}"))?;
+                Ok(last != WaitStatus::StillAlive)
+            },
+            None,
+        )?;
+        if last == WaitStatus::Exited(pid, 0) {
+            Ok(())
+        } else {
+            Err(format!("the program ended with {last:?}"))
+        }
+    }
+
+    /// No process may be left below us, dead or alive.
+    pub fn nothing_left(&self) -> Result<(), String> {
+        let left = children(std::process::id() as i32);
+        if left.is_empty() {
+            Ok(())
+        } else {
+            Err(format!("left behind: {left:?}; {}", self.states()))
+        }
+    }
+}
+
+impl Drop for Scene {
+    fn drop(&mut self) {
+        end_all();
+    }
+}
+
+/// Kills and reaps everything below this process.
+fn end_all() {
+    let start = Instant::now();
+    loop {
+        for pid in tree(std::process::id() as i32).into_iter().skip(1) {
+            let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+        }
+        while let Ok(status) = waitpid(None, Some(WaitPidFlag::WNOHANG)) {
+            if status == WaitStatus::StillAlive {
+                break;
+            }
+        }
+        if children(std::process::id() as i32).is_empty()
+            || start.elapsed() > Duration::from_secs(5)
+        {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// How a child of ours ended, if it did; it stays to be reaped.
+fn ended(pid: i32) -> Option<String> {
+    let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
+    match waitid(Id::Pid(Pid::from_raw(pid)), flags) {
+        Ok(WaitStatus::StillAlive) => None,
+        Ok(status) => Some(format!("it ended: {status:?}")),
+        Err(e) => Some(format!("{pid} is not our child: {e}")),
+    }
+}
+
+/// Whether a path exists: for callers that poll.
+pub fn exists(path: &Path) -> bool {
+    path.exists()
+}
