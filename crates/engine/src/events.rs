@@ -48,6 +48,10 @@ pub trait Events {
     fn progress(&self, done: u64, total: u64);
     /// A point at which the caller may act.
     fn step(&self, step: Step) -> Result<()>;
+    /// Whether the caller wants the operation to stop. Asked between any two
+    /// pieces of work (a task, a chunk of pages); cheap, never blocks. The
+    /// operation then lets the target go and ends with `Kind::Cancelled`.
+    fn cancelled(&self) -> bool;
 }
 
 /// Nobody listens.
@@ -60,6 +64,9 @@ impl Events for NoEvents {
     fn progress(&self, _done: u64, _total: u64) {}
     fn step(&self, _step: Step) -> Result<()> {
         Ok(())
+    }
+    fn cancelled(&self) -> bool {
+        false
     }
 }
 
