@@ -1,1 +1,62 @@
-//! (being written)
+//! Checkpoint and restore Linux process trees.
+//!
+//! ```no_run
+//! use std::time::Duration;
+//!
+//! # fn main() -> freezeframe::Result<()> {
+//! let report = freezeframe::Dump::new(4242)
+//!     .images_dir("/var/tmp/image")
+//!     .leave_running(true)
+//!     .deadline(Duration::from_secs(10))
+//!     .run()?;
+//! println!("{} processes, {} pages", report.processes, report.pages_written);
+//!
+//! let restored = freezeframe::Restore::new("/var/tmp/image").run()?;
+//! println!("process {} goes on", restored.pid());
+//! let status = restored.wait()?;
+//! # drop(status);
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! # Threads, signals, children
+//!
+//! [`Dump::run`] and [`Restore::run`] block, and may be called from any thread
+//! of any process. The work is done by an OS thread of its own in which every
+//! signal is blocked; the caller's signal mask, dispositions and children are
+//! neither needed nor changed. Two things can be seen from outside:
+//!
+//! - a ptrace stop of the target raises SIGCHLD in the caller's process, unless
+//!   it handles SIGCHLD with `SA_NOCLDSTOP`; a handler that then reaps with
+//!   `waitpid(-1, ...)` does no harm to the operation;
+//! - the thread that restored a tree lives as long as the tree's root, because
+//!   the root's parent-death signal is bound to it (see [`Restored`]).
+//!
+//! # Errors
+//!
+//! Every failure is an [`Error`]: its [`Kind`], the [`Phase`], the task, the
+//! object and the syscall it failed on, and always in what state the target is
+//! now ([`Target`]). What cannot be carried is refused by name, before the
+//! target is harmed.
+
+mod dump;
+mod restore;
+mod thread;
+
+// Until the engine crate compiles, its interface as agreed stands in for it.
+#[doc(hidden)]
+pub mod pending;
+use pending as engine;
+
+pub use dump::Dump;
+pub use engine::dump::DumpReport;
+pub use engine::events::{Events, Level, NoEvents, Step};
+pub use freezeframe_error::{Error, Kind, Phase, Result, Target};
+pub use engine::restore::RestoreReport;
+pub use restore::{Restore, Restored};
+
+/// Events whose receiver is shared with the operation's thread.
+pub type SharedEvents = std::sync::Arc<dyn Events + Send + Sync>;
+
+/// How long an operation waits for any single thing, unless told otherwise.
+pub const DEFAULT_DEADLINE: std::time::Duration = std::time::Duration::from_secs(10);

@@ -22,6 +22,7 @@ pub mod pagemap;
 pub mod pidfd;
 pub mod probe;
 pub mod proc;
+pub mod process;
 pub mod ptrace;
 pub mod region;
 pub mod rlimit;

@@ -1,0 +1,144 @@
+//! Dumping, as callers see it.
+
+use std::fmt;
+use std::fs::DirBuilder;
+use std::io::ErrorKind;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use freezeframe_error::{Error, Kind, Phase, Result, SysExt, Target};
+
+use crate::engine::dump::{After, DumpReport, DumpRequest, run};
+use crate::engine::events::NoEvents;
+use crate::engine::kinds::DumpOptions;
+use crate::{DEFAULT_DEADLINE, SharedEvents, thread};
+
+/// A dump of the process tree under one process: set up, then [`run`](Dump::run).
+///
+/// Without further words the tree is killed once its image is complete and on
+/// disk, as with CRIU.
+#[must_use = "nothing happens before run()"]
+pub struct Dump {
+    request: DumpRequest,
+    events: SharedEvents,
+}
+
+impl Dump {
+    /// A dump of process `pid` and everything below it.
+    pub fn new(pid: i32) -> Dump {
+        Dump {
+            request: DumpRequest {
+                pid,
+                images_dir: PathBuf::new(),
+                after: After::Kill,
+                timeout: DEFAULT_DEADLINE,
+                sync: true,
+                options: DumpOptions::default(),
+            },
+            events: Arc::new(NoEvents),
+        }
+    }
+
+    /// The directory that gets the image. Made, with mode 0700, if it is
+    /// missing. Of an older image in it nothing is left once the new one is
+    /// complete, and nothing is lost before.
+    pub fn images_dir(mut self, dir: impl Into<PathBuf>) -> Dump {
+        self.request.images_dir = dir.into();
+        self
+    }
+
+    /// Let the tree run on after the dump.
+    pub fn leave_running(self, yes: bool) -> Dump {
+        self.after(After::Run, yes)
+    }
+
+    /// Leave the tree stopped (as by SIGSTOP) after the dump.
+    pub fn leave_stopped(self, yes: bool) -> Dump {
+        self.after(After::Stop, yes)
+    }
+
+    fn after(mut self, after: After, yes: bool) -> Dump {
+        if yes {
+            self.request.after = after;
+        } else if self.request.after == after {
+            self.request.after = After::Kill;
+        }
+        self
+    }
+
+    /// How long freezing, and any single wait after it, may take: 10 s unless
+    /// said otherwise. Then the tree is let go as it was.
+    pub fn deadline(mut self, deadline: Duration) -> Dump {
+        self.request.timeout = deadline;
+        self
+    }
+
+    /// Whether the image must be on disk (fsync) when the dump returns: yes
+    /// unless said otherwise.
+    pub fn sync(mut self, yes: bool) -> Dump {
+        self.request.sync = yes;
+        self
+    }
+
+    /// Accept a session, process group or terminal that the tree has from outside.
+    pub fn shell_job(mut self, yes: bool) -> Dump {
+        self.request.options.shell_job = yes;
+        self
+    }
+
+    /// A resource that the caller gives again at the restore, in CRIU's
+    /// spelling: `file[mnt_id:inode]`, `unix[inode]`, `pipe:[inode]`. May be said
+    /// several times.
+    pub fn external(mut self, name: impl Into<String>) -> Dump {
+        self.request.options.external.push(name.into());
+        self
+    }
+
+    /// Who hears of the dump's progress.
+    pub fn events(mut self, events: SharedEvents) -> Dump {
+        self.events = events;
+        self
+    }
+
+    /// Dumps the tree, and returns when that is done.
+    ///
+    /// # Errors
+    /// See [`Error`]; [`Error::target`] tells how the tree is now. Unless that
+    /// is `Unknown` it is as it was before.
+    pub fn run(self) -> Result<DumpReport> {
+        let Dump { request, events } = self;
+        let dir = request.images_dir.clone();
+        let made = make_images_dir(&dir)
+            .map_err(|e| e.in_phase(Phase::Plan).on(dir.display()).leaving(Target::Untouched))?;
+        let started = thread::start("freezeframe", move || thread::guarded(|| run(&request, &*events)));
+        let result = started.and_then(|t| t.join().unwrap_or_else(|panic| Err(thread::from_panic(panic)))?);
+        if made && result.is_err() {
+            // Goes only if it is empty.
+            let _ = std::fs::remove_dir(&dir);
+        }
+        result
+    }
+}
+
+/// Makes the directory if it is missing; tells whether it did.
+pub(crate) fn make_images_dir(dir: &Path) -> Result<bool> {
+    if dir.as_os_str().is_empty() {
+        return Err(Error::new(Kind::Usage, "no images directory was given"));
+    }
+    match DirBuilder::new().mode(0o700).create(dir) {
+        Ok(()) => Ok(true),
+        Err(e) if e.kind() == ErrorKind::AlreadyExists && dir.is_dir() => Ok(false),
+        Err(e) if e.kind() == ErrorKind::AlreadyExists => {
+            Err(Error::new(Kind::Usage, "the images directory is not a directory"))
+        }
+        Err(e) => Err(e).sys("mkdir"),
+    }
+}
+
+impl fmt::Debug for Dump {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Dump").field("request", &self.request).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,174 @@
+//! Restoring, as callers see it.
+
+use std::fmt;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::unix::process::ExitStatusExt;
+use std::path::PathBuf;
+use std::process::ExitStatus;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, sync_channel};
+use std::time::Duration;
+
+use freezeframe_error::{Error, Kind, Result, SysExt};
+use nix::errno::Errno;
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::unistd::Pid;
+
+use crate::engine::events::NoEvents;
+use crate::engine::kinds::RestoreOptions;
+use crate::engine::restore::{RestoreReport, RestoreRequest, run};
+use crate::{DEFAULT_DEADLINE, SharedEvents, thread};
+
+/// A restore of the process tree in an image: set up, then [`run`](Restore::run).
+#[must_use = "nothing happens before run()"]
+pub struct Restore {
+    request: RestoreRequest,
+    events: SharedEvents,
+}
+
+impl Restore {
+    /// A restore of the image in this directory.
+    pub fn new(images_dir: impl Into<PathBuf>) -> Restore {
+        Restore {
+            request: RestoreRequest {
+                images_dir: images_dir.into(),
+                sibling: false,
+                leave_stopped: false,
+                timeout: DEFAULT_DEADLINE,
+                options: RestoreOptions::default(),
+            },
+            events: Arc::new(NoEvents),
+        }
+    }
+
+    /// Make the root of the tree a child of this process's parent instead of
+    /// this process. Then [`Restored::wait`] cannot tell how it ended.
+    pub fn sibling(mut self, yes: bool) -> Restore {
+        self.request.sibling = yes;
+        self
+    }
+
+    /// Leave the tree stopped (as by SIGSTOP) instead of running.
+    pub fn leave_stopped(mut self, yes: bool) -> Restore {
+        self.request.leave_stopped = yes;
+        self
+    }
+
+    /// How long any single wait may take: 10 s unless said otherwise.
+    pub fn deadline(mut self, deadline: Duration) -> Restore {
+        self.request.timeout = deadline;
+        self
+    }
+
+    /// The caller's own session and terminal stand in for those the tree had
+    /// from outside. Must be as it was at the dump.
+    pub fn shell_job(mut self, yes: bool) -> Restore {
+        self.request.options.shell_job = yes;
+        self
+    }
+
+    /// Gives the tree a descriptor of the caller's for a resource that was
+    /// outside of it, by CRIU's name (`pipe:[123]`). The descriptor must stay
+    /// open until [`run`](Restore::run) returns.
+    pub fn inherit_fd(mut self, name: impl Into<String>, fd: BorrowedFd<'_>) -> Restore {
+        self.request.options.inherit.insert(name.into(), fd.as_raw_fd());
+        self
+    }
+
+    /// Who hears of the restore's progress.
+    pub fn events(mut self, events: SharedEvents) -> Restore {
+        self.events = events;
+        self
+    }
+
+    /// Restores the tree and lets it run, and returns when it does.
+    ///
+    /// # Errors
+    /// See [`Error`]. Unless [`Error::cleanup`] names something, nothing of the
+    /// tree is left.
+    pub fn run(self) -> Result<Restored> {
+        let Restore { request, events } = self;
+        let sibling = request.sibling;
+        let (report_to, report) = sync_channel(1);
+        let (end_to, end) = sync_channel(1);
+        let started = thread::start("freezeframe", move || {
+            let result = thread::guarded(|| run(&request, &*events));
+            let pid = result.as_ref().map(|r| r.pid).ok();
+            // The operation is over for its caller: nothing of his is kept.
+            drop((request, events));
+            let _ = report_to.send(result);
+            if let Some(pid) = pid.filter(|_| !sibling) {
+                // Nobody may want to know: then this only keeps a zombie away.
+                let _ = end_to.send(wait_for(pid));
+            }
+        })?;
+        match report.recv() {
+            Ok(result) => Ok(Restored { report: result?, end }),
+            Err(_) => {
+                let panic = started.join().map(|_| Error::bug("the restore ended without a result"));
+                Err(panic.unwrap_or_else(thread::from_panic))
+            }
+        }
+    }
+}
+
+/// A restored tree, running.
+///
+/// Its root is a child of the calling process. A thread of freezeframe waits
+/// for its end, and takes its exit status; so no zombie is left, whatever
+/// becomes of this value. Do not wait for it by waitpid(2).
+#[derive(Debug)]
+pub struct Restored {
+    report: RestoreReport,
+    end: Receiver<Result<ExitStatus>>,
+}
+
+impl Restored {
+    /// PID of the root of the tree.
+    pub fn pid(&self) -> i32 {
+        self.report.pid
+    }
+
+    /// What was done: counts, times, warnings.
+    pub fn report(&self) -> &RestoreReport {
+        &self.report
+    }
+
+    /// Waits until the root of the tree ends, and tells how.
+    ///
+    /// # Errors
+    /// When that cannot be known: the tree is not ours ([`Restore::sibling`]),
+    /// or somebody else in this process has waited for any child and got it.
+    pub fn wait(self) -> Result<ExitStatus> {
+        self.end.recv().unwrap_or_else(|_| {
+            Err(Error::new(Kind::Usage, "the restored process is not our child: its parent learns how it ends")
+                .on_task(self.report.pid))
+        })
+    }
+
+    /// Leaves the tree to itself. It runs on.
+    pub fn detach(self) {}
+}
+
+/// Blocks until our child `pid` ends.
+fn wait_for(pid: i32) -> Result<ExitStatus> {
+    loop {
+        match waitpid(Pid::from_raw(pid), Some(WaitPidFlag::__WALL)) {
+            Ok(WaitStatus::Exited(_, code)) => return Ok(ExitStatus::from_raw(code << 8)),
+            Ok(WaitStatus::Signaled(_, signal, core)) => {
+                return Ok(ExitStatus::from_raw(signal as i32 | i32::from(core) << 7));
+            }
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(Errno::ECHILD) => {
+                return Err(Error::new(Kind::TargetGone, "somebody else in this process has waited for it").on_task(pid));
+            }
+            Err(e) => return Err(e).sys("waitpid"),
+        }
+    }
+}
+
+impl fmt::Debug for Restore {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Restore").field("request", &self.request).finish_non_exhaustive()
+    }
+}
