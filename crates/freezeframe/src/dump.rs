@@ -110,10 +110,18 @@ impl Dump {
     pub fn run(self) -> Result<DumpReport> {
         let Dump { request, events } = self;
         let dir = request.images_dir.clone();
-        let made = make_images_dir(&dir)
-            .map_err(|e| e.in_phase(Phase::Plan).on(dir.display()).leaving(Target::Untouched))?;
-        let started = thread::start("freezeframe", move || thread::guarded(|| run(&request, &*events)));
-        let result = started.and_then(|t| t.join().unwrap_or_else(|panic| Err(thread::from_panic(panic)))?);
+        let made = make_images_dir(&dir).map_err(|e| {
+            e.in_phase(Phase::Plan)
+                .on(dir.display())
+                .leaving(Target::Untouched)
+        })?;
+        let started = thread::start("freezeframe", move || {
+            thread::guarded(|| run(&request, &*events))
+        });
+        let result = started.and_then(|t| {
+            t.join()
+                .unwrap_or_else(|panic| Err(thread::from_panic(panic)))?
+        });
         if made && result.is_err() {
             // Goes only if it is empty.
             let _ = std::fs::remove_dir(&dir);
@@ -130,15 +138,18 @@ pub(crate) fn make_images_dir(dir: &Path) -> Result<bool> {
     match DirBuilder::new().mode(0o700).create(dir) {
         Ok(()) => Ok(true),
         Err(e) if e.kind() == ErrorKind::AlreadyExists && dir.is_dir() => Ok(false),
-        Err(e) if e.kind() == ErrorKind::AlreadyExists => {
-            Err(Error::new(Kind::Usage, "the images directory is not a directory"))
-        }
+        Err(e) if e.kind() == ErrorKind::AlreadyExists => Err(Error::new(
+            Kind::Usage,
+            "the images directory is not a directory",
+        )),
         Err(e) => Err(e).sys("mkdir"),
     }
 }
 
 impl fmt::Debug for Dump {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Dump").field("request", &self.request).finish_non_exhaustive()
+        f.debug_struct("Dump")
+            .field("request", &self.request)
+            .finish_non_exhaustive()
     }
 }

@@ -51,8 +51,8 @@ use pending as engine;
 pub use dump::Dump;
 pub use engine::dump::DumpReport;
 pub use engine::events::{Events, Level, NoEvents, Step};
-pub use freezeframe_error::{Error, Kind, Phase, Result, Target};
 pub use engine::restore::RestoreReport;
+pub use freezeframe_error::{Error, Kind, Phase, Result, Target};
 pub use restore::{Restore, Restored};
 
 /// Events whose receiver is shared with the operation's thread.

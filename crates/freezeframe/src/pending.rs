@@ -102,7 +102,10 @@ pub mod restore {
     }
 
     pub fn run(request: &RestoreRequest, _events: &dyn Events) -> Result<RestoreReport> {
-        freezeframe_image::Image::open(&request.images_dir).map_err(|e| e.leaving(Target::Untouched))?;
-        Err(Error::unsupported("the engine is still being built").in_phase(Phase::Load).leaving(Target::Untouched))
+        freezeframe_image::Image::open(&request.images_dir)
+            .map_err(|e| e.leaving(Target::Untouched))?;
+        Err(Error::unsupported("the engine is still being built")
+            .in_phase(Phase::Load)
+            .leaving(Target::Untouched))
     }
 }

@@ -71,7 +71,10 @@ impl Restore {
     /// outside of it, by CRIU's name (`pipe:[123]`). The descriptor must stay
     /// open until [`run`](Restore::run) returns.
     pub fn inherit_fd(mut self, name: impl Into<String>, fd: BorrowedFd<'_>) -> Restore {
-        self.request.options.inherit.insert(name.into(), fd.as_raw_fd());
+        self.request
+            .options
+            .inherit
+            .insert(name.into(), fd.as_raw_fd());
         self
     }
 
@@ -103,9 +106,14 @@ impl Restore {
             }
         })?;
         match report.recv() {
-            Ok(result) => Ok(Restored { report: result?, end }),
+            Ok(result) => Ok(Restored {
+                report: result?,
+                end,
+            }),
             Err(_) => {
-                let panic = started.join().map(|_| Error::bug("the restore ended without a result"));
+                let panic = started
+                    .join()
+                    .map(|_| Error::bug("the restore ended without a result"));
                 Err(panic.unwrap_or_else(thread::from_panic))
             }
         }
@@ -141,8 +149,11 @@ impl Restored {
     /// or somebody else in this process has waited for any child and got it.
     pub fn wait(self) -> Result<ExitStatus> {
         self.end.recv().unwrap_or_else(|_| {
-            Err(Error::new(Kind::Usage, "the restored process is not our child: its parent learns how it ends")
-                .on_task(self.report.pid))
+            Err(Error::new(
+                Kind::Usage,
+                "the restored process is not our child: its parent learns how it ends",
+            )
+            .on_task(self.report.pid))
         })
     }
 
@@ -160,7 +171,11 @@ fn wait_for(pid: i32) -> Result<ExitStatus> {
             }
             Ok(_) | Err(Errno::EINTR) => {}
             Err(Errno::ECHILD) => {
-                return Err(Error::new(Kind::TargetGone, "somebody else in this process has waited for it").on_task(pid));
+                return Err(Error::new(
+                    Kind::TargetGone,
+                    "somebody else in this process has waited for it",
+                )
+                .on_task(pid));
             }
             Err(e) => return Err(e).sys("waitpid"),
         }
@@ -169,6 +184,8 @@ fn wait_for(pid: i32) -> Result<ExitStatus> {
 
 impl fmt::Debug for Restore {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Restore").field("request", &self.request).finish_non_exhaustive()
+        f.debug_struct("Restore")
+            .field("request", &self.request)
+            .finish_non_exhaustive()
     }
 }

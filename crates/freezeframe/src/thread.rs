@@ -20,7 +20,10 @@ pub(crate) fn start<T: Send + 'static>(
             Ok(work())
         })
         .sys("clone")
-        .map_err(|e| e.context("no thread for the operation").leaving(Target::Untouched))
+        .map_err(|e| {
+            e.context("no thread for the operation")
+                .leaving(Target::Untouched)
+        })
 }
 
 /// Runs one operation; a panic in it becomes an error of kind `Bug`.
@@ -57,7 +60,10 @@ mod tests {
         let before = SigSet::thread_get_mask().unwrap();
         let inside = start("test", || SigSet::thread_get_mask().unwrap()).unwrap();
         let inside = inside.join().unwrap().unwrap();
-        assert!(inside.contains(nix::sys::signal::SIGTERM) && inside.contains(nix::sys::signal::SIGCHLD));
+        assert!(
+            inside.contains(nix::sys::signal::SIGTERM)
+                && inside.contains(nix::sys::signal::SIGCHLD)
+        );
         assert_eq!(before, SigSet::thread_get_mask().unwrap());
     }
 }

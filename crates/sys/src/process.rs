@@ -23,9 +23,13 @@ pub enum Forked {
 /// # Errors
 /// `Bug` when there is another thread; else what fork says.
 pub fn fork_single_threaded() -> Result<Forked> {
-    let threads = std::fs::read_dir("/proc/self/task").sys("open(/proc/self/task)")?.count();
+    let threads = std::fs::read_dir("/proc/self/task")
+        .sys("open(/proc/self/task)")?
+        .count();
     if threads != 1 {
-        return Err(Error::bug(format!("fork of a process with {threads} threads")));
+        return Err(Error::bug(format!(
+            "fork of a process with {threads} threads"
+        )));
     }
     // SAFETY: fork() asks that the child of a multi-threaded process do nothing
     // but async-signal-safe work. This process has one thread (counted just
