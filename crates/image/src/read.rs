@@ -160,7 +160,8 @@ impl Image {
             }
             digest.update(&head_bytes);
             if record.tag == Tag::PAGE_FILES {
-                let whole = record.body.len() % 8 == 0 && record.body.len() / 8 <= MAX_PAGE_FILES;
+                let whole =
+                    record.body.len().is_multiple_of(8) && record.body.len() / 8 <= MAX_PAGE_FILES;
                 if !whole || pages.is_some() {
                     return Err(Error::corrupt("the list of page files is malformed"));
                 }

@@ -50,6 +50,8 @@ pub struct ImageWriter {
     written: u64,
     pages: Vec<Made>,
     metadata: Made,
+    /// Whether to try O_TMPFILE.
+    unnamed: bool,
     finished: bool,
     committed: bool,
     /// Last, so that the directory stays locked until the cleanup is done.
@@ -119,16 +121,16 @@ impl ImageWriter {
     /// `ResourceInUse` while another dump writes into the directory; else what
     /// the filesystem says, naming the path.
     pub fn create(dir: impl AsRef<Path>, header: Header) -> Result<ImageWriter> {
-        ImageWriter::create_in(dir.as_ref(), header).in_phase(Phase::Plan)
+        ImageWriter::create_in(dir.as_ref(), header, true).in_phase(Phase::Plan)
     }
 
-    fn create_in(dir: &Path, header: Header) -> Result<ImageWriter> {
+    fn create_in(dir: &Path, header: Header, unnamed: bool) -> Result<ImageWriter> {
         let dirfd = DirFd::lock(read::open_dir(dir)?).on(dir.display())?;
         if matches!(dirfd, DirFd::Locked(_)) {
             remove_leftovers(&dirfd, dir);
         }
         let temporary = temporary_name(header.image_id);
-        let metadata = make(&dirfd, &temporary).on(dir.join(METADATA).display())?;
+        let metadata = make(&dirfd, &temporary, unnamed).on(dir.join(METADATA).display())?;
         let clone = metadata.file.try_clone().sys("dup");
         let mut writer = ImageWriter {
             dir: dir.to_owned(),
@@ -138,6 +140,7 @@ impl ImageWriter {
             written: HEADER_LEN as u64,
             pages: Vec::new(),
             metadata,
+            unnamed,
             finished: false,
             committed: false,
             dirfd,
@@ -177,7 +180,7 @@ impl ImageWriter {
         }
         let number = self.pages.len() as u32;
         let name = pages_name(self.header.image_id, number);
-        let made = make(&self.dirfd, &name)
+        let made = make(&self.dirfd, &name, self.unnamed)
             .in_phase(Phase::Pages)
             .on(self.dir.join(&name).display())?;
         let clone = made.file.try_clone();
@@ -334,6 +337,8 @@ impl Drop for ImageWriter {
     }
 }
 
+const OWNER_ONLY: Mode = Mode::S_IRUSR.union(Mode::S_IWUSR);
+
 fn own(tag: Tag, body: Vec<u8>) -> RawRecord {
     RawRecord {
         tag,
@@ -344,31 +349,31 @@ fn own(tag: Tag, body: Vec<u8>) -> RawRecord {
     }
 }
 
-/// A new file: without a name where the filesystem can do that and a name can
-/// be given later, else under `name`.
-fn make(dirfd: &DirFd, name: &str) -> Result<Made> {
-    let mode = Mode::S_IRUSR | Mode::S_IWUSR;
-    let unnamed = OFlag::O_TMPFILE | OFlag::O_RDWR | OFlag::O_CLOEXEC;
-    match openat(dirfd.fd(), ".", unnamed, mode) {
-        Ok(fd) if Path::new(&proc_path(&fd)).exists() => {
-            return Ok(Made {
-                file: File::from(fd),
-                name: None,
-            });
-        }
-        // Not this filesystem or kernel, or no /proc to name it by later.
-        Ok(_)
-        | Err(Errno::EOPNOTSUPP | Errno::EISDIR | Errno::EINVAL | Errno::ENOENT | Errno::ENOSYS) => {
-        }
-        Err(errno) => return Err(errno).sys("openat"),
+/// A new file: without a name, if so wanted and where the filesystem can do
+/// that and a name can be given later; else under `name`.
+fn make(dirfd: &DirFd, name: &str, unnamed: bool) -> Result<Made> {
+    if unnamed && let Some(file) = make_unnamed(dirfd)? {
+        return Ok(Made { file, name: None });
     }
-    let named =
+    let flags =
         OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_RDWR | OFlag::O_CLOEXEC;
-    let fd = openat(dirfd.fd(), name, named, mode).sys("openat")?;
+    let fd = openat(dirfd.fd(), name, flags, OWNER_ONLY).sys("openat")?;
     Ok(Made {
         file: File::from(fd),
         name: Some(name.to_owned()),
     })
+}
+
+fn make_unnamed(dirfd: &DirFd) -> Result<Option<File>> {
+    use Errno::{EINVAL, EISDIR, ENOENT, ENOSYS, EOPNOTSUPP};
+    let flags = OFlag::O_TMPFILE | OFlag::O_RDWR | OFlag::O_CLOEXEC;
+    match openat(dirfd.fd(), ".", flags, OWNER_ONLY) {
+        // Without /proc it could get no name later.
+        Ok(fd) => Ok(Path::new(&proc_path(&fd)).exists().then(|| File::from(fd))),
+        // Not this filesystem or kernel.
+        Err(EOPNOTSUPP | EISDIR | EINVAL | ENOENT | ENOSYS) => Ok(None),
+        Err(errno) => Err(errno).sys("openat"),
+    }
 }
 
 fn give_name(dirfd: &DirFd, made: &mut Made, name: String) -> Result<()> {
@@ -415,5 +420,40 @@ fn remove_others(dirfd: &DirFd, keep: ImageId) {
         if stale {
             let _ = unlinkat(dirfd.fd(), name.as_slice(), UnlinkatFlags::NoRemoveDir);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Image;
+
+    fn names(dir: &Path) -> Vec<Vec<u8>> {
+        let fd = read::open_dir(dir).unwrap();
+        let mut names = read::list(&fd).unwrap();
+        names.retain(|n| !n.starts_with(b".") || n.starts_with(b".freezeframe"));
+        names.sort();
+        names
+    }
+
+    /// A filesystem without O_TMPFILE: named from the start, and gone again.
+    #[test]
+    fn without_unnamed_files() {
+        let dir = tempfile::tempdir().unwrap();
+        let header = Header::new();
+        let id = header.image_id;
+        let mut w = ImageWriter::create_in(dir.path(), header.clone(), false).unwrap();
+        w.new_pages().unwrap();
+        let made = [temporary_name(id), pages_name(id, 0)].map(String::into_bytes);
+        assert_eq!(names(dir.path()), made);
+        drop(w);
+        assert!(names(dir.path()).is_empty());
+
+        let mut w = ImageWriter::create_in(dir.path(), header.clone(), false).unwrap();
+        w.new_pages().unwrap();
+        w.commit(true).unwrap();
+        let made = [METADATA.to_owned(), pages_name(id, 0)].map(String::into_bytes);
+        assert_eq!(names(dir.path()), made);
+        assert_eq!(Image::open(dir.path()).unwrap().header(), &header);
     }
 }
