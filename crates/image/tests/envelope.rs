@@ -1,5 +1,6 @@
 //! The envelope as others meet it: a directory, whole or damaged.
 
+#![allow(clippy::unwrap_used)]
 use std::fs;
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::Path;
