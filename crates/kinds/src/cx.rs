@@ -250,6 +250,17 @@ pub enum ObjectKey {
     Kind(u32),
 }
 
+/// An open file, as others that refer to its inode see it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct InodeFile {
+    /// Its id.
+    pub id: FileId,
+    /// Access mode and status flags, as fdinfo has them.
+    pub flags: u32,
+    /// The process it is looked at through, and its number there.
+    pub at: (Pid, i32),
+}
+
 /// What every kind may use while dumping.
 #[derive(Debug)]
 pub struct DumpCx<'a> {
@@ -265,6 +276,7 @@ pub struct DumpCx<'a> {
     pub sources: BTreeMap<ObjectId, ObjectSource>,
     objects: HashMap<ObjectKey, ObjectId>,
     files: HashMap<(i32, i32), FileId>,
+    inodes: HashMap<(u64, u64), Vec<InodeFile>>,
 }
 
 impl<'a> DumpCx<'a> {
@@ -278,6 +290,7 @@ impl<'a> DumpCx<'a> {
             sources: BTreeMap::new(),
             objects: HashMap::new(),
             files: HashMap::new(),
+            inodes: HashMap::new(),
         }
     }
 
@@ -314,6 +327,19 @@ impl<'a> DumpCx<'a> {
     /// For the engine: states which file a descriptor refers to.
     pub fn set_file_at(&mut self, pid: Pid, fd: i32, id: FileId) {
         self.files.insert((pid.0, fd), id);
+    }
+
+    /// For the engine: makes a file known by its inode. Called for every file,
+    /// in the order of their ids, before any is dumped.
+    pub fn see(&mut self, file: &FileView<'_>) {
+        let seen = InodeFile { id: file.id, flags: file.info.flags, at: (file.proc.pid, file.fd) };
+        self.inodes.entry((file.stat.dev, file.stat.ino)).or_default().push(seen);
+    }
+
+    /// The open files of the tree that refer to this inode (the ends of a pipe,
+    /// say), by id.
+    pub fn files_of_inode(&self, dev: u64, ino: u64) -> &[InodeFile] {
+        self.inodes.get(&(dev, ino)).map_or(&[], Vec::as_slice)
     }
 
     /// All descriptors of the tree and the files they refer to.
