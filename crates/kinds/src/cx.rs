@@ -457,8 +457,10 @@ pub struct RestoreFiles<'a> {
     pub numbers: &'a HashMap<FileId, i32>,
     /// Descriptor tables of the image, by PID.
     pub tables: &'a HashMap<i32, model::FdTable>,
-    /// Shared memory objects: numbers of their descriptors in this process.
-    pub objects: &'a HashMap<ObjectId, i32>,
+    /// Shared memory objects: our descriptors for them (open them again through
+    /// /proc/self/fd for another open file description, and hand that over by
+    /// [`RestoreFiles::provide_ours`]).
+    pub objects: &'a HashMap<ObjectId, OwnedFd>,
     /// Files that have been handed over: id, number, what is done already.
     pub provided: &'a mut Vec<Provided>,
     /// Descriptors of ours to be sent to this process before the batch runs,

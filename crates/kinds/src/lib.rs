@@ -1,1 +1,21 @@
-//! (being written: the modules beside this file are not compiled yet)
+//! Every kernel resource freezeframe carries: one module a kind, with its
+//! record, dump, restore and tests together.
+//!
+//! Three families: [`FileKind`] (one open file description), [`MemKind`] (what
+//! a VMA maps) and [`TaskKind`] (an attribute of a thread or process). A kind
+//! implements its trait, describes itself in an [`About`] and has one line in
+//! [`registry`]; the engine knows kinds only through these.
+//!
+//! No default methods: a kind that has nothing to do in a step says so.
+
+pub mod about;
+pub mod cx;
+pub mod file;
+pub mod mem;
+pub mod model;
+pub mod registry;
+pub mod task;
+
+pub use about::{About, Family, show};
+pub use cx::*;
+pub use model::{FileId, ObjectId};
