@@ -6,8 +6,9 @@ use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 use freezeframe_error::{Error, Result};
 use freezeframe_image::RawRecord;
+use nix::fcntl::OFlag;
 use freezeframe_inject::{Arg, Batch, DataRef, OpRef, Replies};
-use freezeframe_sys::fd::FileStat;
+use freezeframe_sys::stat::FileStat;
 use freezeframe_sys::ids::{Pid, Tid};
 use freezeframe_sys::proc::{FdInfo, Map, ProcDir, Stat, Status, SyscallState, TaskDir, VmFlags};
 use freezeframe_sys::ptrace::Regs;
@@ -94,6 +95,8 @@ pub struct TaskView<'a> {
     /// General registers at the stop, with what the kernel ends by EINTR at a
     /// ptrace stop made restartable.
     pub regs: &'a Regs,
+    /// Blocked signals at the stop, bit n-1 for signal n.
+    pub sigmask: u64,
     /// What was seen before the stop.
     pub before: &'a BeforeStop,
 }
@@ -216,8 +219,8 @@ impl VmaView<'_> {
     /// deleted files and shared memory). Needs CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN.
     pub fn open_mapped(&self, write: bool) -> Result<OwnedFd> {
         let name = format!("map_files/{:x}-{:x}", self.map.start, self.map.end);
-        let flags = if write { libc::O_RDWR } else { libc::O_RDONLY };
-        self.proc.dir.open(&name, flags | libc::O_CLOEXEC).map_err(|e| self.blame(e))
+        let flags = if write { OFlag::O_RDWR } else { OFlag::O_RDONLY };
+        self.proc.dir.open(&name, flags | OFlag::O_CLOEXEC).map_err(|e| self.blame(e))
     }
 }
 

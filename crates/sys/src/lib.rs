@@ -12,6 +12,7 @@
 //! `unsafe` lives in this crate, `freezeframe-stub` and `inject::arch` alone.
 
 pub mod clone;
+pub mod clock;
 pub mod fd;
 pub mod ids;
 pub mod ioprio;
@@ -28,5 +29,6 @@ pub mod region;
 pub mod rlimit;
 pub mod robust_list;
 pub mod sched;
+pub mod stat;
 
 pub use ids::{Pid, Tid};

@@ -33,10 +33,10 @@ impl MemKind for Anonymous {
     }
     fn claims(&self, vma: &VmaView<'_>) -> bool {
         let m = vma.map;
-        m.inode == 0 && !m.shared && !vma.flags.contains(VmFlags::PF) && !vma.flags.contains(VmFlags::IO)
+        m.inode == 0 && !m.shared && !vma.flags.contains(VmFlags::PFN_MAP) && !vma.flags.contains(VmFlags::IO)
     }
     fn dump(&self, cx: &mut DumpCx<'_>, vma: &VmaView<'_>) -> Result<Mapped> {
-        if vma.flags.contains(VmFlags::HT) {
+        if vma.flags.contains(VmFlags::HUGE_TLB) {
             return Err(vma.refuse("hugetlb memory is not supported"));
         }
         let object = cx.object(ObjectKey::Kind(ABOUT.tag.0), |id| Ok((ABOUT.record(id.0.into(), &())?, None)))?;

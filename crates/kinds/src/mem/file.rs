@@ -11,7 +11,7 @@ use std::os::unix::ffi::OsStrExt;
 use freezeframe_error::{Error, Kind, Result, SysExt};
 use freezeframe_image::{RawRecord, Tag};
 use freezeframe_inject::Arg;
-use freezeframe_sys::fd::fstat;
+use freezeframe_sys::stat::fstat;
 use freezeframe_sys::proc::VmFlags;
 use serde::{Deserialize, Serialize};
 
@@ -54,17 +54,17 @@ impl MemKind for MappedFile {
     }
     fn dump(&self, cx: &mut DumpCx<'_>, vma: &VmaView<'_>) -> Result<Mapped> {
         let m = vma.map;
-        if vma.flags.contains(VmFlags::HT) {
+        if vma.flags.contains(VmFlags::HUGE_TLB) {
             return Err(vma.refuse("hugetlb memory is not supported"));
         }
-        if vma.flags.contains(VmFlags::IO) || vma.flags.contains(VmFlags::PF) {
+        if vma.flags.contains(VmFlags::IO) || vma.flags.contains(VmFlags::PFN_MAP) {
             return Err(vma.refuse("a mapping of a device is not supported"));
         }
         if m.path.ends_with(b" (deleted)") || !m.path.starts_with(b"/") {
             return Err(vma.refuse("a mapping of a deleted file is not supported"));
         }
         // VM_MAYWRITE of a shared mapping tells that the file was opened for writing.
-        let write = m.shared && vma.flags.contains(VmFlags::MW);
+        let write = m.shared && vma.flags.contains(VmFlags::MAY_WRITE);
         let mut key = m.path.clone();
         key.push(u8::from(write));
         let dev = libc::makedev(m.dev_major, m.dev_minor);

@@ -9,7 +9,7 @@
 use freezeframe_error::{Error, Result, ResultExt};
 use freezeframe_image::{RawRecord, Tag};
 use freezeframe_inject::{Batch, Replies};
-use freezeframe_sys::ptrace::{self, Regs};
+use freezeframe_sys::ptrace::{self, Regs, nt};
 use serde::{Deserialize, Serialize};
 
 use crate::about::{About, show};
@@ -40,8 +40,6 @@ struct Record {
     xstate: Vec<u8>,
 }
 
-/// The architecture regset with the XSAVE area (`NT_X86_XSTATE`).
-const NT_X86_XSTATE: i32 = 0x202;
 /// XSAVE areas larger than this are not believed.
 const MAX_XSTATE: usize = 64 << 10;
 
@@ -60,7 +58,7 @@ impl TaskKind for Registers {
     }
     fn dump(&self, _cx: &mut DumpCx<'_>, task: &TaskView<'_>, _asked: &Asked, _replies: &Replies) -> Result<Option<RawRecord>> {
         // The registers are those of the stop, not of now: the stub is in the thread.
-        let xstate = ptrace::getregset(task.tid, NT_X86_XSTATE).on_task(task.tid.0)?;
+        let xstate = ptrace::getregset(task.tid, nt::X86_XSTATE).on_task(task.tid.0)?;
         let record = Record { general: task.regs.to_bytes().to_vec(), xstate };
         Ok(Some(ABOUT.record(task.subject(), &record)?))
     }

@@ -4,10 +4,9 @@
 //! returns to its program: inside sigsuspend(2) or ppoll(2) that is the saved one.
 //! It is set as part of the last switch, since every signal stays blocked until then.
 
-use freezeframe_error::{Result, ResultExt};
+use freezeframe_error::Result;
 use freezeframe_image::{RawRecord, Tag};
 use freezeframe_inject::{Batch, Replies};
-use freezeframe_sys::ptrace;
 use serde::{Deserialize, Serialize};
 
 use crate::about::{About, show};
@@ -49,7 +48,7 @@ impl TaskKind for SigMask {
         Ok(Asked::default())
     }
     fn dump(&self, _cx: &mut DumpCx<'_>, task: &TaskView<'_>, _asked: &Asked, _replies: &Replies) -> Result<Option<RawRecord>> {
-        let blocked = ptrace::getsigmask(task.tid).on_task(task.tid.0)?;
+        let blocked = task.sigmask;
         if blocked == 0 {
             return Ok(None);
         }
