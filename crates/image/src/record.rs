@@ -17,7 +17,9 @@ pub const RECORD_HEAD_LEN: usize = 40;
 pub const CRITICAL: u16 = 1;
 
 /// What a record is: four characters.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
+#[derive(
+    Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize, serde::Deserialize,
+)]
 pub struct Tag(pub u32);
 
 impl Tag {

@@ -71,7 +71,10 @@ impl About {
         if raw.version != self.version {
             return Err(freezeframe_error::Error::new(
                 freezeframe_error::Kind::ImageVersion,
-                format!("record version {} of kind {} is not known (this is {})", raw.version, self.name, self.version),
+                format!(
+                    "record version {} of kind {} is not known (this is {})",
+                    raw.version, self.name, self.version
+                ),
             ));
         }
         freezeframe_image::decode(&raw.body)

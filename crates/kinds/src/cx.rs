@@ -6,12 +6,12 @@ use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 use freezeframe_error::{Error, Result};
 use freezeframe_image::RawRecord;
-use nix::fcntl::OFlag;
 use freezeframe_inject::{Arg, Batch, DataRef, OpRef, Replies};
-use freezeframe_sys::stat::FileStat;
 use freezeframe_sys::ids::{Pid, Tid};
 use freezeframe_sys::proc::{FdInfo, Map, ProcDir, Stat, Status, SyscallState, TaskDir, VmFlags};
 use freezeframe_sys::ptrace::Regs;
+use freezeframe_sys::stat::FileStat;
+use nix::fcntl::OFlag;
 
 use crate::about::About;
 use crate::model::{self, FileId, ObjectId};
@@ -157,7 +157,16 @@ impl<'a> FileView<'a> {
         stat: &'a FileStat,
         info: &'a FdInfo,
     ) -> FileView<'a> {
-        FileView { id, proc, fd, holders, link, stat, info, ours: OnceCell::new() }
+        FileView {
+            id,
+            proc,
+            fd,
+            holders,
+            link,
+            stat,
+            info,
+            ours: OnceCell::new(),
+        }
     }
 
     /// Our own descriptor for the same open file description (pidfd_getfd(2)),
@@ -184,7 +193,8 @@ impl<'a> FileView<'a> {
 
     /// Puts PID and descriptor on an error.
     pub fn blame(&self, e: Error) -> Error {
-        e.on(format!("fd {} ({})", self.fd, self.name())).on_task(self.proc.pid.0)
+        e.on(format!("fd {} ({})", self.fd, self.name()))
+            .on_task(self.proc.pid.0)
     }
 
     /// The subject of its records.
@@ -212,15 +222,26 @@ impl VmaView<'_> {
     /// Puts PID and address on an error.
     pub fn blame(&self, e: Error) -> Error {
         let name = String::from_utf8_lossy(&self.map.path);
-        e.on(format!("vma {:x}-{:x} {}", self.map.start, self.map.end, name).trim_end().to_string())
-            .on_task(self.proc.pid.0)
+        e.on(
+            format!("vma {:x}-{:x} {}", self.map.start, self.map.end, name)
+                .trim_end()
+                .to_string(),
+        )
+        .on_task(self.proc.pid.0)
     }
     /// Opens the mapped file itself through /proc/PID/map_files (works for
     /// deleted files and shared memory). Needs CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN.
     pub fn open_mapped(&self, write: bool) -> Result<OwnedFd> {
         let name = format!("map_files/{:x}-{:x}", self.map.start, self.map.end);
-        let flags = if write { OFlag::O_RDWR } else { OFlag::O_RDONLY };
-        self.proc.dir.open(&name, flags | OFlag::O_CLOEXEC).map_err(|e| self.blame(e))
+        let flags = if write {
+            OFlag::O_RDWR
+        } else {
+            OFlag::O_RDONLY
+        };
+        self.proc
+            .dir
+            .open(&name, flags | OFlag::O_CLOEXEC)
+            .map_err(|e| self.blame(e))
     }
 }
 
@@ -335,8 +356,15 @@ impl<'a> DumpCx<'a> {
     /// For the engine: makes a file known by its inode. Called for every file,
     /// in the order of their ids, before any is dumped.
     pub fn see(&mut self, file: &FileView<'_>) {
-        let seen = InodeFile { id: file.id, flags: file.info.flags, at: (file.proc.pid, file.fd) };
-        self.inodes.entry((file.stat.dev, file.stat.ino)).or_default().push(seen);
+        let seen = InodeFile {
+            id: file.id,
+            flags: file.info.flags,
+            at: (file.proc.pid, file.fd),
+        };
+        self.inodes
+            .entry((file.stat.dev, file.stat.ino))
+            .or_default()
+            .push(seen);
     }
 
     /// The open files of the tree that refer to this inode (the ends of a pipe,
@@ -347,12 +375,17 @@ impl<'a> DumpCx<'a> {
 
     /// All descriptors of the tree and the files they refer to.
     pub fn all_fds(&self) -> impl Iterator<Item = (Pid, i32, FileId)> + '_ {
-        self.files.iter().map(|(&(pid, fd), &id)| (Pid(pid), fd, id))
+        self.files
+            .iter()
+            .map(|(&(pid, fd), &id)| (Pid(pid), fd, id))
     }
 
     /// Whether the caller gives this resource again on restore (`--external NAME`).
     pub fn is_external(&self, name: &str) -> bool {
-        self.options.external.iter().any(|e| e == name || e.strip_suffix(':') == Some(name))
+        self.options
+            .external
+            .iter()
+            .any(|e| e == name || e.strip_suffix(':') == Some(name))
     }
 
     /// Something the caller should know.
@@ -493,17 +526,32 @@ pub struct Provided {
 impl RestoreFiles<'_> {
     /// Hands over a file; flags and position are still to be set by the engine.
     pub fn provide(&mut self, id: FileId, fd: impl Into<Arg>) {
-        self.provided.push(Provided { id, fd: fd.into(), pos_done: false, flags_done: false });
+        self.provided.push(Provided {
+            id,
+            fd: fd.into(),
+            pos_done: false,
+            flags_done: false,
+        });
     }
     /// Hands over a file that has no position.
     pub fn provide_unseekable(&mut self, id: FileId, fd: impl Into<Arg>) {
-        self.provided.push(Provided { id, fd: fd.into(), pos_done: true, flags_done: false });
+        self.provided.push(Provided {
+            id,
+            fd: fd.into(),
+            pos_done: true,
+            flags_done: false,
+        });
     }
     /// Hands over a file of ours (sent to the process by SCM_RIGHTS before its batch runs).
     pub fn provide_ours(&mut self, id: FileId, fd: OwnedFd) {
         let place = self.batch.room(8);
         self.to_send.push((fd, place));
-        self.provided.push(Provided { id, fd: Arg::Load32(place), pos_done: true, flags_done: true });
+        self.provided.push(Provided {
+            id,
+            fd: Arg::Load32(place),
+            pos_done: true,
+            flags_done: true,
+        });
     }
     /// A path for the batch.
     pub fn path(&mut self, path: &[u8]) -> DataRef {
@@ -572,7 +620,13 @@ pub trait TaskKind: Sync + std::fmt::Debug {
     fn ask(&self, task: &TaskView<'_>, batch: &mut Batch) -> Result<Asked>;
     /// Its record, or none if there is nothing to restore (the state of a fresh
     /// process that [`crate::cx::Stage`] describes).
-    fn dump(&self, cx: &mut DumpCx<'_>, task: &TaskView<'_>, asked: &Asked, replies: &Replies) -> Result<Option<RawRecord>>;
+    fn dump(
+        &self,
+        cx: &mut DumpCx<'_>,
+        task: &TaskView<'_>,
+        asked: &Asked,
+        replies: &Replies,
+    ) -> Result<Option<RawRecord>>;
     /// Appends the calls that set it, or sets it from outside.
     fn restore(&self, task: &mut RestoreTask<'_>, record: &RawRecord) -> Result<()>;
 }

@@ -7,10 +7,7 @@ use crate::cx::{FileKind, MemKind, TaskKind};
 use crate::{file, mem, task};
 
 /// What a descriptor can refer to. The first that claims a file has it.
-pub static FILES: &[&dyn FileKind] = &[
-    &file::device::Device,
-    &file::regular::Regular,
-];
+pub static FILES: &[&dyn FileKind] = &[&file::device::Device, &file::regular::Regular];
 
 /// What a VMA can map. The first that claims a VMA has it.
 pub static MEMORY: &[&dyn MemKind] = &[
@@ -57,7 +54,13 @@ pub fn about(tag: Tag) -> Option<&'static About> {
 /// For the fuzzers: decodes `body` as a record of kind `tag`, whatever comes of it.
 pub fn fuzz_decode(tag: Tag, body: &[u8]) {
     if let Some(about) = about(tag) {
-        let raw = RawRecord { tag, version: about.version, flags: 0, subject: 0, body: body.to_vec() };
+        let raw = RawRecord {
+            tag,
+            version: about.version,
+            flags: 0,
+            subject: 0,
+            body: body.to_vec(),
+        };
         let _ = (about.show)(&raw);
     }
 }
@@ -82,8 +85,16 @@ mod tests {
         for (_, about) in all() {
             assert!(!about.title.is_empty(), "{}: no title", about.name);
             assert!(!about.manual.is_empty(), "{}: no manual page", about.name);
-            assert!(!about.carried.is_empty(), "{}: does not say what is carried", about.name);
-            assert!(!about.programs.is_empty(), "{}: no self-checking program", about.name);
+            assert!(
+                !about.carried.is_empty(),
+                "{}: does not say what is carried",
+                about.name
+            );
+            assert!(
+                !about.programs.is_empty(),
+                "{}: no self-checking program",
+                about.name
+            );
         }
     }
 }

@@ -11,8 +11,8 @@
 //!
 //! `unsafe` lives in this crate, `freezeframe-stub` and `inject::arch` alone.
 
-pub mod clone;
 pub mod clock;
+pub mod clone;
 pub mod fd;
 pub mod ids;
 pub mod ioprio;

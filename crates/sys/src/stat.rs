@@ -44,17 +44,26 @@ fn of(s: nix::sys::stat::FileStat) -> FileStat {
         gid: s.st_gid,
         rdev: s.st_rdev,
         size: s.st_size as u64,
-        mtime_ns: s.st_mtime.wrapping_mul(1_000_000_000).wrapping_add(s.st_mtime_nsec),
+        mtime_ns: s
+            .st_mtime
+            .wrapping_mul(1_000_000_000)
+            .wrapping_add(s.st_mtime_nsec),
     }
 }
 
 /// fstat(2).
 pub fn fstat(fd: impl AsFd) -> Result<FileStat> {
     let fd = fd.as_fd();
-    nix::sys::stat::fstat(fd).map(of).sys("fstat").map_err(|e| e.on(format!("fd {}", fd.as_raw_fd())))
+    nix::sys::stat::fstat(fd)
+        .map(of)
+        .sys("fstat")
+        .map_err(|e| e.on(format!("fd {}", fd.as_raw_fd())))
 }
 
 /// stat(2): follows symbolic links, the magic ones of /proc/PID/fd too.
 pub fn stat_path(path: &str) -> Result<FileStat> {
-    nix::sys::stat::stat(path).map(of).sys("stat").map_err(|e| e.on(path))
+    nix::sys::stat::stat(path)
+        .map(of)
+        .sys("stat")
+        .map_err(|e| e.on(path))
 }

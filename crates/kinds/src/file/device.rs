@@ -50,7 +50,10 @@ impl FileKind for Device {
         None
     }
     fn dump(&self, _cx: &mut DumpCx<'_>, file: &FileView<'_>) -> Result<RawRecord> {
-        let record = Record { path: file.link.to_vec(), rdev: file.stat.rdev };
+        let record = Record {
+            path: file.link.to_vec(),
+            rdev: file.stat.rdev,
+        };
         ABOUT.record(file.subject(), &record)
     }
     fn deps(&self, _item: &FileItem<'_>) -> Result<Vec<FileId>> {
@@ -66,7 +69,12 @@ impl FileKind for Device {
             let fd = cx.batch.call(
                 format!("open({})", String::from_utf8_lossy(&record.path)),
                 libc::SYS_openat,
-                [libc::AT_FDCWD.into(), path.into(), open_flags(item.common.flags).into(), Arg::Imm(0)],
+                [
+                    libc::AT_FDCWD.into(),
+                    path.into(),
+                    open_flags(item.common.flags).into(),
+                    Arg::Imm(0),
+                ],
             );
             cx.provide_unseekable(item.id, fd);
         }

@@ -48,7 +48,10 @@ impl FileKind for Regular {
     fn claims(&self, file: &FileView<'_>) -> bool {
         let kind = file.stat.mode & libc::S_IFMT;
         let named = file.link.starts_with(b"/");
-        named && (kind == libc::S_IFREG || kind == libc::S_IFDIR || file.info.flags & libc::O_PATH as u32 != 0)
+        named
+            && (kind == libc::S_IFREG
+                || kind == libc::S_IFDIR
+                || file.info.flags & libc::O_PATH as u32 != 0)
     }
     fn external_name(&self, file: &FileView<'_>) -> Option<String> {
         Some(format!("file[{:x}:{:x}]", file.info.mnt_id, file.stat.ino))
@@ -57,7 +60,11 @@ impl FileKind for Regular {
         if file.stat.nlink == 0 || file.link.ends_with(b" (deleted)") {
             return Err(file.refuse("an unlinked file is not supported"));
         }
-        let record = Record { path: file.link.to_vec(), mode: file.stat.mode, size: file.stat.size };
+        let record = Record {
+            path: file.link.to_vec(),
+            mode: file.stat.mode,
+            size: file.stat.size,
+        };
         ABOUT.record(file.subject(), &record)
     }
     fn deps(&self, _item: &FileItem<'_>) -> Result<Vec<FileId>> {
@@ -84,10 +91,20 @@ impl FileKind for Regular {
             let fd = cx.batch.call(
                 format!("open({shown})"),
                 libc::SYS_openat,
-                [libc::AT_FDCWD.into(), path.into(), flags.into(), Arg::Imm(0)],
+                [
+                    libc::AT_FDCWD.into(),
+                    path.into(),
+                    flags.into(),
+                    Arg::Imm(0),
+                ],
             );
             if opath {
-                cx.provided.push(crate::cx::Provided { id: item.id, fd: fd.into(), pos_done: true, flags_done: true });
+                cx.provided.push(crate::cx::Provided {
+                    id: item.id,
+                    fd: fd.into(),
+                    pos_done: true,
+                    flags_done: true,
+                });
             } else {
                 cx.provide(item.id, fd);
             }

@@ -7,7 +7,9 @@ use freezeframe_image::{RawRecord, Tag};
 use freezeframe_sys::proc::VmFlags;
 
 use crate::about::{About, show};
-use crate::cx::{Backing, DumpCx, MakeMapping, MakeObject, Mapped, MemKind, ObjectKey, Sharing, VmaView};
+use crate::cx::{
+    Backing, DumpCx, MakeMapping, MakeObject, Mapped, MemKind, ObjectKey, Sharing, VmaView,
+};
 use crate::model::Contents;
 
 /// See the module.
@@ -33,14 +35,22 @@ impl MemKind for Anonymous {
     }
     fn claims(&self, vma: &VmaView<'_>) -> bool {
         let m = vma.map;
-        m.inode == 0 && !m.shared && !vma.flags.contains(VmFlags::PFN_MAP) && !vma.flags.contains(VmFlags::IO)
+        m.inode == 0
+            && !m.shared
+            && !vma.flags.contains(VmFlags::PFN_MAP)
+            && !vma.flags.contains(VmFlags::IO)
     }
     fn dump(&self, cx: &mut DumpCx<'_>, vma: &VmaView<'_>) -> Result<Mapped> {
         if vma.flags.contains(VmFlags::HUGE_TLB) {
             return Err(vma.refuse("hugetlb memory is not supported"));
         }
-        let object = cx.object(ObjectKey::Kind(ABOUT.tag.0), |id| Ok((ABOUT.record(id.0.into(), &())?, None)))?;
-        Ok(Mapped { object, contents: Contents::Private })
+        let object = cx.object(ObjectKey::Kind(ABOUT.tag.0), |id| {
+            Ok((ABOUT.record(id.0.into(), &())?, None))
+        })?;
+        Ok(Mapped {
+            object,
+            contents: Contents::Private,
+        })
     }
     fn sharing(&self) -> Sharing {
         Sharing::Process

@@ -11,12 +11,14 @@ use std::os::unix::ffi::OsStrExt;
 use freezeframe_error::{Error, Kind, Result, SysExt};
 use freezeframe_image::{RawRecord, Tag};
 use freezeframe_inject::Arg;
-use freezeframe_sys::stat::fstat;
 use freezeframe_sys::proc::VmFlags;
+use freezeframe_sys::stat::fstat;
 use serde::{Deserialize, Serialize};
 
 use crate::about::{About, show};
-use crate::cx::{Backing, DumpCx, MakeMapping, MakeObject, Mapped, MemKind, ObjectKey, Sharing, VmaView};
+use crate::cx::{
+    Backing, DumpCx, MakeMapping, MakeObject, Mapped, MemKind, ObjectKey, Sharing, VmaView,
+};
 use crate::model::Contents;
 
 /// See the module.
@@ -74,10 +76,19 @@ impl MemKind for MappedFile {
             if stat.mode & libc::S_IFMT != libc::S_IFREG {
                 return Err(vma.refuse("a mapping of a device is not supported"));
             }
-            let record = Record { path: m.path.clone(), size: stat.size, mtime_ns: stat.mtime_ns, write };
+            let record = Record {
+                path: m.path.clone(),
+                size: stat.size,
+                mtime_ns: stat.mtime_ns,
+                write,
+            };
             Ok((ABOUT.record(id.0.into(), &record)?, None))
         })?;
-        let contents = if m.shared { Contents::Elsewhere } else { Contents::Private };
+        let contents = if m.shared {
+            Contents::Elsewhere
+        } else {
+            Contents::Private
+        };
         Ok(Mapped { object, contents })
     }
     fn sharing(&self) -> Sharing {
@@ -88,14 +99,24 @@ impl MemKind for MappedFile {
     }
     fn backing(&self, cx: &mut MakeMapping<'_>, record: &RawRecord) -> Result<Backing> {
         let record: Record = ABOUT.decode(record)?;
-        check_unchanged(&record.path, record.size, Some(record.mtime_ns)).map_err(|e| e.on_task(cx.pid.0))?;
+        check_unchanged(&record.path, record.size, Some(record.mtime_ns))
+            .map_err(|e| e.on_task(cx.pid.0))?;
         let path = cx.batch.cstr(&record.path);
-        let access = if record.write { libc::O_RDWR } else { libc::O_RDONLY };
+        let access = if record.write {
+            libc::O_RDWR
+        } else {
+            libc::O_RDONLY
+        };
         let label = format!("open({})", String::from_utf8_lossy(&record.path));
         let fd = cx.batch.call(
             label,
             libc::SYS_openat,
-            [libc::AT_FDCWD.into(), path.into(), (access | libc::O_CLOEXEC).into(), Arg::Imm(0)],
+            [
+                libc::AT_FDCWD.into(),
+                path.into(),
+                (access | libc::O_CLOEXEC).into(),
+                Arg::Imm(0),
+            ],
         );
         Ok(Backing::File(fd.into()))
     }
@@ -105,20 +126,28 @@ impl MemKind for MappedFile {
 /// is not what it was at the dump.
 pub fn check_unchanged(path: &[u8], size: u64, mtime_ns: Option<i64>) -> Result<()> {
     let shown = String::from_utf8_lossy(path).into_owned();
-    let file = std::fs::File::open(std::ffi::OsStr::from_bytes(path)).or_else(|e| match e.kind() {
-        std::io::ErrorKind::NotFound => Err(Error::new(Kind::FileChanged, "the file is gone").on(&shown)),
-        _ => Err(e).sys("open").map_err(|e| e.on(&shown)),
-    })?;
+    let file =
+        std::fs::File::open(std::ffi::OsStr::from_bytes(path)).or_else(|e| match e.kind() {
+            std::io::ErrorKind::NotFound => {
+                Err(Error::new(Kind::FileChanged, "the file is gone").on(&shown))
+            }
+            _ => Err(e).sys("open").map_err(|e| e.on(&shown)),
+        })?;
     let stat = fstat(file.as_fd())?;
     if stat.size != size {
         return Err(Error::new(
             Kind::FileChanged,
-            format!("the file has changed since the dump: it had {size} bytes, now {}", stat.size),
+            format!(
+                "the file has changed since the dump: it had {size} bytes, now {}",
+                stat.size
+            ),
         )
         .on(&shown));
     }
     if mtime_ns.is_some_and(|t| t != stat.mtime_ns) {
-        return Err(Error::new(Kind::FileChanged, "the file was modified since the dump").on(&shown));
+        return Err(
+            Error::new(Kind::FileChanged, "the file was modified since the dump").on(&shown),
+        );
     }
     Ok(())
 }

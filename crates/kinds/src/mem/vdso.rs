@@ -11,7 +11,9 @@ use freezeframe_error::{Error, Result};
 use freezeframe_image::{RawRecord, Tag};
 
 use crate::about::{About, show};
-use crate::cx::{Backing, DumpCx, MakeMapping, MakeObject, Mapped, MemKind, ObjectKey, Sharing, VmaView};
+use crate::cx::{
+    Backing, DumpCx, MakeMapping, MakeObject, Mapped, MemKind, ObjectKey, Sharing, VmaView,
+};
 use crate::model::Contents;
 
 /// See the module.
@@ -42,8 +44,13 @@ impl MemKind for Vdso {
         vma.map.inode == 0 && NAMES.contains(&vma.map.path.as_slice())
     }
     fn dump(&self, cx: &mut DumpCx<'_>, _vma: &VmaView<'_>) -> Result<Mapped> {
-        let object = cx.object(ObjectKey::Kind(ABOUT.tag.0), |id| Ok((ABOUT.record(id.0.into(), &())?, None)))?;
-        Ok(Mapped { object, contents: Contents::Elsewhere })
+        let object = cx.object(ObjectKey::Kind(ABOUT.tag.0), |id| {
+            Ok((ABOUT.record(id.0.into(), &())?, None))
+        })?;
+        Ok(Mapped {
+            object,
+            contents: Contents::Elsewhere,
+        })
     }
     fn sharing(&self) -> Sharing {
         Sharing::Process

@@ -56,10 +56,19 @@ impl TaskKind for Registers {
     fn ask(&self, _task: &TaskView<'_>, _batch: &mut Batch) -> Result<Asked> {
         Ok(Asked::default())
     }
-    fn dump(&self, _cx: &mut DumpCx<'_>, task: &TaskView<'_>, _asked: &Asked, _replies: &Replies) -> Result<Option<RawRecord>> {
+    fn dump(
+        &self,
+        _cx: &mut DumpCx<'_>,
+        task: &TaskView<'_>,
+        _asked: &Asked,
+        _replies: &Replies,
+    ) -> Result<Option<RawRecord>> {
         // The registers are those of the stop, not of now: the stub is in the thread.
         let xstate = ptrace::getregset(task.tid, nt::X86_XSTATE).on_task(task.tid.0)?;
-        let record = Record { general: task.regs.to_bytes().to_vec(), xstate };
+        let record = Record {
+            general: task.regs.to_bytes().to_vec(),
+            xstate,
+        };
         Ok(Some(ABOUT.record(task.subject(), &record)?))
     }
     fn restore(&self, task: &mut RestoreTask<'_>, record: &RawRecord) -> Result<()> {
@@ -67,8 +76,9 @@ impl TaskKind for Registers {
         if record.xstate.len() > MAX_XSTATE {
             return Err(Error::corrupt("the XSAVE area is too long").on_task(task.tid.0));
         }
-        let regs = Regs::from_bytes(&record.general)
-            .ok_or_else(|| Error::corrupt("the general registers have a wrong length").on_task(task.tid.0))?;
+        let regs = Regs::from_bytes(&record.general).ok_or_else(|| {
+            Error::corrupt("the general registers have a wrong length").on_task(task.tid.0)
+        })?;
         task.last.regs = Some(regs);
         task.last.xstate = record.xstate;
         Ok(())

@@ -66,15 +66,30 @@ impl TaskKind for SigActions {
                 [s.into(), Arg::Imm(0), at.into(), MASK_SIZE.into()],
             );
         }
-        Ok(Asked { ops: Vec::new(), data: vec![room] })
+        Ok(Asked {
+            ops: Vec::new(),
+            data: vec![room],
+        })
     }
-    fn dump(&self, _cx: &mut DumpCx<'_>, task: &TaskView<'_>, asked: &Asked, replies: &Replies) -> Result<Option<RawRecord>> {
+    fn dump(
+        &self,
+        _cx: &mut DumpCx<'_>,
+        task: &TaskView<'_>,
+        asked: &Asked,
+        replies: &Replies,
+    ) -> Result<Option<RawRecord>> {
         let bytes = replies.bytes(asked.data[0]);
         let word = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().expect("8 bytes"));
         let actions: Vec<Action> = signals()
             .map(|signal| {
                 let at = (signal as usize - 1) * SIZE;
-                Action { signal, handler: word(at), flags: word(at + 8), restorer: word(at + 16), mask: word(at + 24) }
+                Action {
+                    signal,
+                    handler: word(at),
+                    flags: word(at + 8),
+                    restorer: word(at + 16),
+                    mask: word(at + 24),
+                }
             })
             .filter(|a| (a.handler, a.flags, a.mask) != (0, 0, 0))
             .collect();
@@ -85,7 +100,10 @@ impl TaskKind for SigActions {
         for s in signals() {
             let mut bytes = [0u8; SIZE];
             if let Some(a) = actions.iter().find(|a| a.signal == s) {
-                for (i, v) in [a.handler, a.flags, a.restorer, a.mask].into_iter().enumerate() {
+                for (i, v) in [a.handler, a.flags, a.restorer, a.mask]
+                    .into_iter()
+                    .enumerate()
+                {
                     bytes[i * 8..i * 8 + 8].copy_from_slice(&v.to_le_bytes());
                 }
             }

@@ -47,7 +47,13 @@ impl TaskKind for SigMask {
     fn ask(&self, _task: &TaskView<'_>, _batch: &mut Batch) -> Result<Asked> {
         Ok(Asked::default())
     }
-    fn dump(&self, _cx: &mut DumpCx<'_>, task: &TaskView<'_>, _asked: &Asked, _replies: &Replies) -> Result<Option<RawRecord>> {
+    fn dump(
+        &self,
+        _cx: &mut DumpCx<'_>,
+        task: &TaskView<'_>,
+        _asked: &Asked,
+        _replies: &Replies,
+    ) -> Result<Option<RawRecord>> {
         let blocked = task.sigmask;
         if blocked == 0 {
             return Ok(None);
