@@ -14,6 +14,7 @@
 pub mod clock;
 pub mod clone;
 pub mod fd;
+pub mod handle;
 pub mod ids;
 pub mod ioprio;
 pub mod kcmp;
@@ -25,10 +26,12 @@ pub mod probe;
 pub mod proc;
 pub mod process;
 pub mod ptrace;
+pub mod queue;
 pub mod region;
 pub mod rlimit;
 pub mod robust_list;
 pub mod sched;
 pub mod stat;
+pub mod unix_diag;
 
 pub use ids::{Pid, Tid};
