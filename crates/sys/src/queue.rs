@@ -220,12 +220,7 @@ mod tests {
         .unwrap();
         assert_eq!(peek(&b, 10).unwrap(), None);
         for m in [b"one".as_slice(), b"", b"three"] {
-            send(
-                std::os::fd::AsRawFd::as_raw_fd(&a),
-                m,
-                MsgFlags::empty(),
-            )
-            .unwrap();
+            send(std::os::fd::AsRawFd::as_raw_fd(&a), m, MsgFlags::empty()).unwrap();
         }
         set_sockopt(&b, libc::SOL_SOCKET, libc::SO_PEEK_OFF, 0).unwrap();
         let mut all = Vec::new();

@@ -3,7 +3,9 @@
 use std::os::fd::{AsRawFd, OwnedFd};
 
 use freezeframe_error::{Error, Result, SysExt};
-use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, socket};
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, socket,
+};
 
 /// A question channel to the kernel, for the sockets of our network namespace.
 #[derive(Debug)]
@@ -77,9 +79,16 @@ impl UnixDiag {
 /// A reply of the kernel.
 fn parse(reply: &[u8]) -> Result<UnixSocket> {
     let short = || Error::bug("sock_diag gave a short answer");
-    let u16_at = |at: usize| reply.get(at..at + 2).map(|b| u16::from_ne_bytes([b[0], b[1]]));
-    let u32_at =
-        |at: usize| reply.get(at..at + 4).map(|b| u32::from_ne_bytes([b[0], b[1], b[2], b[3]]));
+    let u16_at = |at: usize| {
+        reply
+            .get(at..at + 2)
+            .map(|b| u16::from_ne_bytes([b[0], b[1]]))
+    };
+    let u32_at = |at: usize| {
+        reply
+            .get(at..at + 4)
+            .map(|b| u32::from_ne_bytes([b[0], b[1], b[2], b[3]]))
+    };
     if u16_at(4).ok_or_else(short)? == NLMSG_ERROR {
         let errno = u32_at(HEADER).ok_or_else(short)? as i32;
         return Err(Error::syscall("sock_diag(AF_UNIX)", -errno));
@@ -93,7 +102,9 @@ fn parse(reply: &[u8]) -> Result<UnixSocket> {
     let mut at = HEADER + 16;
     while let (Some(len), Some(kind)) = (u16_at(at), u16_at(at + 2)) {
         let len = usize::from(len);
-        let Some(value) = reply.get(at + 4..at + len) else { break };
+        let Some(value) = reply.get(at + 4..at + len) else {
+            break;
+        };
         match (kind, value.len()) {
             (ATTR_NAME, _) => found.name = Some(value.to_vec()),
             (ATTR_PEER, 4..) => found.peer = u32_at(at + 4),
@@ -113,14 +124,22 @@ mod tests {
 
     #[test]
     fn a_pair_knows_its_peer() {
-        let (a, b) =
-            socketpair(AddressFamily::Unix, SockType::Stream, None, SockFlag::SOCK_CLOEXEC).unwrap();
+        let (a, b) = socketpair(
+            AddressFamily::Unix,
+            SockType::Stream,
+            None,
+            SockFlag::SOCK_CLOEXEC,
+        )
+        .unwrap();
         let ino = |fd: &OwnedFd| nix::sys::stat::fstat(fd).unwrap().st_ino as u32;
         send(a.as_raw_fd(), b"four", MsgFlags::empty()).unwrap();
         shutdown(a.as_raw_fd(), Shutdown::Write).unwrap();
         let diag = UnixDiag::open().unwrap();
         let seen = diag.look(ino(&b)).unwrap();
-        assert_eq!((seen.kind, seen.state, seen.peer), (libc::SOCK_STREAM, 1, Some(ino(&a))));
+        assert_eq!(
+            (seen.kind, seen.state, seen.peer),
+            (libc::SOCK_STREAM, 1, Some(ino(&a)))
+        );
         assert_eq!((seen.shutdown, seen.queued, seen.name), (1, 4, None));
         assert_eq!(diag.look(ino(&a)).unwrap().shutdown, 2);
         drop(a);
