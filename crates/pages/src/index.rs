@@ -1,0 +1,208 @@
+//! The page index: its record, and what holds of every sound one.
+
+use std::ops::AddAssign;
+
+use freezeframe_error::{Error, Kind, Result};
+use freezeframe_image::{ImageId, Record, Tag};
+use serde::{Deserialize, Serialize};
+
+use crate::PAGE;
+
+/// Tag of [`PageIndex`] records; subject: the mm or object they index. One
+/// with very many extents is in several records, in order.
+pub const PAGE_INDEX: Tag = Tag::new(*b"PAGE");
+
+/// The most pages of a `Data` or `Same` extent: 1 MiB.
+pub const MAX_EXTENT_PAGES: u64 = 256;
+
+/// Stored as it is.
+pub const CODEC_RAW: u8 = 0;
+
+/// How many extents go into one record.
+pub(crate) const EXTENTS_PER_RECORD: usize = 1 << 19;
+
+/// Addresses, or offsets in an object, in bytes: the first and the one behind the last.
+pub type Range = std::ops::Range<u64>;
+
+/// What is known of the pages of one address space or shared object.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PageIndex {
+    /// Sorted by address, not overlapping.
+    pub extents: Vec<Extent>,
+}
+
+/// Neighbouring pages whose bytes are in one place.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Extent {
+    /// Address of the first page; in an object, its offset.
+    pub addr: u64,
+    /// How many pages.
+    pub pages: u64,
+    /// Where the bytes are.
+    pub what: What,
+}
+
+/// Where the bytes of an extent are.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum What {
+    /// All are zero.
+    Zero,
+    /// In a page file of this image.
+    Data {
+        /// Number of the page file.
+        file: u32,
+        /// Where in it, in bytes, page-aligned.
+        offset: u64,
+        /// How many bytes are stored there.
+        len: u64,
+        /// How they are stored: [`CODEC_RAW`].
+        codec: u8,
+        /// xxh3-64 of the pages, as they were in memory.
+        checksum: u64,
+    },
+    /// As in this address space of the same image, from `addr` on: most often
+    /// a page never written since the fork.
+    Same {
+        /// Which index.
+        mm: u64,
+        /// Address there.
+        addr: u64,
+    },
+    /// As in an image made before this one, from `addr` on.
+    Parent {
+        /// Which image.
+        image: ImageId,
+        /// Which index of it.
+        mm: u64,
+        /// Address there.
+        addr: u64,
+    },
+}
+
+impl Extent {
+    /// Its length in bytes.
+    pub fn len(&self) -> u64 {
+        self.pages * PAGE
+    }
+
+    /// Never true of a sound one.
+    pub fn is_empty(&self) -> bool {
+        self.pages == 0
+    }
+
+    /// The address behind its last page.
+    pub fn end(&self) -> u64 {
+        self.addr + self.len()
+    }
+
+    /// Whether it makes sense by itself: `pages_len` is the length of a page file.
+    pub(crate) fn check(&self, pages_len: impl Fn(u32) -> Option<u64>) -> Result<()> {
+        let aligned = |n: u64| n.is_multiple_of(PAGE);
+        let ends = |at: u64| {
+            let len = self.pages.checked_mul(PAGE)?;
+            at.checked_add(len)
+        };
+        let place = self.pages > 0 && aligned(self.addr) && ends(self.addr).is_some();
+        let small = self.pages <= MAX_EXTENT_PAGES;
+        let sound = match &self.what {
+            What::Zero => true,
+            What::Data {
+                file,
+                offset,
+                len,
+                codec,
+                ..
+            } => {
+                if *codec != CODEC_RAW {
+                    return Err(Error::new(
+                        Kind::ImageVersion,
+                        format!(
+                            "pages are stored by codec {codec}, which this build does not know"
+                        ),
+                    )
+                    .on(self));
+                }
+                let inside = || Some(offset.checked_add(*len)? <= pages_len(*file)?);
+                small && aligned(*offset) && *len == self.pages * PAGE && inside() == Some(true)
+            }
+            What::Same { addr, .. } | What::Parent { addr, .. } => {
+                small && aligned(*addr) && ends(*addr).is_some()
+            }
+        };
+        if place && sound {
+            Ok(())
+        } else {
+            Err(Error::corrupt("an extent of the page index is malformed").on(self))
+        }
+    }
+}
+
+/// `7f00-9f00 in page file 0 at 4096`: for messages.
+impl std::fmt::Display for Extent {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let end = self.addr.wrapping_add(self.pages.wrapping_mul(PAGE));
+        write!(f, "pages {:x}-{end:x}", self.addr)?;
+        match &self.what {
+            What::Zero => write!(f, ", zero"),
+            What::Data { file, offset, .. } => write!(f, " in page file {file} at {offset}"),
+            What::Same { mm, addr } => write!(f, ", same as {addr:x} of mm {mm}"),
+            What::Parent { image, mm, addr } => {
+                write!(f, ", same as {addr:x} of mm {mm} of image {image}")
+            }
+        }
+    }
+}
+
+impl Record for PageIndex {
+    const TAG: Tag = PAGE_INDEX;
+    const VERSION: u16 = 1;
+    const CRITICAL: bool = true;
+    fn decode_old(_: u16, _: &[u8]) -> Option<Result<PageIndex>> {
+        None
+    }
+}
+
+/// How much memory was found where, in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PageStats {
+    /// Stored in page files.
+    pub stored: u64,
+    /// Pages of zeros, not stored.
+    pub zero: u64,
+    /// The same as a relative's, not stored.
+    pub same: u64,
+    /// In an image made before, not stored.
+    pub parent: u64,
+}
+
+impl PageStats {
+    /// All of them.
+    pub fn total(&self) -> u64 {
+        self.stored + self.zero + self.same + self.parent
+    }
+
+    pub(crate) fn add(&mut self, what: &What, bytes: u64) {
+        *match what {
+            What::Zero => &mut self.zero,
+            What::Data { .. } => &mut self.stored,
+            What::Same { .. } => &mut self.same,
+            What::Parent { .. } => &mut self.parent,
+        } += bytes;
+    }
+}
+
+impl AddAssign for PageStats {
+    fn add_assign(&mut self, other: PageStats) {
+        self.stored += other.stored;
+        self.zero += other.zero;
+        self.same += other.same;
+        self.parent += other.parent;
+    }
+}
+
+/// The extents that have pages in `range`: of a sorted index.
+pub(crate) fn within(extents: &[Extent], range: Range) -> &[Extent] {
+    let from = extents.partition_point(|e| e.end() <= range.start);
+    let to = extents.partition_point(|e| e.addr < range.end);
+    extents.get(from..to).unwrap_or_default()
+}

@@ -1,0 +1,172 @@
+//! Where memory is read from: a process, or a shared memory object.
+
+use std::fs::File;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::unix::fs::FileExt;
+
+use freezeframe_error::{Error, Result, ResultExt, SysExt};
+use freezeframe_sys::Pid;
+use freezeframe_sys::mem::{Mem, vm_readv};
+use freezeframe_sys::pagemap::Pagemap;
+use nix::errno::Errno;
+use nix::unistd::{Whence, lseek64};
+
+use crate::PAGE;
+use crate::index::Range;
+
+/// The memory of a stopped process.
+#[derive(Debug)]
+pub struct Source {
+    /// Whose.
+    pub pid: Pid,
+    /// Its memory; reading is enough.
+    pub mem: Mem,
+    /// Its page tables.
+    pub pagemap: Pagemap,
+}
+
+impl Source {
+    /// Opens the memory of a process we may trace.
+    ///
+    /// # Errors
+    /// `TargetGone`, `Permission`.
+    pub fn open(pid: Pid) -> Result<Source> {
+        Ok(Source {
+            pid,
+            mem: Mem::open(pid, false)?,
+            pagemap: Pagemap::open(pid)?,
+        })
+    }
+
+    /// Fills `buf` with the bytes of `pieces`, one after another.
+    ///
+    /// What process_vm_readv may not read (no read permission), /proc/PID/mem
+    /// does. With `lenient`, pages that neither can read (behind the end of a
+    /// mapped file) become zeros.
+    pub(crate) fn read(&self, pieces: &[Piece], buf: &mut [u8], lenient: bool) -> Result<()> {
+        let mut rest: Vec<Piece> = pieces.to_vec();
+        let mut buf = buf;
+        loop {
+            // What the fast way cannot read from the first byte on is left to the other.
+            let got = vm_readv(self.pid, &rest, buf).unwrap_or(0);
+            advance(&mut rest, got);
+            buf = &mut buf[got..];
+            let Some(&(addr, len)) = rest.first() else {
+                return Ok(());
+            };
+            self.read_forced(addr, &mut buf[..len], lenient)?;
+            rest.remove(0);
+            buf = &mut buf[len..];
+        }
+    }
+
+    fn read_forced(&self, addr: u64, buf: &mut [u8], lenient: bool) -> Result<()> {
+        let mut done = 0;
+        while done < buf.len() {
+            match self.mem.read_at(addr + done as u64, &mut buf[done..]) {
+                Ok(n) => done += n,
+                Err(e) if lenient && e.errno() == Some(Errno::EIO as i32) => {
+                    let next = (buf.len() - done).min(PAGE as usize);
+                    buf[done..done + next].fill(0);
+                    done += next;
+                }
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Address and length of memory to read.
+pub(crate) type Piece = (u64, usize);
+
+/// Takes the first `n` bytes off a list of pieces.
+fn advance(pieces: &mut Vec<Piece>, mut n: usize) {
+    let mut whole = 0;
+    for (addr, len) in pieces.iter_mut() {
+        if n < *len {
+            *addr += n as u64;
+            *len -= n;
+            break;
+        }
+        n -= *len;
+        whole += 1;
+    }
+    pieces.drain(..whole);
+}
+
+/// A shared memory object, through a descriptor of our own for it.
+#[derive(Debug)]
+pub(crate) struct Object {
+    file: File,
+    /// Whether its position is ours alone, so that it may be moved.
+    own: bool,
+    size: u64,
+}
+
+impl Object {
+    /// The descriptor's open file may be the target's own, whose position
+    /// must not move: so it is opened anew.
+    pub(crate) fn open(fd: BorrowedFd<'_>, size: u64) -> Result<Object> {
+        let (file, own) = match File::open(format!("/proc/self/fd/{}", fd.as_raw_fd())) {
+            Ok(file) => (file, true),
+            Err(_) => (File::from(fd.try_clone_to_owned().sys("dup")?), false),
+        };
+        Ok(Object { file, own, size })
+    }
+
+    /// What is not a hole, page-aligned.
+    pub(crate) fn data(&self) -> Result<Vec<Range>> {
+        let end = self.size.next_multiple_of(PAGE);
+        let whole = 0..end;
+        if !self.own {
+            return Ok(vec![whole]);
+        }
+        let seek = |to: u64, whence| lseek64(&self.file, to as i64, whence);
+        let mut ranges: Vec<Range> = Vec::new();
+        let mut at = 0;
+        while at < self.size {
+            let start = match seek(at, Whence::SeekData) {
+                Ok(start) => start as u64,
+                Err(Errno::ENXIO) => break,
+                // No such question to this kind of file (hugetlbfs).
+                Err(Errno::EINVAL) if at == 0 => return Ok(vec![whole]),
+                Err(errno) => return Err(errno).sys("lseek(SEEK_DATA)"),
+            };
+            let hole = seek(start, Whence::SeekHole).sys("lseek(SEEK_HOLE)")? as u64;
+            let from = start / PAGE * PAGE;
+            let to = hole.next_multiple_of(PAGE).min(end);
+            match ranges.last_mut() {
+                Some(last) if last.end >= from => last.end = to,
+                _ => ranges.push(from..to),
+            }
+            at = hole;
+        }
+        Ok(ranges)
+    }
+
+    /// Fills `buf` with the bytes of `pieces`; what is behind the end is zero.
+    pub(crate) fn read(&self, pieces: &[Piece], buf: &mut [u8]) -> Result<()> {
+        let mut buf = buf;
+        for &(offset, len) in pieces {
+            let (mut now, rest) = buf.split_at_mut(len);
+            buf = rest;
+            let mut at = offset;
+            while !now.is_empty() {
+                match self.file.read_at(now, at) {
+                    Ok(0) => {
+                        now.fill(0);
+                        break;
+                    }
+                    Ok(n) => {
+                        now = &mut now[n..];
+                        at += n as u64;
+                    }
+                    Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
+                    Err(e) => return Err(Error::io("pread", e)).on(format!("offset {at}")),
+                }
+            }
+        }
+        Ok(())
+    }
+}
