@@ -55,8 +55,9 @@ impl Cx {
     }
 
     /// The state is set up: says so, waits to be asked, and comes back when it is time to check it. `damage` must spoil
-    /// the state in a way that the check has to notice; it runs only where the kit tests the program itself.
-    pub(crate) fn ready(&self, damage: impl FnOnce()) {
+    /// the state in a way that the check has to notice; it runs only where the kit tests the program itself, and what it
+    /// gives is of no interest.
+    pub(crate) fn ready<T>(&self, damage: impl FnOnce() -> T) {
         self.say_ready();
         self.wait_for_check();
         if self.spoil {

@@ -100,7 +100,7 @@ fn regular(cx: &Cx) {
     let write = os::open(&path, libc::O_WRONLY).unwrap();
     os::lseek(&read, 1234, libc::SEEK_SET).unwrap();
     os::lseek(&write, 5000, libc::SEEK_SET).unwrap();
-    cx.ready(|| drop(os::lseek(&read, 1, libc::SEEK_CUR)));
+    cx.ready(|| os::lseek(&read, 1, libc::SEEK_CUR));
     cx.same(
         "position",
         (os::position(&read), os::position(&write)),
@@ -147,7 +147,7 @@ fn status_flags(cx: &Cx) {
     ];
     let open: Vec<OwnedFd> = sets.iter().map(|s| os::open(&path, *s).unwrap()).collect();
     let was: Vec<i32> = open.iter().map(os::flags).collect();
-    cx.ready(|| drop(os::fcntl(&open[2], libc::F_SETFL, libc::O_APPEND as usize)));
+    cx.ready(|| os::fcntl(&open[2], libc::F_SETFL, libc::O_APPEND as usize));
     cx.same("flags", open.iter().map(os::flags).collect(), was);
 }
 
@@ -177,7 +177,7 @@ fn owner(cx: &Cx) {
         })
     };
     let was = state();
-    cx.ready(|| drop(os::fcntl(&r, F_SETSIG, 0)));
+    cx.ready(|| os::fcntl(&r, F_SETSIG, 0));
     cx.same("owners and signals", state(), was);
 }
 
@@ -186,7 +186,7 @@ fn append(cx: &Cx) {
     fs::write(&path, "one\n").unwrap();
     let log = os::open(&path, libc::O_WRONLY | libc::O_APPEND).unwrap();
     os::write(&log, b"two\n").unwrap();
-    cx.ready(|| drop(os::fcntl(&log, libc::F_SETFL, 0)));
+    cx.ready(|| os::fcntl(&log, libc::F_SETFL, 0));
     let other = os::open(&path, libc::O_WRONLY | libc::O_APPEND).unwrap();
     os::write(&other, b"three\n").unwrap();
     os::lseek(&log, 0, libc::SEEK_SET).unwrap();
@@ -226,7 +226,7 @@ fn directory(cx: &Cx) {
     let whole = os::open(&path, libc::O_RDONLY | libc::O_DIRECTORY).unwrap();
     let all = entries(&whole, 8192);
     let first = entries(&dir, 400);
-    cx.ready(|| drop(os::lseek(&dir, 0, libc::SEEK_SET)));
+    cx.ready(|| os::lseek(&dir, 0, libc::SEEK_SET));
     let mut got = first;
     loop {
         let more = entries(&dir, 400);
@@ -268,7 +268,7 @@ fn o_path(cx: &Cx) {
         })
     };
     let was = state();
-    cx.ready(|| drop(os::fcntl(&open[1], libc::F_SETFD, 0)));
+    cx.ready(|| os::fcntl(&open[1], libc::F_SETFD, 0));
     cx.same("name, flags, close-on-exec, errno of read", state(), was);
     cx.same(
         "errno of a read through O_PATH",
@@ -314,7 +314,7 @@ fn char_devices(cx: &Cx) {
         })
     };
     let was = state();
-    cx.ready(|| drop(os::fcntl(&open[0].1, libc::F_SETFL, 0)));
+    cx.ready(|| os::fcntl(&open[0].1, libc::F_SETFL, 0));
     cx.same("name and flags", state(), was);
     let [null, zero, full, random, urandom] = open.each_ref().map(|(_, fd)| fd);
     cx.same("null", os::read_vec(null, 4).ok(), Some(Vec::new()));
@@ -340,7 +340,7 @@ fn shared_position(cx: &Cx) {
     let apart = os::open(&path, libc::O_RDWR).unwrap();
     os::lseek(&one, 100, libc::SEEK_SET).unwrap();
     os::lseek(&apart, 300, libc::SEEK_SET).unwrap();
-    cx.ready(|| drop(os::lseek(&two, 5, libc::SEEK_SET)));
+    cx.ready(|| os::lseek(&two, 5, libc::SEEK_SET));
     cx.same(
         "positions",
         (os::position(&one), os::position(&two), os::position(&apart)),
@@ -385,7 +385,7 @@ fn shared_with_child(cx: &Cx) {
         cx.same("position of its own", os::position(&own), 0);
         os::lseek(&high_fd(high), 500, libc::SEEK_SET).unwrap();
     });
-    cx.ready(|| drop(os::lseek(&file, 11, libc::SEEK_SET)));
+    cx.ready(|| os::lseek(&file, 11, libc::SEEK_SET));
     cx.join("child", child);
     cx.same("position after the child's seek", os::position(&file), 500);
     cx.check(!os::cloexec(&file), || {
@@ -406,7 +406,7 @@ fn cloexec(cx: &Cx) {
         libc::O_RDWR | libc::O_CREAT | libc::O_CLOEXEC,
     )
     .unwrap();
-    cx.ready(|| drop(os::fcntl(&without, libc::F_SETFD, 1)));
+    cx.ready(|| os::fcntl(&without, libc::F_SETFD, 1));
     cx.same(
         "close-on-exec",
         [&with, &without, &file].map(os::cloexec),
@@ -440,7 +440,7 @@ fn numbers(cx: &Cx) {
         all
     };
     let was = listed();
-    cx.ready(|| drop(os::syscall(libc::SYS_close, [255, 0, 0, 0, 0, 0])));
+    cx.ready(|| os::syscall(libc::SYS_close, [255, 0, 0, 0, 0, 0]));
     cx.same("the numbers", listed(), was);
     for fd in &open {
         cx.same("a read", os::read_vec(fd, 1).ok(), Some(vec![0]));
@@ -453,7 +453,7 @@ fn position_past_end(cx: &Cx) {
     let file = os::open(&path, libc::O_RDWR | libc::O_CREAT).unwrap();
     os::syscall(libc::SYS_ftruncate, [os::raw(&file), 1 << 40, 0, 0, 0, 0]).unwrap();
     os::lseek(&file, (1 << 40) + 77, libc::SEEK_SET).unwrap();
-    cx.ready(|| drop(os::lseek(&file, 0, libc::SEEK_SET)));
+    cx.ready(|| os::lseek(&file, 0, libc::SEEK_SET));
     cx.same("position", os::position(&file), (1 << 40) + 77);
     cx.same("size", fs::metadata(&path).unwrap().len(), 1 << 40);
 }
@@ -475,7 +475,7 @@ fn odd_names(cx: &Cx) {
         os::write(fd, name).unwrap();
     }
     let map = os::Region::file(&open[0], os::PAGE, libc::MAP_PRIVATE);
-    cx.ready(|| drop(os::write(&open[2], b"x")));
+    cx.ready(|| os::write(&open[2], b"x"));
     for ((fd, path), name) in open.iter().zip(&paths).zip(names) {
         cx.same(
             "name",
@@ -492,7 +492,7 @@ fn read_only_file(cx: &Cx) {
     let path = cx.path("file");
     let file = os::open(&path, libc::O_RDWR | libc::O_CREAT).unwrap();
     fs::set_permissions(&path, fs::Permissions::from_mode(0o000)).unwrap();
-    cx.ready(|| drop(fs::remove_file(&path)));
+    cx.ready(|| fs::remove_file(&path));
     cx.check(os::write(&file, b"still").is_ok(), || {
         "cannot write".to_owned()
     });
@@ -545,7 +545,7 @@ fn memfd(cx: &Cx) {
         })
     };
     let was = state();
-    cx.ready(|| drop(os::write(&plain, b"x")));
+    cx.ready(|| os::write(&plain, b"x"));
     cx.same("name, size, mode, blocks, position, flags", state(), was);
     cx.same(
         "contents",
@@ -664,7 +664,7 @@ fn deleted(cx: &Cx) {
     let file = os::open(&path, libc::O_RDWR | libc::O_CREAT).unwrap();
     os::write(&file, b"not lost").unwrap();
     fs::remove_file(&path).unwrap();
-    cx.ready(|| drop(os::lseek(&file, 1, libc::SEEK_SET)));
+    cx.ready(|| os::lseek(&file, 1, libc::SEEK_SET));
     cx.same("position", os::position(&file), 8);
     os::lseek(&file, 0, libc::SEEK_SET).unwrap();
     cx.same(
@@ -678,7 +678,7 @@ fn deleted(cx: &Cx) {
 fn tmpfile(cx: &Cx) {
     let file = os::open(&cx.path(""), libc::O_RDWR | libc::O_TMPFILE).unwrap();
     os::write(&file, b"never had a name").unwrap();
-    cx.ready(|| drop(os::lseek(&file, 1, libc::SEEK_SET)));
+    cx.ready(|| os::lseek(&file, 1, libc::SEEK_SET));
     cx.same("position", os::position(&file), 16);
     os::lseek(&file, 0, libc::SEEK_SET).unwrap();
     cx.same(

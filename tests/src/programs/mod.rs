@@ -13,8 +13,12 @@ mod cx;
 mod os;
 
 mod basic;
+mod events;
 mod files;
+mod mappings;
+mod memory;
 mod pipes;
+mod sockets;
 
 pub use cx::Cx;
 use std::os::unix::process::CommandExt;
@@ -119,6 +123,10 @@ const FAMILIES: &[(&str, &[Program])] = &[
     ("basic", basic::PROGRAMS),
     ("pipes", pipes::PROGRAMS),
     ("files", files::PROGRAMS),
+    ("events", events::PROGRAMS),
+    ("sockets", sockets::PROGRAMS),
+    ("memory", memory::PROGRAMS),
+    ("mappings", mappings::PROGRAMS),
 ];
 
 /// Every program, in the order of the table.
