@@ -237,6 +237,34 @@ impl Batch {
         self.calls.len() * OP_SIZE + self.data.len().next_multiple_of(16)
     }
 
+    /// Whether the batch goes on after call `index` returned `result`, as the
+    /// stub decides it.
+    pub(crate) fn accepts(&self, index: usize, result: i64) -> bool {
+        let call = &self.calls[index];
+        match call.on_result {
+            OnResult::StopOnError => !(-4095..0).contains(&result),
+            OnResult::Ignore => true,
+            OnResult::Expect => result == call.expect,
+        }
+    }
+
+    /// How many undo entries its calls can make.
+    pub(crate) fn undo_entries(&self) -> usize {
+        let entries = |call: &Call| match call.undo {
+            Undo::None | Undo::Disarm => 0,
+            Undo::Munmap | Undo::Close | Undo::Reap => 1,
+            Undo::ClosePair => 2,
+        };
+        self.calls.iter().map(entries).sum()
+    }
+
+    /// Whether it has calls that make children.
+    pub(crate) fn makes_children(&self) -> bool {
+        self.calls
+            .iter()
+            .any(|c| c.undo == Undo::Reap || c.child != 0)
+    }
+
     /// The bytes of this batch for address `at` (16-byte aligned) of the target.
     pub fn place(&self, at: u64) -> Placed {
         let data_at = at + (self.calls.len() * OP_SIZE) as u64;
@@ -248,7 +276,12 @@ impl Batch {
                 expect: call.expect,
                 undo: call.undo as u32,
                 undo_arg: call.undo_arg,
-                child: call.child,
+                // A live child that nobody steers must know that it is one.
+                child: match call.undo {
+                    Undo::Reap => call.child.max(1),
+                    _ => call.child,
+                },
+                undo_call: call.undo.call(call.undo_arg),
                 ..Op::default()
             };
             for (i, arg) in call.args.iter().enumerate() {

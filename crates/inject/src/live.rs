@@ -1,25 +1,145 @@
 //! Running batches of syscalls in a live target, so that our own death at any
-//! instant cannot harm it (design B).
+//! instant cannot harm it.
+//!
+//! # The way in and out (design B of `kill-safe.md`)
+//!
+//! | Step | If we die after it |
+//! |---|---|
+//! | Find slack ([`Site::find`]); the target runs | nothing has happened |
+//! | Stop the threads, make interrupted calls restartable ([`Tracer`]) | they go on, as after any stop |
+//! | Write stub and [`Literals`](freezeframe_stub::live::Literals), `go` = 0, where nobody runs | some bytes that nobody reads, known again by the next run |
+//! | SETREGS, changing `rip` alone, to the stub's entry: **the commit point** | the kernel restarts the interrupted call "into" the stub, which jumps home |
+//! | Only now SETSIGMASK(all blocked) | the stub's tail puts the mask back. Before the commit point nobody would |
+//! | `go` = 1, and on to the exit of the stub's mmap: the private area, all zeros | the stub finds nothing to do, unmaps it, goes home |
+//! | Batches; undo entries are made by the stub | the batch runs to its end, is undone, the stub goes home |
+//! | No more ops: the stub undoes what is left and unmaps the area; it is held at the exit of that call | its tail takes it home |
+//! | `go` = 0; SETREGS(entry) again: re-armed; SETSIGMASK(its own); SETREGS(its own) | before the last, the tail; after it there is nothing left to do |
+//! | The slack's bytes put back ([`Site::erase`]); detach | - |
+//!
+//! Why SETREGS comes before SETSIGMASK, both ways: a thread with everything
+//! blocked must always have a stub ahead of it. Why the re-arming: between
+//! SETSIGMASK and the last SETREGS a signal may arrive, and if we then die its
+//! handler must run "in" the interrupted call, which only the entry of the stub
+//! can tell, not the middle of it. Why only `rip`: with `rax` and `orig_rax` as
+//! they were the kernel itself decides between restart and EINTR.
+//!
+//! A batch, once begun, runs to its end whether we live or not: a call that
+//! leaves something behind must have an [`Undo`]. No call may block for long
+//! or use the kernel's restart block (nanosleep, poll and futex with a timeout):
+//! the thread's own may be waiting in it.
+//!
+//! # Two ways to run a batch
+//!
+//! **P**: the stub is held at the entry and exit of each call by ptrace; nothing
+//! else is needed, and our death releases it. **S**: a SOCK_SEQPACKET pair; the
+//! stub runs the batch freely, sends how far it got and waits for more; our
+//! death is its end of file. S costs some calls to set up, and then a batch of
+//! any length costs two switches.
+//!
+//! # What is not covered
+//!
+//! Our death while a call the target's seccomp filters forbid is on its way
+//! (they sleep only as long as we trace); callers must not inject such calls
+//! where that matters. A handler that runs on the death path between the
+//! stub's unblocking and its last jump sees a `rip` in the stub.
 
-use std::time::Duration;
+use std::cell::Cell;
+use std::fs;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::time::{Duration, Instant};
 
-use freezeframe_error::{Error, Result};
-use freezeframe_sys::ids::Pid;
+use freezeframe_error::{Error, Kind, Result, ResultExt, SysExt};
+use freezeframe_stub::layout::{OP_SIZE, OnResult, Op, Undo};
+use freezeframe_stub::live as stub;
+use freezeframe_sys::ids::{Pid, Tid};
+use freezeframe_sys::mem::Mem;
+use freezeframe_sys::pidfd;
+use freezeframe_sys::proc::{Map, ProcDir};
+use freezeframe_sys::ptrace::{self, Options, Regs, SyscallInfo};
+use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
+use nix::sys::socket::{self, MsgFlags, sockopt};
+use nix::sys::time::{TimeVal, TimeValLike};
 
+use crate::arch;
 use crate::batch::{Batch, Replies};
-use crate::tracer::{StoppedTask, Tracer};
+use crate::step::step;
+use crate::tracer::{StoppedTask, Tracer, timeout};
+
+/// Length of the stub's private area.
+const AREA_LEN: u64 = 64 << 10;
+/// Batches longer than this are worth a socket.
+const SOCKET_FROM: usize = 9;
+/// Zero bytes that must lie before the slack we take, too.
+const MARGIN: u64 = 16;
+
+// ---------------------------------------------------------------- the place
 
 /// The place in a process where the stub lies, found once per process; one
-/// thread of the process at a time runs it.
+/// thread of the process at a time runs it. Dropping it puts the old bytes
+/// back, ignoring errors.
 #[derive(Debug)]
 pub struct Site {
     pid: Pid,
+    mem: Mem,
+    base: u64,
+    whose: String,
+    state: SiteState,
+    checked: Cell<bool>,
+    pidfd: Option<OwnedFd>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum SiteState {
+    /// Nothing of ours is there.
+    Clean,
+    /// The stub of a predecessor lies there, the same as ours.
+    Inherited,
+    /// Ours lies there.
+    Planted,
+    /// A thread may still run it without us: it must stay.
+    Abandoned,
 }
 
 impl Site {
-    /// Looks for the place; changes nothing, so it can be called while the target runs.
+    /// Looks for the place; changes nothing, so it can be called while the
+    /// target runs: first in the vDSO's tail, then behind the text of mapped
+    /// files.
+    ///
+    /// # Errors
+    /// [`Kind::Unsupported`] if no executable page has room.
     pub fn find(pid: Pid) -> Result<Site> {
-        Ok(Site { pid })
+        let proc = ProcDir::open(pid)?;
+        let maps = proc.maps().on_task(pid.0)?;
+        Site::find_in(&proc, &maps)
+    }
+
+    /// The same, with the process's mappings as they were read already.
+    pub fn find_in(proc: &ProcDir, maps: &[Map]) -> Result<Site> {
+        let pid = proc.pid();
+        let mem = Mem::of(proc, true)?;
+        let is_vdso = |m: &&Map| m.path == b"[vdso]";
+        let is_text = |m: &&Map| m.exec && !m.write && !m.shared && m.inode != 0;
+        let found = maps
+            .iter()
+            .filter(|m| is_vdso(m) && m.exec)
+            .chain(maps.iter().filter(is_text))
+            .find_map(|m| Some((slack(&mem, m)?, m)));
+        step("slack");
+        let Some(((base, state), map)) = found else {
+            return Err(Error::unsupported(
+                "no executable page has room for the stub (neither the vDSO's nor that of any mapped file)",
+            )
+            .on_task(pid.0));
+        };
+        Ok(Site {
+            pid,
+            mem,
+            base,
+            whose: String::from_utf8_lossy(&map.path).into_owned(),
+            state,
+            checked: Cell::new(false),
+            pidfd: None,
+        })
     }
 
     /// Whose place it is.
@@ -27,58 +147,705 @@ impl Site {
         self.pid
     }
 
-    /// Refuses ([`TargetBusy`](freezeframe_error::Kind::TargetBusy)) if one of the stopped threads is still leaving the stub
-    /// of a predecessor that died: let all go and try again.
-    pub fn check(&self, _stopped: &[StoppedTask]) -> Result<()> {
+    /// The stub's addresses, first and first behind it.
+    pub fn range(&self) -> (u64, u64) {
+        (self.base, self.base + stub::len() as u64)
+    }
+
+    /// The mapping it lies in: `[vdso]`, or a path.
+    pub fn mapping(&self) -> &str {
+        &self.whose
+    }
+
+    /// Refuses ([`Kind::TargetBusy`]) if one of the stopped threads is still
+    /// leaving the stub of a predecessor that died: let all go and try again.
+    pub fn check(&self, stopped: &[StoppedTask]) -> Result<()> {
+        let (from, to) = self.range();
+        let inside = |addr: u64| (from..to).contains(&addr);
+        let leaving = stopped.iter().find(|t| inside(t.regs.rip)).or_else(|| {
+            // A handler that began while the stub was leaving returns into it.
+            let tid = match self.state {
+                SiteState::Inherited => self.literals_tid()?,
+                _ => return None,
+            };
+            let task = stopped.iter().find(|t| t.tid == tid)?;
+            self.returns_into(task.regs.rsp, inside).then_some(task)
+        });
+        match leaving {
+            None => {
+                self.checked.set(true);
+                Ok(())
+            }
+            Some(task) => Err(Error::new(
+                Kind::TargetBusy,
+                "the stub of an earlier run that was killed is still leaving",
+            )
+            .on_task(task.tid.0)),
+        }
+    }
+
+    fn literals_tid(&self) -> Option<Tid> {
+        let at = self.base + stub::len() as u64 - 8;
+        Some(Tid(self.mem.read_u64(at).ok()? as i32))
+    }
+
+    /// Whether the stack from `sp` up holds a word that lies in the stub, as the
+    /// frame of an interrupting handler does.
+    fn returns_into(&self, sp: u64, inside: impl Fn(u64) -> bool) -> bool {
+        let mut buf = [0u8; 4096];
+        let mut at = sp & !7;
+        for _ in 0..64 {
+            let Ok(n) = self.mem.read_at(at, &mut buf) else {
+                return false;
+            };
+            let word = |c: &[u8]| u64::from_ne_bytes(c.try_into().expect("8 bytes"));
+            if buf[..n].chunks_exact(8).any(|c| inside(word(c))) {
+                return true;
+            }
+            at += n as u64;
+        }
+        false
+    }
+
+    fn write(&self, addr: u64, bytes: &[u8]) -> Result<()> {
+        self.mem.write_all_at(addr, bytes)
+    }
+
+    /// Writes the literals for a thread, and the code if it is not there yet.
+    fn plant(&mut self, literals: &stub::Literals) -> Result<()> {
+        let at = self.base + stub::code().len() as u64;
+        if self.state == SiteState::Planted {
+            self.write(at, &literals.to_bytes())?;
+        } else {
+            let mut all = stub::code().to_vec();
+            all.extend_from_slice(&literals.to_bytes());
+            self.state = SiteState::Planted;
+            self.write(self.base, &all)?;
+        }
+        step("plant");
         Ok(())
     }
 
-    /// Puts back what lay there. Dropping does the same, ignoring errors.
-    pub fn erase(self) -> Result<()> {
+    fn set_go(&self, go: u32) -> Result<()> {
+        let at = self.base + (stub::code().len() + stub::GO) as u64;
+        self.write(at, &go.to_le_bytes())?;
+        step(if go == 0 { "go=0" } else { "go=1" });
         Ok(())
+    }
+
+    fn getfd(&mut self, fd: i32) -> Result<OwnedFd> {
+        if self.pidfd.is_none() {
+            self.pidfd = Some(pidfd::pidfd_open(self.pid)?);
+        }
+        let process = self.pidfd.as_ref().expect("was just set");
+        pidfd::pidfd_getfd(process, fd)
+    }
+
+    /// Puts back what lay there (zeros). Only when no session is left.
+    pub fn erase(mut self) -> Result<()> {
+        self.erase_inner()
+    }
+
+    fn erase_inner(&mut self) -> Result<()> {
+        if matches!(self.state, SiteState::Planted | SiteState::Inherited) {
+            self.write(self.base, &vec![0; stub::len()])?;
+            self.state = SiteState::Clean;
+            step("erase");
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Site {
+    fn drop(&mut self) {
+        // An inherited stub is left alone: nobody has checked who runs it.
+        if self.state == SiteState::Planted {
+            let _ = self.erase_inner();
+        }
+    }
+}
+
+/// Room for the stub at the end of a mapping, or the same stub left there by a
+/// predecessor.
+fn slack(mem: &Mem, map: &Map) -> Option<(u64, SiteState)> {
+    let need = (stub::len() as u64).next_multiple_of(64);
+    let mut page = [0u8; 4096];
+    mem.read_exact_at(map.end.checked_sub(4096)?, &mut page)
+        .ok()?;
+    let tail = &page[4096 - need as usize..];
+    let base = map.end - need;
+    if tail.starts_with(stub::code()) {
+        return Some((base, SiteState::Inherited));
+    }
+    let free = page[4096 - (need + MARGIN) as usize..]
+        .iter()
+        .all(|&b| b == 0);
+    free.then_some((base, SiteState::Clean))
+}
+
+// ------------------------------------------------------------------ the CPU
+
+/// Keeps the calling thread on one CPU while it talks to a task there: a wake-up
+/// across CPUs costs more than all the rest. Never the task: its affinity
+/// would stay changed if we died. Dropping it gives the old affinity back.
+#[derive(Debug)]
+pub struct CpuPin {
+    old: CpuSet,
+}
+
+impl CpuPin {
+    /// Pins to the CPU a task ran on last; None if that cannot be done (the
+    /// pin makes things faster, not right).
+    pub fn to_task(pid: Pid, tid: Tid) -> Option<CpuPin> {
+        CpuPin::to_cpu(last_cpu(pid, tid)?)
+    }
+
+    fn to_cpu(cpu: usize) -> Option<CpuPin> {
+        let me = nix::unistd::Pid::from_raw(0);
+        let old = sched_getaffinity(me).ok()?;
+        let mut one = CpuSet::new();
+        one.set(cpu).ok()?;
+        sched_setaffinity(me, &one).ok()?;
+        Some(CpuPin { old })
+    }
+}
+
+impl Drop for CpuPin {
+    fn drop(&mut self) {
+        let _ = sched_setaffinity(nix::unistd::Pid::from_raw(0), &self.old);
+    }
+}
+
+/// Field 39 of /proc/PID/task/TID/stat.
+fn last_cpu(pid: Pid, tid: Tid) -> Option<usize> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/task/{tid}/stat")).ok()?;
+    let (_, rest) = stat.rsplit_once(") ")?;
+    rest.split(' ').nth(36)?.parse().ok()
+}
+
+// -------------------------------------------------------------- the session
+
+/// Where the thread is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum At {
+    /// In the stop it was found in (in the kernel's signal code).
+    Event,
+    /// At a syscall stop in the stub.
+    Syscall,
+    /// Running in the stub.
+    Running,
+    /// At home, stopped; or dead, or let go.
+    Left,
+}
+
+/// A part of the target's memory for ops and data, used in halves: when the
+/// next batch is written in P the last result of the one before is still to be
+/// stored by the stub.
+#[derive(Clone, Copy, Debug)]
+struct Room {
+    base: u64,
+    half: usize,
+    second: bool,
+}
+
+impl Room {
+    fn next(&mut self) -> u64 {
+        self.second = !self.second;
+        if self.second {
+            self.base + self.half as u64
+        } else {
+            self.base
+        }
     }
 }
 
 /// A stopped thread that runs batches for us. Dropping it leaves, ignoring errors.
 #[derive(Debug)]
 pub struct LiveSession<'a> {
-    _tracer: &'a Tracer,
-    _site: &'a mut Site,
+    tracer: &'a Tracer,
+    site: &'a mut Site,
+    tid: Tid,
+    home: Regs,
+    mask: u64,
+    wait: Duration,
+    at: At,
+    area: Option<u64>,
+    room: Room,
+    more: Option<Room>,
+    /// Our end of the socket, and the number of the target's.
+    socket: Option<(OwnedFd, i32)>,
+    /// The target could not make one.
+    no_socket: bool,
+    undo_used: usize,
+    _pin: Option<CpuPin>,
 }
 
 impl<'a> LiveSession<'a> {
     /// Makes a stopped thread run the stub. `wait` bounds every single wait.
+    ///
+    /// # Errors
+    /// [`Kind::Unsupported`] for 32-bit tasks and for syscall user dispatch. The
+    /// thread is then, as after any error here, stopped as it was.
     pub fn enter(
         tracer: &'a Tracer,
         site: &'a mut Site,
-        _task: &StoppedTask,
-        _wait: Duration,
+        task: &StoppedTask,
+        wait: Duration,
     ) -> Result<LiveSession<'a>> {
-        let _ = LiveSession {
-            _tracer: tracer,
-            _site: site,
+        let pin = CpuPin::to_task(site.pid, task.tid);
+        LiveSession::enter_on(tracer, site, task, wait, pin)
+    }
+
+    fn enter_on(
+        tracer: &'a Tracer,
+        site: &'a mut Site,
+        task: &StoppedTask,
+        wait: Duration,
+        pin: Option<CpuPin>,
+    ) -> Result<LiveSession<'a>> {
+        let tid = task.tid;
+        arch::check(tid, &task.regs)?;
+        if ptrace::get_syscall_user_dispatch(tid).is_ok_and(|c| c.mode != 0) {
+            return Err(Error::unsupported("syscall user dispatch is not supported").on_task(tid.0));
+        }
+        if site.state == SiteState::Abandoned {
+            return Err(Error::new(
+                Kind::TargetBusy,
+                "the stub of a session that failed may still be running",
+            )
+            .on_task(tid.0));
+        }
+        if site.state == SiteState::Inherited && !site.checked.get() {
+            return Err(Error::bug("Site::check comes before a session").on_task(tid.0));
+        }
+        if tracer.is_at_syscall(tid) {
+            // A session before this one has left it at a syscall stop, from which
+            // it would go on without the kernel looking at its restart code.
+            tracer.interrupt_and_wait(tid, Instant::now() + wait)?;
+            tracer.set_at_syscall(tid, false);
+        }
+        site.plant(&arch::literals(
+            tid,
+            &task.regs,
+            task.sigmask,
+            AREA_LEN as u32,
+        ))?;
+        ptrace::setregs(tid, &arch::sent_to(&task.regs, site.base))?;
+        step("commit");
+        let mut session = LiveSession {
+            tracer,
+            site,
+            tid,
+            home: task.regs,
+            mask: task.sigmask,
+            wait,
+            at: At::Event,
+            area: None,
+            room: Room {
+                base: 0,
+                half: ((AREA_LEN as usize - stub::OPS) / 2) & !15,
+                second: true,
+            },
+            more: None,
+            socket: None,
+            no_socket: false,
+            undo_used: 0,
+            _pin: pin,
         };
-        Err(Error::bug("not built yet"))
+        match session.map_area() {
+            Ok(()) => Ok(session),
+            Err(e) => {
+                let _ = session.leave_inner();
+                Err(e)
+            }
+        }
+    }
+
+    fn map_area(&mut self) -> Result<()> {
+        ptrace::setsigmask(self.tid, u64::MAX)?;
+        step("block-signals");
+        self.site.set_go(1)?;
+        self.sysc()?;
+        self.sysc()?;
+        let area = match ptrace::get_syscall_info(self.tid)? {
+            SyscallInfo::Exit { result } if result < 0 => {
+                return Err(
+                    Error::syscall("mmap in the target", -result as i32).on_task(self.tid.0)
+                );
+            }
+            SyscallInfo::Exit { result } => result as u64,
+            other => return Err(self.odd(other)),
+        };
+        self.area = Some(area);
+        self.room.base = area + stub::OPS as u64;
+        // Nothing to do, no socket: written before any op is named.
+        self.site.write(area + 16, &(-1i32).to_le_bytes())?;
+        step("area");
+        Ok(())
+    }
+
+    fn odd(&self, what: SyscallInfo) -> Error {
+        Error::bug(format!("the stub is not where it should be: {what:?}")).on_task(self.tid.0)
+    }
+
+    fn deadline(&self) -> Instant {
+        Instant::now() + self.wait
+    }
+
+    /// On to the next syscall stop.
+    fn sysc(&mut self) -> Result<()> {
+        self.at = At::Running;
+        let result = self.tracer.to_syscall_stop(self.tid, self.deadline());
+        match &result {
+            Ok(()) => self.at = At::Syscall,
+            Err(e) if e.kind() == Kind::TargetGone => self.at = At::Left,
+            Err(_) => {}
+        }
+        result
+    }
+
+    /// The thread.
+    pub fn tid(&self) -> Tid {
+        self.tid
     }
 
     /// Runs a batch; an error if one of its calls ended it.
     pub fn run(&mut self, batch: &Batch) -> Result<Replies> {
         let replies = self.try_run(batch)?;
-        batch.check(&replies)?;
+        batch.check(&replies).on_task(self.tid.0)?;
         Ok(replies)
     }
 
-    /// Runs a batch; `Replies::done` says how far it got.
-    pub fn try_run(&mut self, _batch: &Batch) -> Result<Replies> {
-        Err(Error::bug("not built yet"))
+    /// Runs a batch; [`Replies::done`] says how far it got.
+    ///
+    /// # Errors
+    /// Only of the way there, not of the batch's calls. After one, leave.
+    pub fn try_run(&mut self, batch: &Batch) -> Result<Replies> {
+        if self.at == At::Left {
+            return Err(Error::bug("the session is over").on_task(self.tid.0));
+        }
+        if batch.is_empty() {
+            return Ok(batch.replies(&batch.place(0).bytes, 0));
+        }
+        let clones = batch.makes_children();
+        if self.at == At::Syscall && batch.len() >= SOCKET_FROM && !clones && !self.no_socket {
+            return self.run_by_socket(batch);
+        }
+        if self.at == At::Running {
+            return self.run_by_socket(batch);
+        }
+        self.run_by_stops(batch)
+    }
+
+    /// Reserves undo entries.
+    fn count_undo(&mut self, n: usize) -> Result<()> {
+        self.undo_used += n;
+        if self.undo_used > stub::UNDO_MAX {
+            return Err(Error::bug(format!(
+                "more than {} calls to undo in one session",
+                stub::UNDO_MAX
+            ))
+            .on_task(self.tid.0));
+        }
+        Ok(())
+    }
+
+    /// Where to put `len` bytes.
+    fn place_for(&mut self, len: usize) -> Result<u64> {
+        if len <= self.room.half {
+            return Ok(self.room.next());
+        }
+        if let Some(more) = self.more.as_mut().filter(|m| len <= m.half) {
+            return Ok(more.next());
+        }
+        let half = len.next_multiple_of(4096);
+        let mut batch = Batch::new();
+        let op = batch.call(
+            "mmap",
+            libc::SYS_mmap,
+            [
+                0u64.into(),
+                (2 * half).into(),
+                3.into(),
+                0x22.into(),
+                (-1).into(),
+                0.into(),
+            ],
+        );
+        let undo_len = u32::try_from(2 * half)
+            .map_err(|_| Error::bug("a batch of more than 2 GiB").on_task(self.tid.0))?;
+        batch.undo(op, Undo::Munmap, undo_len);
+        let replies = self.run(&batch)?;
+        let mut more = Room {
+            base: replies.raw(op) as u64,
+            half,
+            second: true,
+        };
+        let at = more.next();
+        self.more = Some(more);
+        Ok(at)
+    }
+
+    /// Names the ops and, last, their number: what makes them be run.
+    fn name_ops(&self, ops: u64, n: u64) -> Result<()> {
+        let area = self.area.expect("only called with an area");
+        self.site.write(area + 24, &ops.to_le_bytes())?;
+        step("name-ops");
+        if n > 0 {
+            self.site.write(area, &n.to_le_bytes())?;
+            step("name-count");
+        }
+        Ok(())
+    }
+
+    /// P: each call between two ptrace stops. Ends at the exit of the last call,
+    /// whose result the stub has not stored yet.
+    fn run_by_stops(&mut self, batch: &Batch) -> Result<Replies> {
+        self.count_undo(batch.undo_entries())?;
+        let at = self.place_for(batch.placed_len())?;
+        let placed = batch.place(at);
+        self.site.write(at, &placed.bytes)?;
+        step("write-batch");
+        self.name_ops(at, placed.ops as u64)?;
+        let mut done = 0;
+        let mut last = None;
+        for index in 0..placed.ops {
+            self.sysc()?;
+            self.sysc()?;
+            let result = match ptrace::get_syscall_info(self.tid)? {
+                SyscallInfo::Exit { result } => result,
+                other => return Err(self.odd(other)),
+            };
+            last = Some((index, result));
+            if !batch.accepts(index, result) {
+                break;
+            }
+            done += 1;
+        }
+        let mut bytes = vec![0; placed.bytes.len()];
+        self.site.mem.read_exact_at(at, &mut bytes)?;
+        if let Some((index, result)) = last {
+            bytes[index * OP_SIZE + 56..][..8].copy_from_slice(&result.to_le_bytes());
+        }
+        step("read-results");
+        Ok(batch.replies(&bytes, done))
+    }
+
+    /// S: the batch runs freely between two messages.
+    fn run_by_socket(&mut self, batch: &Batch) -> Result<Replies> {
+        let mut close_ours = None;
+        if self.socket.is_none() {
+            match self.make_socket()? {
+                Some(ours) => close_ours = Some(ours),
+                None => return self.run_by_stops(batch),
+            }
+        }
+        self.count_undo(batch.undo_entries())?;
+        let prefix = usize::from(close_ours.is_some());
+        let at = self.place_for(batch.placed_len() + prefix * OP_SIZE)?;
+        let mut bytes = Vec::new();
+        if let Some(fd) = close_ours {
+            // The target's copy of our end: closed first, or our death would be no
+            // end of file.
+            let op = Op {
+                nr: libc::SYS_close as u64,
+                args: [fd as u64, 0, 0, 0, 0, 0],
+                on_result: OnResult::Ignore as u32,
+                undo: Undo::Disarm as u32,
+                ..Op::default()
+            };
+            op.write_to(&mut bytes);
+        }
+        let placed = batch.place(at + bytes.len() as u64);
+        bytes.extend_from_slice(&placed.bytes);
+        self.site.write(at, &bytes)?;
+        step("write-batch");
+        self.name_ops(at, 0)?;
+        self.send((placed.ops + prefix) as u64)?;
+        if close_ours.is_some() {
+            // The stub will report the end of the batch that made the pair, and
+            // find our message waiting. It must be told of the socket only now:
+            // without a message it would wait on a pair whose two ends are its own.
+            let theirs = self.socket.as_ref().map_or(-1, |(_, fd)| *fd);
+            let area = self.area.expect("only called with an area");
+            self.site.write(area + 16, &theirs.to_le_bytes())?;
+            step("name-socket");
+            self.at = At::Running;
+            ptrace::cont(self.tid, 0)?;
+            step("cont");
+            self.receive()?;
+        }
+        let done = (self.receive()? as usize)
+            .saturating_sub(prefix)
+            .min(placed.ops);
+        let mut bytes = vec![0; placed.bytes.len()];
+        self.site
+            .mem
+            .read_exact_at(at + (prefix * OP_SIZE) as u64, &mut bytes)?;
+        step("read-results");
+        Ok(batch.replies(&bytes, done))
+    }
+
+    /// Makes the pair and takes our end of it. Returns the number our end still
+    /// has in the target; None if the target can have no socket.
+    fn make_socket(&mut self) -> Result<Option<i32>> {
+        let mut batch = Batch::new();
+        let pair = batch.room(8);
+        let op = batch.call(
+            "socketpair",
+            libc::SYS_socketpair,
+            [
+                libc::AF_UNIX.into(),
+                (libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC).into(),
+                0.into(),
+                pair.into(),
+            ],
+        );
+        batch.undo(op, Undo::ClosePair, 3);
+        let replies = self.run_by_stops(&batch)?;
+        if replies.result(op).is_err() {
+            self.no_socket = true;
+            return Ok(None);
+        }
+        let theirs = replies.i32(pair);
+        let ours = replies.i32(pair.at(4));
+        let socket = self.site.getfd(ours)?;
+        step("getfd");
+        // Woken up now and then, to see whether the thread is still running.
+        socket::setsockopt(
+            &socket,
+            sockopt::ReceiveTimeout,
+            &TimeVal::microseconds(2000),
+        )
+        .sys("setsockopt(SO_RCVTIMEO)")?;
+        self.socket = Some((socket, theirs));
+        Ok(Some(ours))
+    }
+
+    fn socket_fd(&self) -> i32 {
+        self.socket.as_ref().map_or(-1, |(fd, _)| fd.as_raw_fd())
+    }
+
+    fn send(&self, n: u64) -> Result<()> {
+        socket::send(self.socket_fd(), &n.to_le_bytes(), MsgFlags::MSG_NOSIGNAL)
+            .sys("send to the stub")
+            .on_task(self.tid.0)?;
+        step("send");
+        Ok(())
+    }
+
+    fn receive(&mut self) -> Result<u64> {
+        let deadline = self.deadline();
+        let mut word = [0u8; 8];
+        loop {
+            match socket::recv(self.socket_fd(), &mut word, MsgFlags::empty()) {
+                Ok(8) => {
+                    step("receive");
+                    return Ok(u64::from_le_bytes(word));
+                }
+                Ok(_) => {
+                    return Err(
+                        Error::new(Kind::TargetGone, "its stub hung up").on_task(self.tid.0)
+                    );
+                }
+                Err(nix::errno::Errno::EAGAIN | nix::errno::Errno::EINTR) => {
+                    self.tracer.nudge(self.tid).inspect_err(|e| {
+                        if e.kind() == Kind::TargetGone {
+                            self.at = At::Left;
+                        }
+                    })?;
+                    if Instant::now() >= deadline {
+                        return Err(timeout(self.tid, "it did not answer in time"));
+                    }
+                }
+                Err(e) => return Err(Error::syscall("recv from the stub", e as i32)),
+            }
+        }
     }
 
     /// Undoes what was not taken back, and puts the thread exactly where it was,
     /// still stopped.
-    pub fn leave(self) -> Result<()> {
+    ///
+    /// # Errors
+    /// If it cannot be brought to its end under control, the thread has been
+    /// let go and finds its way home by itself.
+    pub fn leave(mut self) -> Result<()> {
+        self.leave_inner()
+    }
+
+    fn leave_inner(&mut self) -> Result<()> {
+        if self.at == At::Left {
+            return Ok(());
+        }
+        let result = self.go_home();
+        self.at = At::Left;
+        if let Err(e) = result {
+            if e.kind() == Kind::TargetGone {
+                return Err(e);
+            }
+            // As if we had died: the stub undoes and leaves by itself.
+            self.site.state = SiteState::Abandoned;
+            self.socket = None;
+            let _ = self.tracer.release(self.tid);
+            return Err(e);
+        }
+        Ok(())
+    }
+
+    fn go_home(&mut self) -> Result<()> {
+        if self.at == At::Running {
+            let deadline = self.deadline();
+            self.tracer.interrupt_and_wait(self.tid, deadline)?;
+            self.at = At::Event;
+            let regs = ptrace::getregs(self.tid)?;
+            ptrace::setregs(self.tid, &arch::cancelled(&regs))?;
+            step("cancel");
+            if self.area.is_none() {
+                return Err(Error::bug("the stub has no area").on_task(self.tid.0));
+            }
+        }
+        if let Some(area) = self.area {
+            for _ in 0..2 * stub::UNDO_MAX + 8 {
+                self.sysc()?;
+                let SyscallInfo::Entry { nr, args } = ptrace::get_syscall_info(self.tid)? else {
+                    continue;
+                };
+                if nr == arch::MUNMAP && args[0] == area && args[1] == AREA_LEN {
+                    self.sysc()?;
+                    self.area = None;
+                    break;
+                }
+                if nr == arch::RECVFROM && args[1] == area {
+                    // It was interrupted on its way to wait for us: it need not.
+                    let regs = ptrace::getregs(self.tid)?;
+                    ptrace::setregs(self.tid, &arch::skipped(&regs))?;
+                    step("skip");
+                }
+            }
+            if self.area.is_some() {
+                return Err(Error::bug("the stub does not leave").on_task(self.tid.0));
+            }
+        }
+        self.site.set_go(0)?;
+        ptrace::setregs(self.tid, &arch::sent_to(&self.home, self.site.base))?;
+        step("re-arm");
+        ptrace::setsigmask(self.tid, self.mask)?;
+        step("unblock-signals");
+        ptrace::setregs(self.tid, &self.home)?;
+        step("registers");
+        self.tracer.set_at_syscall(self.tid, self.at == At::Syscall);
+        self.at = At::Left;
         Ok(())
     }
 }
+
+impl Drop for LiveSession<'_> {
+    fn drop(&mut self) {
+        let _ = self.leave_inner();
+    }
+}
+
+// ------------------------------------------------------------ whole processes
 
 /// Runs one batch in one stopped thread and leaves it again.
 pub fn collect_in_thread(
@@ -94,12 +861,102 @@ pub fn collect_in_thread(
     Ok(replies)
 }
 
-/// Stops all threads of a process (those born meanwhile too), having found the
+/// Runs a batch in each of a process's stopped threads, those of one CPU after
+/// each other. The replies are in the order of `tasks`.
+pub fn collect_in_threads(
+    tracer: &Tracer,
+    site: &mut Site,
+    tasks: &[StoppedTask],
+    mut batch: impl FnMut(&StoppedTask) -> Batch,
+    wait: Duration,
+) -> Result<Vec<Replies>> {
+    let mut order: Vec<(Option<usize>, usize)> = tasks
+        .iter()
+        .enumerate()
+        .map(|(i, t)| (last_cpu(site.pid, t.tid), i))
+        .collect();
+    order.sort();
+    let mut replies = vec![None; tasks.len()];
+    let mut pin: Option<(usize, CpuPin)> = None;
+    for (cpu, i) in order {
+        if let Some(cpu) = cpu
+            && pin.as_ref().is_none_or(|(at, _)| *at != cpu)
+        {
+            drop(pin.take()); // gives back the first affinity before the next is kept
+            pin = CpuPin::to_cpu(cpu).map(|p| (cpu, p));
+        }
+        let task = &tasks[i];
+        let mut session = LiveSession::enter_on(tracer, site, task, wait, None)?;
+        let reply = session.try_run(&batch(task))?;
+        session.leave()?;
+        replies[i] = Some(reply);
+    }
+    Ok(replies.into_iter().flatten().collect())
+}
+
+/// Stops all threads of a process, those born meanwhile too, having found the
 /// place for the stub before.
+///
+/// # Errors
+/// See [`Tracer::seize`] and [`Site::find`]. The process then runs on as before.
 pub fn stop_process(
-    _tracer: &Tracer,
-    _pid: Pid,
-    _wait: Duration,
+    tracer: &Tracer,
+    pid: Pid,
+    options: Options,
+    wait: Duration,
 ) -> Result<(Vec<StoppedTask>, Site)> {
-    Err(Error::bug("not built yet"))
+    let deadline = Instant::now() + wait;
+    loop {
+        let site = Site::find(pid)?;
+        let stopped = stop_threads(tracer, pid, options, deadline)?;
+        match site.check(&stopped) {
+            Ok(()) => return Ok((stopped, site)),
+            Err(e) => {
+                for task in &stopped {
+                    tracer.detach(task.tid)?;
+                }
+                if Instant::now() >= deadline {
+                    return Err(e);
+                }
+                std::thread::sleep(Duration::from_micros(500));
+            }
+        }
+    }
+}
+
+/// Stops all threads of a process, those born meanwhile too.
+pub fn stop_threads(
+    tracer: &Tracer,
+    pid: Pid,
+    options: Options,
+    deadline: Instant,
+) -> Result<Vec<StoppedTask>> {
+    let mut stopped: Vec<StoppedTask> = Vec::new();
+    let result = loop {
+        let new: Vec<Tid> = match crate::tracer::threads(pid) {
+            Ok(all) => all
+                .into_iter()
+                .filter(|t| stopped.iter().all(|s| s.tid != *t))
+                .collect(),
+            Err(e) => break Err(e),
+        };
+        if new.is_empty() {
+            break Ok(());
+        }
+        match tracer.seize_and_stop(&new, options, deadline) {
+            Ok(some) if some.is_empty() => break Ok(()), // only dying ones
+            Ok(some) => stopped.extend(some),
+            Err(e) => break Err(e),
+        }
+    };
+    if let Err(e) = result {
+        for task in &stopped {
+            let _ = tracer.detach(task.tid);
+        }
+        return Err(e);
+    }
+    if stopped.is_empty() {
+        return Err(Error::new(Kind::TargetGone, "it has no live thread").on_task(pid.0));
+    }
+    Ok(stopped)
 }

@@ -30,6 +30,7 @@ use nix::errno::Errno;
 use nix::sys::signal::{self, Signal};
 use nix::sys::wait::{WaitPidFlag, waitpid};
 
+use crate::arch;
 use crate::step::step;
 
 /// How long a single wait may last unless the caller says otherwise.
@@ -77,7 +78,7 @@ pub struct StoppedTask {
     /// The task.
     pub tid: Tid,
     /// Its registers; a syscall that only the stop would have ended with EINTR
-    /// has been made restartable.
+    /// has been made restartable, and an rseq critical section was aborted.
     pub regs: Regs,
     /// Its blocked signals, bit n-1 for signal n. (Ask here, not the kernel:
     /// while a stub runs in the task everything is blocked.)
@@ -98,8 +99,7 @@ impl StoppedTask {
     /// The kernel's restart code (-512, -513, -514 or -516) if it was
     /// interrupted in a syscall that will be restarted.
     pub fn restart_code(&self) -> Option<i64> {
-        let code = self.regs.rax as i64;
-        (self.syscall_nr().is_some() && matches!(code, -514..=-512 | -516)).then_some(code)
+        arch::restart_code(&self.regs)
     }
 }
 
@@ -129,32 +129,6 @@ pub struct Tracer {
     seen: RefCell<Vec<Seen>>,
     not_send: PhantomData<*const ()>,
 }
-
-/// Calls whose interruption by a stop the kernel reports as EINTR, though
-/// nothing has happened yet: all can be made again with the same arguments.
-fn is_eintr_call(nr: u64) -> bool {
-    matches!(
-        nr as i64,
-        libc::SYS_epoll_wait
-            | libc::SYS_epoll_pwait
-            | libc::SYS_epoll_pwait2
-            | libc::SYS_semop
-            | libc::SYS_semtimedop
-            | libc::SYS_io_getevents
-            | libc::SYS_rt_sigtimedwait
-            | libc::SYS_io_uring_enter
-            // With SO_RCVTIMEO:
-            | libc::SYS_recvfrom
-            | libc::SYS_recvmsg
-            | libc::SYS_recvmmsg
-            | libc::SYS_accept
-            | libc::SYS_accept4
-    )
-}
-
-const EINTR: u64 = -(libc::EINTR as i64) as u64;
-/// `-ERESTARTNOHAND`
-const RESTART_NO_HANDLER: u64 = -514i64 as u64;
 
 impl Tracer {
     /// A tracer for the calling thread.
@@ -368,11 +342,10 @@ impl Tracer {
             Stop::Exited => return Ok(None),
         };
         let mut regs = ptrace::getregs(tid)?;
-        let restart_fixed = regs.rax == EINTR && is_eintr_call(regs.orig_rax);
-        if restart_fixed {
-            regs.rax = RESTART_NO_HANDLER;
+        let restart_fixed = arch::make_restartable(&mut regs);
+        if restart_fixed || arch::abort_critical_section(tid, &mut regs) {
             ptrace::setregs(tid, &regs)?;
-            step("eintr-fix");
+            step("fix-registers");
         }
         let sigmask = ptrace::getsigmask(tid)?;
         step("stopped");

@@ -8,12 +8,17 @@
 //! `$child` runs in the child of a clone whose op has a `child` slot (slot
 //! address in rax, r13 = the op); it must not fall through.
 //! `$done` runs after each accepted op (r13 = the op, rax = result); it falls
-//! through. `$before` runs before each op (r13 = the op) and falls through.
+//! through. `$before` runs before each op (r13 = the op, its arguments loaded)
+//! and falls through. `$after`, which may be left out, runs after each call,
+//! accepted or not (r13 = the op, rax = result); it keeps rax and falls through.
 
 /// Expands to the assembly of the loop, in Intel syntax.
 #[allow(unused_macros)]
 macro_rules! interp {
     (before: $before:expr, done: $done:expr, child: $child:expr) => {
+        interp!(before: $before, after: "", done: $done, child: $child)
+    };
+    (before: $before:expr, after: $after:expr, done: $done:expr, child: $child:expr) => {
         concat!(
             "80:\n",
             "  cmp r15, r14\n",
@@ -58,6 +63,7 @@ macro_rules! interp {
             $child,
             "85:\n",
             "  mov [r13 + 56], rax\n", // result
+            $after,
             "  mov ecx, [r13 + 68]\n", // on_result
             "  cmp ecx, 1\n",
             "  je 88f\n",

@@ -30,9 +30,24 @@ pub enum Undo {
     ClosePair = 3,
     /// `wait4(result, 0, __WALL, 0)`; a child that nobody steers exits at once.
     Reap = 4,
-    /// This op itself takes back what op number `undo_arg` did: the stub
-    /// disarms that op's undo entry before making the call.
+    /// This op itself takes back what an earlier op did (number `undo_arg` of
+    /// its batch): before the call the stub disarms the undo entry that would
+    /// make the same call with the same first argument. Before, because a
+    /// descriptor number may be in use again the moment it is closed.
     Disarm = 5,
+}
+
+impl Undo {
+    /// The number of the undoing call and its second argument (its first is the
+    /// result of the call to be undone).
+    pub fn call(self, undo_arg: u32) -> [u64; 2] {
+        match self {
+            Undo::None | Undo::Disarm => [0, 0],
+            Undo::Munmap => [11, u64::from(undo_arg)],
+            Undo::Close | Undo::ClosePair => [3, 0],
+            Undo::Reap => [61, 0],
+        }
+    }
 }
 
 /// One syscall of a batch. Plain data in the target's memory.
@@ -60,8 +75,9 @@ pub struct Op {
     /// For clone and clone3: the slot at which the child (result 0) starts to
     /// wait for its own batches. 0: this call makes no child.
     pub child: u64,
-    /// Keeps the size a multiple of 16.
-    pub reserved: [u64; 2],
+    /// For the undo of a live target: the number of the call that undoes this
+    /// one, and that call's second argument ([`Undo::call`]).
+    pub undo_call: [u64; 2],
 }
 
 /// `size_of::<Op>()`, as the assembly has it.
@@ -78,6 +94,7 @@ const _: () = {
     assert!(offset_of!(Op, undo) == 80);
     assert!(offset_of!(Op, undo_arg) == 84);
     assert!(offset_of!(Op, child) == 88);
+    assert!(offset_of!(Op, undo_call) == 96);
 };
 
 impl Op {
@@ -94,7 +111,7 @@ impl Op {
         out.extend_from_slice(&self.undo.to_le_bytes());
         out.extend_from_slice(&self.undo_arg.to_le_bytes());
         out.extend_from_slice(&self.child.to_le_bytes());
-        for r in self.reserved {
+        for r in self.undo_call {
             out.extend_from_slice(&r.to_le_bytes());
         }
     }

@@ -1,1 +1,451 @@
-//! (being written)
+//! The stub that visits a live target, and leaves it as it was whatever
+//! happens to us.
+//!
+//! It is planted with a block of [`Literals`] behind it in bytes of an
+//! executable page that nobody uses. A stopped thread is sent there by changing
+//! its `rip`, and nothing else, to [`ENTRY`]. From then on the kernel's own logic
+//! for interrupted syscalls decides what becomes of the thread:
+//!
+//! - it was in a syscall that goes on: the kernel takes 2 off `rip`, so the
+//!   thread starts at offset 0, which notes "restart";
+//! - a handler ran, or it was not in a syscall: it starts at offset 2 =
+//!   [`ENTRY`], which notes "return" (EINTR, or where it was).
+//!
+//! With `go` = 0 the stub goes straight to its tail: the mask and all registers
+//! are put back, then it jumps to where the thread was, or to the syscall
+//! instruction before it. So from the moment `rip` is changed the thread gets
+//! home without us, and before that moment nothing is changed.
+//!
+//! With `go` = 1 it maps a private area (its zeros mean "nothing to do") whose
+//! address it keeps in a register, and runs batches from it:
+//!
+//! ```text
+//! 0   n: u64       ops to run, 0 = leave; cleared when they are begun
+//! 8   done: u64    how many of the last batch were made and accepted
+//! 16  socket: i32  the socket to ask for more work on; negative: none
+//! 24  ops: u64     address of the first op
+//! 32  undone: u32  length of the undo list
+//! 64  undo list    [nr, first argument, second argument, 0] each
+//! ```
+//!
+//! Undo entries are made by the stub itself right after a call has succeeded;
+//! we might not live to do it. Without a socket the stub comes back after a
+//! batch for the next, and leaves if there is none: we stop it at each call by
+//! ptrace, and our death is what lets it go on. With a socket it sends `done`
+//! and waits for `n`; our death is an end of file. (SOCK_SEQPACKET: a datagram
+//! pair gives no end of file.)
+//!
+//! Leaving: undo entries in reverse order, unmap the area, tail. The tail does not use the
+//! area nor the stack. A thread that was in a call that ends with EINTR only if
+//! a handler runs (`check`) first lets signals in for an instant by ppoll(2) with
+//! its own mask: if a handler ran, the restart becomes a return of EINTR, as the
+//! kernel would have made it.
+//!
+//! General registers only, no stack, no relocations.
+
+use std::arch::global_asm;
+use std::mem::{offset_of, size_of};
+
+use crate::interp::interp;
+use crate::layout::{OP_SIZE, Op};
+
+/// Where a thread enters, counted from the first byte; 2 bytes before it is
+/// the entry of a restarted syscall.
+pub const ENTRY: usize = 2;
+
+/// Where [`Area`] has its undo list.
+pub const UNDO_LIST: usize = 64;
+/// The size of one undo entry.
+pub const UNDO_SIZE: usize = 32;
+/// How many undo entries fit before [`OPS`].
+pub const UNDO_MAX: usize = (OPS - UNDO_LIST) / UNDO_SIZE;
+/// Where ops and data may begin.
+pub const OPS: usize = 16384;
+
+/// The head of the private area.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub struct Area {
+    /// Ops to run; 0: leave.
+    pub n: u64,
+    /// How many were made and accepted.
+    pub done: u64,
+    /// The socket on which to ask for more; negative: none.
+    pub socket: i32,
+    /// 0
+    pub pad: u32,
+    /// Address of the first op.
+    pub ops: u64,
+    /// Length of the undo list; only the stub changes it.
+    pub undone: u64,
+}
+
+/// What the stub must know to take one thread home, right behind its code.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+#[allow(missing_docs)] // registers
+pub struct Literals {
+    pub r8: u64,
+    pub r9: u64,
+    pub r10: u64,
+    pub r11: u64,
+    pub r12: u64,
+    pub r13: u64,
+    pub r14: u64,
+    pub r15: u64,
+    pub rdi: u64,
+    pub rsi: u64,
+    pub rbp: u64,
+    pub rbx: u64,
+    pub rdx: u64,
+    pub rcx: u64,
+    /// rax and rip if the thread is not to restart a syscall.
+    pub rax_return: u64,
+    pub rip_return: u64,
+    /// rax and rip if it is.
+    pub rax_restart: u64,
+    pub rip_restart: u64,
+    /// The thread's signal mask.
+    pub mask: u64,
+    /// Bit 0 the overflow flag, bits 8-15 the low byte of rflags, bit 16 the
+    /// direction flag.
+    pub flags: u32,
+    /// 0: go home at once. 1: work.
+    pub go: u32,
+    /// Length of the private area in bytes.
+    pub area_len: u32,
+    /// 1: look for handlers before a restart.
+    pub check: u32,
+    /// A zero timespec.
+    pub zero: [u64; 2],
+    /// Whose literals these are (not used by the stub).
+    pub tid: u64,
+}
+
+/// Where [`Literals::go`] lies in the literals.
+pub const GO: usize = offset_of!(Literals, go);
+
+const _: () = {
+    assert!(OP_SIZE == 112);
+    assert!(offset_of!(Op, undo) == 80);
+    assert!(offset_of!(Op, undo_arg) == 84);
+    assert!(offset_of!(Op, undo_call) == 96);
+    assert!(offset_of!(Area, n) == 0);
+    assert!(offset_of!(Area, done) == 8);
+    assert!(offset_of!(Area, socket) == 16);
+    assert!(offset_of!(Area, ops) == 24);
+    assert!(offset_of!(Area, undone) == 32);
+    assert!(size_of::<Area>() <= UNDO_LIST);
+    assert!(size_of::<Literals>() == 192);
+    assert!(offset_of!(Literals, rcx) == 104);
+    assert!(offset_of!(Literals, rax_return) == 112);
+    assert!(offset_of!(Literals, rip_restart) == 136);
+    assert!(offset_of!(Literals, mask) == 144);
+    assert!(offset_of!(Literals, flags) == 152);
+    assert!(GO == 156);
+    assert!(offset_of!(Literals, area_len) == 160);
+    assert!(offset_of!(Literals, check) == 164);
+    assert!(offset_of!(Literals, zero) == 168);
+    assert!(offset_of!(Literals, tid) == 184);
+};
+
+impl Literals {
+    /// The bytes as the stub reads them.
+    pub fn to_bytes(&self) -> [u8; size_of::<Literals>()] {
+        let mut out = [0; size_of::<Literals>()];
+        let words = [
+            self.r8,
+            self.r9,
+            self.r10,
+            self.r11,
+            self.r12,
+            self.r13,
+            self.r14,
+            self.r15,
+            self.rdi,
+            self.rsi,
+            self.rbp,
+            self.rbx,
+            self.rdx,
+            self.rcx,
+            self.rax_return,
+            self.rip_return,
+            self.rax_restart,
+            self.rip_restart,
+            self.mask,
+            u64::from(self.flags) | u64::from(self.go) << 32,
+            u64::from(self.area_len) | u64::from(self.check) << 32,
+            self.zero[0],
+            self.zero[1],
+            self.tid,
+        ];
+        for (at, word) in out.chunks_exact_mut(8).zip(words) {
+            at.copy_from_slice(&word.to_le_bytes());
+        }
+        out
+    }
+}
+
+global_asm!(
+    ".pushsection .text.freezeframe_live, \"ax\", @progbits",
+    ".balign 64",
+    ".globl freezeframe_live_start",
+    ".hidden freezeframe_live_start",
+    "freezeframe_live_start:",
+    "  jmp 21f",
+    "  xor ebp, ebp",
+    "  jmp 22f",
+    "21:",
+    "  mov ebp, 1",
+    "22:",
+    "  cld",
+    "  cmp dword ptr [rip + .Lfreezeframe_live_literals + 156], 0",
+    "  je 60f",
+    "  mov eax, 9", // mmap(NULL, area_len, READ|WRITE, PRIVATE|ANONYMOUS, -1, 0)
+    "  xor edi, edi",
+    "  mov esi, [rip + .Lfreezeframe_live_literals + 160]",
+    "  mov edx, 3",
+    "  mov r10d, 0x22",
+    "  mov r8, -1",
+    "  xor r9d, r9d",
+    "  syscall",
+    "  cmp rax, -4096",
+    "  ja 60f",
+    "  mov rbx, rax",
+    // The next batch.
+    "30:",
+    "  mov r14, [rbx]",
+    "  test r14, r14",
+    "  jz 40f",
+    "  mov qword ptr [rbx], 0",
+    "  mov r13, [rbx + 24]",
+    "  xor r15d, r15d",
+    interp!(
+        before: concat!(
+            // Disarm: forget the newest undo entry that would make this call.
+            "  cmp dword ptr [r13 + 80], 5\n",
+            "  jne 76f\n",
+            "  mov eax, [rbx + 32]\n",
+            "75:\n",
+            "  sub eax, 1\n",
+            "  js 76f\n",
+            "  mov edx, eax\n",
+            "  shl edx, 5\n",
+            "  mov rcx, [r13]\n",
+            "  cmp [rbx + rdx + 64], rcx\n",
+            "  jne 75b\n",
+            "  mov rcx, [r13 + 8]\n",
+            "  cmp [rbx + rdx + 72], rcx\n",
+            "  jne 75b\n",
+            "  mov qword ptr [rbx + rdx + 64], 0\n",
+            "76:\n",
+        ),
+        after: concat!(
+            // A new undo entry, or two.
+            "  mov ecx, [r13 + 80]\n",
+            "  test ecx, ecx\n",
+            "  jz 79f\n",
+            "  cmp ecx, 5\n",
+            "  je 79f\n",
+            "  cmp rax, -4096\n",
+            "  ja 79f\n",
+            "  mov edx, [rbx + 32]\n",
+            "  mov esi, edx\n",
+            "  shl esi, 5\n",
+            "  lea rsi, [rbx + rsi + 64]\n",
+            "  mov rdi, [r13 + 96]\n",
+            "  mov r8, [r13 + 104]\n",
+            "  mov r9, rax\n",
+            "  mov [rsi], rdi\n",
+            "  mov [rsi + 16], r8\n",
+            "  cmp ecx, 3\n",
+            "  jne 78f\n",
+            "  mov ecx, [r13 + 84]\n",
+            "  mov rcx, [r13 + rcx*8 + 8]\n",
+            "  mov r9d, [rcx + 4]\n",
+            "  mov [rsi + 32], rdi\n",
+            "  mov [rsi + 40], r9\n",
+            "  inc edx\n",
+            "  mov r9d, [rcx]\n",
+            "78:\n",
+            "  mov [rsi + 8], r9\n",
+            "  inc edx\n",
+            "  mov [rbx + 32], rdx\n",
+            "79:\n",
+        ),
+        done: "",
+        // A child that we have not taken over ends at once.
+        child: concat!(
+            "77:\n",
+            "  xor edi, edi\n",
+            "  mov eax, 231\n", // exit_group(0)
+            "  syscall\n",
+            "  jmp 77b\n",
+        )
+    ),
+    "  mov [rbx + 8], r15",
+    "  mov edi, [rbx + 16]",
+    "  test edi, edi",
+    "  js 30b",
+    "  mov eax, 44", // sendto(socket, &done, 8, MSG_NOSIGNAL, NULL, 0)
+    "  lea rsi, [rbx + 8]",
+    "  mov edx, 8",
+    "  mov r10d, 0x4000",
+    "  xor r8d, r8d",
+    "  xor r9d, r9d",
+    "  syscall",
+    "  cmp rax, 8",
+    "  jne 40f",
+    "  mov eax, 45", // recvfrom(socket, &n, 8, 0, NULL, NULL)
+    "  mov edi, [rbx + 16]",
+    "  mov rsi, rbx",
+    "  mov edx, 8",
+    "  xor r10d, r10d",
+    "  syscall",
+    "  cmp rax, 8",
+    "  je 30b",
+    // Leave: undo, newest first.
+    "40:",
+    "  mov r12d, [rbx + 32]",
+    "41:",
+    "  sub r12d, 1",
+    "  js 42f",
+    "  mov edx, r12d",
+    "  shl edx, 5",
+    "  mov rax, [rbx + rdx + 64]",
+    "  test rax, rax",
+    "  jz 41b",
+    "  mov rdi, [rbx + rdx + 72]",
+    "  mov rsi, [rbx + rdx + 80]",
+    "  mov edx, 0x40000000", // __WALL, for wait4
+    "  xor r10d, r10d",
+    "  syscall",
+    "  jmp 41b",
+    "42:",
+    "  mov eax, 11", // munmap(area, area_len)
+    "  mov rdi, rbx",
+    "  mov esi, [rip + .Lfreezeframe_live_literals + 160]",
+    "  syscall",
+    // The tail: home.
+    "60:",
+    "  test ebp, ebp",
+    "  jz 62f",
+    "  cmp dword ptr [rip + .Lfreezeframe_live_literals + 164], 0",
+    "  je 62f",
+    "  mov eax, 271", // ppoll(NULL, 0, {0, 0}, &mask, 8)
+    "  xor edi, edi",
+    "  xor esi, esi",
+    "  lea rdx, [rip + .Lfreezeframe_live_literals + 168]",
+    "  lea r10, [rip + .Lfreezeframe_live_literals + 144]",
+    "  mov r8d, 8",
+    "  syscall",
+    "  cmp eax, -4",
+    "  jne 62f",
+    "  xor ebp, ebp", // a handler has just run
+    "62:",
+    "  mov eax, 14", // rt_sigprocmask(SIG_SETMASK, &mask, NULL, 8)
+    "  mov edi, 2",
+    "  lea rsi, [rip + .Lfreezeframe_live_literals + 144]",
+    "  xor edx, edx",
+    "  mov r10d, 8",
+    "  syscall",
+    "  test byte ptr [rip + .Lfreezeframe_live_literals + 154], 1",
+    "  jz 63f",
+    "  std",
+    "63:",
+    "  mov r8, [rip + .Lfreezeframe_live_literals]",
+    "  mov r9, [rip + .Lfreezeframe_live_literals + 8]",
+    "  mov r10, [rip + .Lfreezeframe_live_literals + 16]",
+    "  mov r11, [rip + .Lfreezeframe_live_literals + 24]",
+    "  mov r12, [rip + .Lfreezeframe_live_literals + 32]",
+    "  mov r13, [rip + .Lfreezeframe_live_literals + 40]",
+    "  mov r14, [rip + .Lfreezeframe_live_literals + 48]",
+    "  mov r15, [rip + .Lfreezeframe_live_literals + 56]",
+    "  mov rdi, [rip + .Lfreezeframe_live_literals + 64]",
+    "  mov rsi, [rip + .Lfreezeframe_live_literals + 72]",
+    "  mov rbx, [rip + .Lfreezeframe_live_literals + 88]",
+    "  mov rdx, [rip + .Lfreezeframe_live_literals + 96]",
+    "  mov rcx, [rip + .Lfreezeframe_live_literals + 104]",
+    "  test ebp, ebp",
+    "  mov rbp, [rip + .Lfreezeframe_live_literals + 80]",
+    "  mov eax, [rip + .Lfreezeframe_live_literals + 152]",
+    "  jnz 64f",
+    "  add al, 0x7f", // sets the overflow flag if al was 1
+    "  sahf",
+    "  mov rax, [rip + .Lfreezeframe_live_literals + 112]",
+    "  jmp qword ptr [rip + .Lfreezeframe_live_literals + 120]",
+    "64:",
+    "  add al, 0x7f",
+    "  sahf",
+    "  mov rax, [rip + .Lfreezeframe_live_literals + 128]",
+    "  jmp qword ptr [rip + .Lfreezeframe_live_literals + 136]",
+    ".balign 8, 0xcc",
+    ".globl freezeframe_live_end",
+    ".hidden freezeframe_live_end",
+    "freezeframe_live_end:",
+    ".Lfreezeframe_live_literals:",
+    "  .zero 192",
+    ".popsection",
+);
+
+unsafe extern "C" {
+    static freezeframe_live_start: u8;
+    static freezeframe_live_end: u8;
+}
+
+/// The code without its literals, whose place is right behind it.
+pub fn code() -> &'static [u8] {
+    // SAFETY: both symbols are defined by the global_asm above, in this order
+    // and in one section, which is mapped readable as long as the program runs.
+    unsafe {
+        let start = &raw const freezeframe_live_start;
+        let end = &raw const freezeframe_live_end;
+        std::slice::from_raw_parts(start, end as usize - start as usize)
+    }
+}
+
+/// How many bytes code and literals take.
+pub fn len() -> usize {
+    code().len() + size_of::<Literals>()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fits_the_tail_of_a_vdso() {
+        println!("live stub: {} bytes, {} of them code", len(), code().len());
+        assert!(len() <= 1400, "{}", len());
+        assert!(code().len().is_multiple_of(8));
+    }
+
+    #[test]
+    fn entries_are_two_bytes_apart() {
+        // jmp short; xor ebp, ebp
+        assert_eq!(code()[0], 0xeb);
+        assert!(matches!(code()[ENTRY..ENTRY + 2], [0x31 | 0x33, 0xed]));
+        // The jump leads to `mov ebp, 1`.
+        let to = 2 + usize::from(code()[1]);
+        assert_eq!(code()[to..to + 5], [0xbd, 1, 0, 0, 0]);
+    }
+
+    #[test]
+    fn literals_are_read_as_laid_out() {
+        let mut l = Literals {
+            r8: 1,
+            rcx: 14,
+            rax_return: 15,
+            mask: 19,
+            ..Literals::default()
+        };
+        (l.flags, l.go, l.area_len, l.check, l.tid) = (20, 21, 22, 23, 24);
+        let b = l.to_bytes();
+        let word = |at: usize| u32::from_le_bytes(b[at..at + 4].try_into().unwrap());
+        assert_eq!((word(0), word(104), word(112), word(144)), (1, 14, 15, 19));
+        assert_eq!(
+            (word(152), word(GO), word(160), word(164), word(184)),
+            (20, 21, 22, 23, 24)
+        );
+    }
+}
