@@ -54,7 +54,7 @@ pub enum Stop {
 }
 
 impl Stop {
-    fn of(tid: Tid, info: &SigInfo) -> Stop {
+    pub(crate) fn of(tid: Tid, info: &SigInfo) -> Stop {
         let (sig, code) = (info.signo(), info.code());
         if sig == libc::SIGTRAP && code == libc::SIGTRAP | 0x80 {
             return Stop::SyscallStop;
@@ -362,7 +362,7 @@ impl Tracer {
         self.seen.borrow_mut().push(Seen { tid, kind, message });
     }
 
-    fn forget(&self, tid: Tid) {
+    pub(crate) fn forget(&self, tid: Tid) {
         self.held.borrow_mut().remove(&tid);
     }
 
@@ -535,7 +535,7 @@ impl Tracer {
 
     /// Waits for a task that is dead or dying. True once it is out of our hands:
     /// reaped by us, or by somebody else in our process (ECHILD).
-    fn reap(&self, tid: Tid) -> bool {
+    pub(crate) fn reap(&self, tid: Tid) -> bool {
         let flags = WaitPidFlag::__WALL | WaitPidFlag::WNOHANG;
         loop {
             match waitpid(nix::unistd::Pid::from_raw(tid.0), Some(flags)) {
@@ -622,7 +622,7 @@ fn tgid_of(tid: Tid) -> Option<Pid> {
 }
 
 /// Whether a task is a zombie or gone.
-fn is_dead(tid: Tid) -> bool {
+pub(crate) fn is_dead(tid: Tid) -> bool {
     let Ok(stat) = std::fs::read(format!("/proc/{tid}/stat")) else {
         return true;
     };

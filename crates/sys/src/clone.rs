@@ -507,10 +507,8 @@ mod tests {
     fn wait(pid: Pid) -> i32 {
         let mut status = 0;
         // SAFETY: `status` is valid for the call.
-        assert_eq!(
-            unsafe { libc::waitpid(pid.0, &raw mut status, libc::__WALL) },
-            pid.0
-        );
+        let got = unsafe { libc::waitpid(pid.0, &raw mut status, libc::__WALL) };
+        assert_eq!(got, pid.0);
         status
     }
 

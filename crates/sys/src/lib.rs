@@ -6,7 +6,7 @@
 //! [`pagemap`]), tracing it ([`ptrace`]), its descriptors ([`fd`], [`pidfd`],
 //! [`kcmp`]), its attributes ([`sched`], [`ioprio`], [`rlimit`],
 //! [`robust_list`]), making new processes ([`clone`]), mappings of our own
-//! ([`mmap`], [`region`]), and the question what this kernel can do and what we may do
+//! ([`mmap`]), and the question what this kernel can do and what we may do
 //! ([`probe`]).
 //!
 //! `unsafe` lives in this crate, `freezeframe-stub` and `inject::arch` alone.
@@ -27,7 +27,6 @@ pub mod proc;
 pub mod process;
 pub mod ptrace;
 pub mod queue;
-pub mod region;
 pub mod rlimit;
 pub mod robust_list;
 pub mod sched;

@@ -53,6 +53,11 @@ impl Options {
         self.0 & other.0 == other.0
     }
 
+    /// These options and those of `other`.
+    pub const fn with(self, other: Options) -> Options {
+        Options(self.0 | other.0)
+    }
+
     /// These options without those of `other`.
     pub const fn without(self, other: Options) -> Options {
         Options(self.0 & !other.0)
