@@ -14,7 +14,7 @@ use crate::index::{
     within,
 };
 use crate::sink::PageSink;
-use crate::source::{Object, Piece, Source};
+use crate::source::{Object, Piece, Source, pages_of};
 
 /// How pages are read and stored.
 #[derive(Clone, Debug)]
@@ -279,12 +279,13 @@ impl PageDumper {
                 lenient,
                 relative,
             } => {
-                source.read(&pieces, buf, *lenient)?;
+                let entries = source.entries(&pieces)?;
+                source.read(&pieces, &entries, buf, *lenient)?;
                 if let Some((relative, id)) = relative {
                     let empty = Index::default();
                     let index = self.indexes.get(id).unwrap_or(&empty);
                     let theirs = &mut self.chunk.relative;
-                    same = same_pages(source, relative, (*id, index), &pieces, buf, theirs)?;
+                    same = same_pages(relative, (*id, index), &pieces, &entries, buf, theirs)?;
                 }
             }
         }
@@ -451,42 +452,43 @@ pub(crate) fn push_range(ranges: &mut Vec<Range>, range: Range) {
 /// whose index must hold it, has the same bytes at the same address. Frame
 /// numbers only spare the comparison where they differ; the contents decide.
 fn same_pages(
-    source: &Source,
     relative: &Source,
     (mm, index): (u64, &Index),
     pieces: &[Piece],
+    entries: &[u64],
     buf: &[u8],
     theirs: &mut Vec<u8>,
 ) -> Result<Vec<Option<(u64, u64)>>> {
     let page = PAGE as usize;
-    let mut same = Vec::with_capacity(buf.len() / page);
-    // What to read of theirs, and for which of our pages.
-    let (mut wanted, mut places) = (Vec::<Piece>::new(), Vec::<usize>::new());
-    for &(addr, len) in pieces {
-        let pages = (len / page) as u64;
-        let own = source.pagemap.entries(addr, pages)?;
-        let other = relative.pagemap.entries(addr, pages)?;
-        for (i, (&own, &other)) in own.iter().zip(&other).enumerate() {
-            let addr = addr + i as u64 * PAGE;
-            let origin = match may_be_shared(own, other) {
-                true => index.origin(mm, addr),
-                false => None,
-            };
-            if origin.is_some() {
-                places.push(same.len());
-                match wanted.last_mut() {
-                    Some((start, len)) if *start + *len as u64 == addr => *len += page,
-                    _ => wanted.push((addr, page)),
-                }
-            }
-            same.push(origin);
+    let other = relative.entries(pieces)?;
+    let pages = pages_of(pieces).zip(entries).zip(&other);
+    let mut same: Vec<Option<(u64, u64)>> = pages
+        .map(|((addr, &own), &other)| {
+            let maybe = may_be_shared(own, other);
+            maybe.then(|| index.origin(mm, addr)).flatten()
+        })
+        .collect();
+
+    // What to read of theirs.
+    let mut wanted = Vec::<Piece>::new();
+    let mut wanted_entries = Vec::new();
+    for ((addr, entry), _) in pages_of(pieces)
+        .zip(other)
+        .zip(&same)
+        .filter(|(_, origin)| origin.is_some())
+    {
+        wanted_entries.push(entry);
+        match wanted.last_mut() {
+            Some((start, len)) if *start + *len as u64 == addr => *len += page,
+            _ => wanted.push((addr, page)),
         }
     }
-    theirs.resize(places.len() * page, 0);
-    relative.read(&wanted, theirs, false)?;
-    for (&place, theirs) in places.iter().zip(theirs.chunks_exact(page)) {
-        if buf[place * page..][..page] != *theirs {
-            same[place] = None;
+    theirs.resize(wanted_entries.len() * page, 0);
+    relative.read(&wanted, &wanted_entries, theirs, false)?;
+    let mut theirs = theirs.chunks_exact(page);
+    for (same, ours) in same.iter_mut().zip(buf.chunks_exact(page)) {
+        if same.is_some() && theirs.next() != Some(ours) {
+            *same = None;
         }
     }
     Ok(same)

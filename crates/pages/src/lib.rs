@@ -27,7 +27,7 @@ pub use dump::{Dumped, Kind, PageDumper, PageOptions};
 pub use index::{
     CODEC_RAW, Extent, MAX_EXTENT_PAGES, PAGE_INDEX, PageIndex, PageStats, Range, What,
 };
-pub use reader::{Delta, From, PageReader, Piece, ReadRun};
+pub use reader::{Delta, PageReader, Piece, Place, ReadRun};
 pub use source::Source;
 
 /// The size of a page in bytes.

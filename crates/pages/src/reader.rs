@@ -26,7 +26,7 @@ pub struct PageReader {
 
 /// Where the bytes of a [`Piece`] are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum From {
+pub enum Place {
     /// All are zero.
     Zero,
     /// In a page file.
@@ -46,7 +46,7 @@ pub struct Piece {
     /// How many bytes.
     pub len: u64,
     /// Where they are.
-    pub from: From,
+    pub place: Place,
 }
 
 /// What one `preadv` reads: a stretch of a page file, to one or more places.
@@ -111,7 +111,7 @@ impl PageReader {
     }
 
     /// The extents of an address space or object, as stored.
-    pub fn index(&self, mm: u64) -> &[Extent] {
+    pub fn extents(&self, mm: u64) -> &[Extent] {
         self.indexes.get(&mm).map(Vec::as_slice).unwrap_or_default()
     }
 
@@ -123,7 +123,7 @@ impl PageReader {
     /// How much of `range` is stored, and how.
     pub fn stats(&self, mm: u64, range: Range) -> PageStats {
         let mut stats = PageStats::default();
-        for e in within(self.index(mm), range.clone()) {
+        for e in within(self.extents(mm), range.clone()) {
             let bytes = e.end().min(range.end) - e.addr.max(range.start);
             stats.add(&e.what, bytes);
         }
@@ -172,7 +172,7 @@ impl PageReader {
         depth: u32,
         out: &mut Vec<(u64, &'a Extent)>,
     ) -> Result<()> {
-        for e in within(self.index(mm), range.clone()) {
+        for e in within(self.extents(mm), range.clone()) {
             match e.what {
                 What::Data { .. } => out.push((mm, e)),
                 What::Same { mm, addr } => {
@@ -272,7 +272,7 @@ impl PageReader {
         out: &mut Vec<Piece>,
     ) -> Result<()> {
         let mut covered = range.start;
-        for e in within(self.index(mm), range.clone()) {
+        for e in within(self.extents(mm), range.clone()) {
             let (start, end) = (e.addr.max(range.start), e.end().min(range.end));
             if depth > 0 && start != covered {
                 return Err(hole(mm, covered));
@@ -285,13 +285,13 @@ impl PageReader {
                     Piece {
                         addr,
                         len,
-                        from: From::Zero,
+                        place: Place::Zero,
                     },
                 ),
                 What::Data { file, offset, .. } => {
                     let offset = offset + skip;
-                    let from = From::File { file, offset };
-                    push_piece(out, Piece { addr, len, from });
+                    let place = Place::File { file, offset };
+                    push_piece(out, Piece { addr, len, place });
                 }
                 What::Same { mm, addr: there } => {
                     too_deep(depth, e)?;
@@ -355,7 +355,7 @@ impl PageReader {
                 let (to, same) = match theirs.get(i) {
                     Some(t) if t.addr <= at => (
                         end.min(t.addr + t.len),
-                        from_at(t, at) == from_at(piece, at),
+                        place_at(t, at) == place_at(piece, at),
                     ),
                     Some(t) => (end.min(t.addr), false),
                     None => (end, false),
@@ -366,7 +366,7 @@ impl PageReader {
                         Piece {
                             addr: at,
                             len: to - at,
-                            from: from_at(piece, at),
+                            place: place_at(piece, at),
                         },
                     );
                 }
@@ -403,10 +403,10 @@ impl PageReader {
 }
 
 /// Where the byte at `addr` of a piece is.
-fn from_at(piece: &Piece, addr: u64) -> From {
-    match piece.from {
-        From::Zero => From::Zero,
-        From::File { file, offset } => From::File {
+fn place_at(piece: &Piece, addr: u64) -> Place {
+    match piece.place {
+        Place::Zero => Place::Zero,
+        Place::File { file, offset } => Place::File {
             file,
             offset: offset + (addr - piece.addr),
         },
@@ -416,7 +416,7 @@ fn from_at(piece: &Piece, addr: u64) -> From {
 fn push_piece(pieces: &mut Vec<Piece>, piece: Piece) {
     if let Some(last) = pieces.last_mut()
         && last.addr + last.len == piece.addr
-        && from_at(last, piece.addr) == piece.from
+        && place_at(last, piece.addr) == piece.place
     {
         last.len += piece.len;
         return;
@@ -427,7 +427,7 @@ fn push_piece(pieces: &mut Vec<Piece>, piece: Piece) {
 fn zeros(pieces: &[Piece]) -> Vec<Range> {
     pieces
         .iter()
-        .filter(|p| p.from == From::Zero)
+        .filter(|p| p.place == Place::Zero)
         .map(|p| p.addr..p.addr + p.len)
         .collect()
 }
@@ -435,7 +435,7 @@ fn zeros(pieces: &[Piece]) -> Vec<Range> {
 fn read_runs(pieces: &[Piece]) -> Vec<ReadRun> {
     let mut runs: Vec<ReadRun> = Vec::new();
     for piece in pieces {
-        let From::File { file, offset } = piece.from else {
+        let Place::File { file, offset } = piece.place else {
             continue;
         };
         let mut done = 0;

@@ -7,7 +7,7 @@ use std::os::unix::fs::FileExt;
 use freezeframe_error::{Error, Result, ResultExt, SysExt};
 use freezeframe_sys::Pid;
 use freezeframe_sys::mem::{Mem, vm_readv};
-use freezeframe_sys::pagemap::Pagemap;
+use freezeframe_sys::pagemap::{Pagemap, entry};
 use nix::errno::Errno;
 use nix::unistd::{Whence, lseek64};
 
@@ -38,26 +38,80 @@ impl Source {
         })
     }
 
-    /// Fills `buf` with the bytes of `pieces`, one after another.
+    /// The pagemap entries of the pages of `pieces`.
+    pub(crate) fn entries(&self, pieces: &[Piece]) -> Result<Vec<u64>> {
+        let page = |bytes: usize| bytes as u64 / PAGE;
+        let total: usize = pieces.iter().map(|&(_, len)| page(len) as usize).sum();
+        let mut all = Vec::with_capacity(total);
+        // Pieces near each other are read together.
+        let mut rest = pieces;
+        while let Some(&(start, len)) = rest.first() {
+            let (mut n, mut used, mut end) = (1, page(len), start + len as u64);
+            for &(addr, len) in &rest[1..] {
+                let next = addr + len as u64;
+                let near = addr >= end && (next - start) / PAGE <= 4 * (used + page(len)) + 32;
+                if !near {
+                    break;
+                }
+                (n, used, end) = (n + 1, used + page(len), next);
+            }
+            let entries = self.pagemap.entries(start, (end - start) / PAGE)?;
+            for &(addr, len) in &rest[..n] {
+                let first = ((addr - start) / PAGE) as usize;
+                all.extend_from_slice(&entries[first..first + page(len) as usize]);
+            }
+            rest = &rest[n..];
+        }
+        Ok(all)
+    }
+
+    /// Fills `buf` with the bytes of `pieces`, one after another; `entries`
+    /// are the pagemap's for their pages.
     ///
     /// What process_vm_readv may not read (no read permission), /proc/PID/mem
-    /// does. With `lenient`, pages that neither can read (behind the end of a
-    /// mapped file) become zeros.
-    pub(crate) fn read(&self, pieces: &[Piece], buf: &mut [u8], lenient: bool) -> Result<()> {
-        let mut rest: Vec<Piece> = pieces.to_vec();
-        let mut buf = buf;
-        loop {
-            // What the fast way cannot read from the first byte on is left to the other.
-            let got = vm_readv(self.pid, &rest, buf).unwrap_or(0);
-            advance(&mut rest, got);
-            buf = &mut buf[got..];
-            let Some(&(addr, len)) = rest.first() else {
-                return Ok(());
-            };
-            self.read_forced(addr, &mut buf[..len], lenient)?;
-            rest.remove(0);
-            buf = &mut buf[len..];
+    /// does. So it does with anonymous pages that are shared since a fork:
+    /// process_vm_readv pins pages, and the kernel gives the process a copy of
+    /// its own before it lets a shared one be pinned, so that reading would
+    /// cost the target that memory and part what was shared.
+    ///
+    /// With `lenient`, pages that neither can read (behind the end of a mapped
+    /// file) become zeros.
+    pub(crate) fn read(
+        &self,
+        pieces: &[Piece],
+        entries: &[u64],
+        buf: &mut [u8],
+        lenient: bool,
+    ) -> Result<()> {
+        let mut fast: Vec<Piece> = Vec::new();
+        let (mut done, mut at) = (0, 0);
+        for ((addr, len), shared) in alike(pieces, entries) {
+            if shared {
+                self.read_fast(&mut fast, &mut buf[done..at], lenient)?;
+                self.read_forced(addr, &mut buf[at..at + len], lenient)?;
+                done = at + len;
+            } else {
+                fast.push((addr, len));
+            }
+            at += len;
         }
+        self.read_fast(&mut fast, &mut buf[done..at], lenient)
+    }
+
+    /// Empties `rest`.
+    fn read_fast(&self, rest: &mut Vec<Piece>, mut buf: &mut [u8], lenient: bool) -> Result<()> {
+        while !rest.is_empty() {
+            // What the fast way cannot read from the first byte on is left to the other.
+            let got = vm_readv(self.pid, rest, buf).unwrap_or(0);
+            advance(rest, got);
+            buf = &mut buf[got..];
+            if let Some(&(addr, len)) = rest.first() {
+                self.read_forced(addr, &mut buf[..len], lenient)?;
+                rest.remove(0);
+                buf = &mut buf[len..];
+            }
+        }
+        Ok(())
     }
 
     fn read_forced(&self, addr: u64, buf: &mut [u8], lenient: bool) -> Result<()> {
@@ -79,6 +133,34 @@ impl Source {
 
 /// Address and length of memory to read.
 pub(crate) type Piece = (u64, usize);
+
+/// The address of each page of the pieces.
+pub(crate) fn pages_of(pieces: &[Piece]) -> impl Iterator<Item = u64> {
+    let pages = |&(addr, len): &Piece| (addr..addr + len as u64).step_by(PAGE as usize);
+    pieces.iter().flat_map(pages)
+}
+
+/// The pieces, cut where anonymous pages shared with another process begin
+/// and end, and whether they are such.
+fn alike(pieces: &[Piece], entries: &[u64]) -> Vec<(Piece, bool)> {
+    let mut all: Vec<(Piece, bool)> = Vec::with_capacity(pieces.len());
+    let mut entries = entries.iter();
+    for &(addr, len) in pieces {
+        let mut first = true;
+        for page in (addr..addr + len as u64).step_by(PAGE as usize) {
+            let shared = entries.next().is_some_and(|&e| {
+                e & (entry::PRESENT | entry::SWAPPED) != 0
+                    && e & (entry::EXCLUSIVE | entry::FILE) == 0
+            });
+            match all.last_mut() {
+                Some(((_, len), s)) if !first && *s == shared => *len += PAGE as usize,
+                _ => all.push(((page, PAGE as usize), shared)),
+            }
+            first = false;
+        }
+    }
+    all
+}
 
 /// Takes the first `n` bytes off a list of pieces.
 fn advance(pieces: &mut Vec<Piece>, mut n: usize) {

@@ -1,0 +1,528 @@
+//! Real memory of real processes, dumped and read back.
+
+#![allow(clippy::unwrap_used)]
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, Write};
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::process::{Child, ChildStdin, Command, Stdio};
+
+use freezeframe_error::Kind as ErrorKind;
+use freezeframe_image::{Header, Image, ImageWriter, pages_name};
+use freezeframe_pages::*;
+use freezeframe_sys::Pid;
+use freezeframe_sys::mem::Mem;
+use tempfile::TempDir;
+
+/// What every script starts with: mmap and its like, and `say`, which tells us
+/// numbers. A script ends by waiting for our end of its standard input.
+const PRELUDE: &str = r#"
+import ctypes, os, random, sys
+P = 4096
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t] + [ctypes.c_int] * 3 + [ctypes.c_long]
+libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+PRIVATE, SHARED, ANON, NORESERVE, NOHUGEPAGE = 2, 1, 0x20, 0x4000, 15
+def mmap(pages, prot=3, flags=PRIVATE | ANON | NORESERVE, fd=-1):
+    at = libc.mmap(None, pages * P, prot, flags, fd, 0)
+    assert at != ctypes.c_void_p(-1).value, ctypes.get_errno()
+    if flags & ANON: libc.madvise(at, pages * P, NOHUGEPAGE)
+    return at
+def madvise(at, page, pages, advice):
+    assert libc.madvise(at + page * P, pages * P, advice) == 0, ctypes.get_errno()
+def fill(at, page, pages=1):
+    for p in range(page, page + pages):
+        ctypes.memmove(at + p * P, random.randbytes(P), P)
+def zero(at, page, pages=1):
+    ctypes.memset(at + page * P, 0, pages * P)
+def say(*values):
+    print(*values, flush=True)
+def wait():
+    sys.stdin.read()
+"#;
+
+/// A python process that has set up its memory, and what it said of it.
+struct Program {
+    child: Child,
+    said: Vec<u64>,
+    stdin: Option<ChildStdin>,
+}
+
+impl Program {
+    fn run(script: &str) -> Program {
+        let mut child = Command::new("python3")
+            .args(["-c", &format!("{PRELUDE}\n{script}\nwait()")])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut line = String::new();
+        BufReader::new(child.stdout.take().unwrap())
+            .read_line(&mut line)
+            .unwrap();
+        let stdin = child.stdin.take();
+        Program {
+            said: line
+                .split_whitespace()
+                .map(|n| n.parse().unwrap())
+                .collect(),
+            child,
+            stdin,
+        }
+    }
+
+    fn pid(&self) -> Pid {
+        Pid(self.child.id() as i32)
+    }
+}
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        // Children of the program end with it, by a pipe of their own.
+        drop(self.stdin.take());
+        let _ = self.child.wait();
+    }
+}
+
+fn range(start: u64, pages: u64) -> Range {
+    start..start + pages * PAGE
+}
+
+fn writer(dir: &TempDir) -> ImageWriter {
+    ImageWriter::create(dir.path(), Header::new()).unwrap()
+}
+
+/// One range of one process into one image.
+fn dump(pid: Pid, range: Range, kind: Kind, chunk: usize) -> (TempDir, Dumped) {
+    let dir = TempDir::new().unwrap();
+    let mut w = writer(&dir);
+    let mut dumper = PageDumper::new(&mut w, PageOptions { chunk }).unwrap();
+    let source = Source::open(pid).unwrap();
+    let dumped = dumper.dump_vma(&source, 1, range, kind, None).unwrap();
+    assert_eq!(dumper.stats(1), dumped.stats);
+    assert_eq!(dumper.finish(&mut w).unwrap(), dumped.stats);
+    w.commit(false).unwrap();
+    (dir, dumped)
+}
+
+fn reader(dir: &TempDir) -> PageReader {
+    let reader = PageReader::open(&Image::open(dir.path()).unwrap()).unwrap();
+    reader.verify_all(2).unwrap();
+    reader
+}
+
+/// What a mapping that showed `before` shows with the pages of the image in it.
+fn restored(reader: &PageReader, mm: u64, range: Range, mut before: Vec<u8>) -> Vec<u8> {
+    assert_eq!(before.len() as u64, range.end - range.start);
+    let runs = reader.read_runs(mm, range.clone()).unwrap();
+    let zeros = reader.zeros(mm, range.clone()).unwrap();
+    apply(reader, &runs, &zeros, range.start, &mut before);
+    before
+}
+
+fn apply(reader: &PageReader, runs: &[ReadRun], zeros: &[Range], start: u64, memory: &mut [u8]) {
+    for run in runs {
+        assert!(run.to.len() <= 1024 && run.len <= 16 << 20);
+        assert_eq!(run.to.iter().map(|t| t.1).sum::<u64>(), run.len);
+        let mut offset = run.offset;
+        for &(addr, len) in &run.to {
+            let at = (addr - start) as usize;
+            let file = reader.file(run.file).unwrap();
+            file.read_exact_at(&mut memory[at..at + len as usize], offset)
+                .unwrap();
+            offset += len;
+        }
+    }
+    for zero in zeros {
+        memory[(zero.start - start) as usize..(zero.end - start) as usize].fill(0);
+    }
+}
+
+fn memory(pid: Pid, range: Range) -> Vec<u8> {
+    let mut bytes = vec![0; (range.end - range.start) as usize];
+    Mem::open(pid, false)
+        .unwrap()
+        .read_exact_at(range.start, &mut bytes)
+        .unwrap();
+    bytes
+}
+
+#[test]
+fn random_zero_and_untouched_pages() {
+    let p = Program::run("a = mmap(1000); fill(a, 0, 300); zero(a, 400, 50); fill(a, 999); say(a)");
+    let all = range(p.said[0], 1000);
+    for chunk in [4096, 64 << 10, 512 << 10, 1 << 20] {
+        let (dir, dumped) = dump(p.pid(), all.clone(), Kind::Private, chunk);
+        assert_eq!(dumped.stats.stored, 301 * PAGE);
+        assert_eq!(dumped.stats.zero, 50 * PAGE);
+        assert!(dumped.guards.is_empty());
+        let reader = reader(&dir);
+        assert_eq!(reader.stats(1, all.clone()), dumped.stats);
+        let before = vec![0; 1000 * PAGE as usize];
+        let after = restored(&reader, 1, all.clone(), before);
+        assert!(after == memory(p.pid(), all.clone()));
+        // Neighbours in memory and file are one run, whatever the extents.
+        let runs = reader.read_runs(1, all.clone()).unwrap();
+        assert_eq!(runs.len(), 1);
+        assert_eq!(runs[0].to.len(), 2);
+        // A part of the range gives that part.
+        let part = range(p.said[0] + 7 * PAGE, 3);
+        let expected = Piece {
+            addr: part.start,
+            len: 3 * PAGE,
+            place: Place::File {
+                file: 0,
+                offset: 7 * PAGE,
+            },
+        };
+        assert_eq!(reader.pieces(1, part).unwrap(), [expected]);
+    }
+}
+
+#[test]
+fn scattered_pages_of_a_sparse_mapping() {
+    let p = Program::run(
+        "a = mmap(1 << 24)
+for p in range(0, 9000, 3): fill(a, p)
+fill(a, (1 << 24) - 1); say(a)",
+    );
+    let all = range(p.said[0], 1 << 24); // 64 GiB
+    let (dir, dumped) = dump(p.pid(), all.clone(), Kind::Private, 512 << 10);
+    assert_eq!(dumped.stats.stored, 3001 * PAGE);
+    let reader = reader(&dir);
+    let runs = reader.read_runs(1, all).unwrap();
+    assert_eq!(runs.len(), 3, "1024 places at a time");
+    let dense = range(p.said[0], 9000);
+    let before = vec![0; 9000 * PAGE as usize];
+    let after = restored(&reader, 1, dense.clone(), before);
+    assert!(after == memory(p.pid(), dense));
+}
+
+#[test]
+fn what_may_not_be_read_is_read_all_the_same() {
+    let p = Program::run(
+        "a = mmap(64); fill(a, 0, 64); zero(a, 20, 2)
+assert libc.mprotect(a + 8 * P, 16 * P, 0) == 0
+assert libc.mprotect(a + 30 * P, P, 2) == 0
+say(a)",
+    );
+    let all = range(p.said[0], 64);
+    let (dir, dumped) = dump(p.pid(), all.clone(), Kind::Private, 128 << 10);
+    assert_eq!(dumped.stats.stored, 62 * PAGE);
+    let before = vec![0; 64 * PAGE as usize];
+    let after = restored(&reader(&dir), 1, all.clone(), before);
+    assert!(after == memory(p.pid(), all));
+}
+
+#[test]
+fn guard_regions_are_reported_and_not_read() {
+    let p = Program::run("a = mmap(16); fill(a, 0, 16); madvise(a, 4, 3, 102); say(a)");
+    let a = p.said[0];
+    let (dir, dumped) = dump(p.pid(), range(a, 16), Kind::Private, 1 << 20);
+    assert_eq!(dumped.guards, [range(a + 4 * PAGE, 3)]);
+    assert_eq!(dumped.stats.stored, 13 * PAGE);
+    assert_eq!(reader(&dir).extents(1).len(), 2);
+}
+
+#[test]
+fn a_private_file_mapping_stores_what_was_written() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path().join("file");
+    let content = vec![0x11; 32 * PAGE as usize];
+    std::fs::write(&path, &content).unwrap();
+    let p = Program::run(&format!(
+        "f = os.open({:?}, os.O_RDONLY); a = mmap(32, 3, PRIVATE, f)
+ctypes.string_at(a, 32 * P); fill(a, 3, 2); zero(a, 10); say(a)",
+        path.to_str().unwrap()
+    ));
+    let all = range(p.said[0], 32);
+    let (images, dumped) = dump(p.pid(), all.clone(), Kind::Private, 1 << 20);
+    assert_eq!(dumped.stats.stored, 2 * PAGE);
+    assert_eq!(dumped.stats.zero, PAGE, "hides the file: not a hole");
+    let after = restored(&reader(&images), 1, all.clone(), content);
+    assert!(after == memory(p.pid(), all));
+}
+
+/// Parent and child after a fork: 100 pages, of which the child wrote 10..15,
+/// dropped 20..25 and zeroed 30; the parent wrote 40..43 after the fork.
+const FORKED: &str = "a = mmap(200); fill(a, 0, 100)
+r, w = os.pipe(); r2, w2 = os.pipe()
+pid = os.fork()
+if pid == 0:
+    fill(a, 10, 5); madvise(a, 20, 5, 4); zero(a, 30); fill(a, 150)
+    os.close(w2); os.write(w, b'x'); os.read(r2, 1); os._exit(0)
+os.read(r, 1); fill(a, 40, 3); os.close(r2)
+say(a, pid)
+wait(); os.close(w2); os.waitpid(pid, 0); sys.exit(0)";
+
+#[test]
+fn pages_shared_since_a_fork_are_stored_once() {
+    let p = Program::run(FORKED);
+    let (a, child) = (p.said[0], Pid(p.said[1] as i32));
+    let all = range(a, 200);
+    let dir = TempDir::new().unwrap();
+    let mut w = writer(&dir);
+    let mut dumper = PageDumper::new(&mut w, PageOptions::default()).unwrap();
+    let parent_source = Source::open(p.pid()).unwrap();
+    let child_source = Source::open(child).unwrap();
+    let entries = || {
+        let of = |s: &Source| s.pagemap.entries(a, 200).unwrap();
+        (of(&parent_source), of(&child_source))
+    };
+    let before = entries();
+    let mut dump = |source, mm, relative| {
+        dumper
+            .dump_vma(source, mm, all.clone(), Kind::Private, relative)
+            .unwrap()
+            .stats
+    };
+    let parent = dump(&parent_source, 1, None);
+    assert_eq!(parent.stored, 100 * PAGE);
+    let stats = dump(&child_source, 2, Some((&parent_source, 1)));
+    // 5 written, 1 of its own, and the 3 that the parent wrote.
+    assert_eq!(stats.stored, 9 * PAGE);
+    assert_eq!(stats.zero, PAGE);
+    assert_eq!(stats.same, (100 - 5 - 5 - 1 - 3) * PAGE);
+    // A grandchild, for which the child stands in: through the child to the parent.
+    let third = dump(&child_source, 3, Some((&child_source, 2)));
+    assert_eq!(third.stored, 0);
+    // Reading has not parted what the two share.
+    assert!(entries() == before);
+    dumper.finish(&mut w).unwrap();
+    w.commit(false).unwrap();
+
+    let reader = reader(&dir);
+    let same_as = |mm: u64| {
+        let of = |e: &Extent| match e.what {
+            What::Same { mm, .. } => Some(mm),
+            _ => None,
+        };
+        let found: Vec<u64> = reader.extents(mm).iter().filter_map(of).collect();
+        found
+    };
+    assert!(same_as(3).contains(&1), "chains are one link long");
+    let empty = || vec![0; 200 * PAGE as usize];
+    let parents = restored(&reader, 1, all.clone(), empty());
+    assert!(parents == memory(p.pid(), all.clone()));
+    for mm in [2, 3] {
+        let childs = restored(&reader, mm, all.clone(), empty());
+        assert!(childs == memory(child, all.clone()));
+        reader.verify(mm, all.clone()).unwrap();
+    }
+    // On top of the parent's pages, as after a fork: only what differs.
+    let delta = reader.delta(2, 1, all.clone()).unwrap();
+    assert_eq!(delta.drop, [range(a + 20 * PAGE, 5)]);
+    assert_eq!(delta.zero, [range(a + 30 * PAGE, 1)]);
+    assert_eq!(delta.read.iter().map(|r| r.len).sum::<u64>(), 9 * PAGE);
+    let mut childs = parents;
+    apply(&reader, &delta.read, &delta.zero, a, &mut childs);
+    apply(&reader, &[], &delta.drop, a, &mut childs);
+    assert!(childs == memory(child, all.clone()));
+    assert_eq!(reader.delta(3, 2, all).unwrap(), Delta::default());
+}
+
+#[test]
+fn shared_memory_objects_keep_their_holes() {
+    let p = Program::run(
+        "f = os.memfd_create('m'); os.ftruncate(f, 100 * P + 5)
+os.pwrite(f, random.randbytes(3 * P), 10 * P); os.pwrite(f, bytes(2 * P), 20 * P)
+os.pwrite(f, b'tail!', 100 * P); os.lseek(f, 77, 0)
+a = mmap(100, 3, SHARED, f); say(f, a)",
+    );
+    let size = 100 * PAGE + 5;
+    let proc = format!("/proc/{}", p.pid());
+    let file = File::open(format!("{proc}/fd/{}", p.said[0])).unwrap();
+    let dir = TempDir::new().unwrap();
+    let mut w = writer(&dir);
+    let mut dumper = PageDumper::new(&mut w, PageOptions::default()).unwrap();
+    let stats = dumper.dump_object(file.as_fd(), size, 9).unwrap();
+    assert_eq!((stats.stored, stats.zero), (4 * PAGE, 2 * PAGE));
+    // The same through a mapping of it, as far as that goes.
+    let source = Source::open(p.pid()).unwrap();
+    let kind = Kind::WholeObject { offset: 0 };
+    let mapped = dumper
+        .dump_vma(&source, 10, range(p.said[1], 100), kind, None)
+        .unwrap();
+    assert_eq!(mapped.stats.stored, 3 * PAGE);
+    assert_eq!(mapped.stats.total(), 100 * PAGE);
+    dumper.finish(&mut w).unwrap();
+    w.commit(false).unwrap();
+
+    let reader = reader(&dir);
+    let pieces = reader.pieces(9, 0..101 * PAGE).unwrap();
+    let places: Vec<(u64, u64)> = pieces
+        .iter()
+        .map(|p| (p.addr / PAGE, p.len / PAGE))
+        .collect();
+    assert_eq!(places, [(10, 3), (20, 2), (100, 1)]);
+    let after = restored(&reader, 9, 0..101 * PAGE, vec![0; 101 * PAGE as usize]);
+    let mut expected = vec![0; 101 * PAGE as usize];
+    file.read_exact_at(&mut expected[..size as usize], 0)
+        .unwrap();
+    assert!(after == expected);
+    let mapped = restored(&reader, 10, 0..100 * PAGE, vec![1; 100 * PAGE as usize]);
+    assert!(mapped == expected[..100 * PAGE as usize]);
+    let info = std::fs::read_to_string(format!("{proc}/fdinfo/{}", p.said[0])).unwrap();
+    assert!(info.starts_with("pos:\t77\n"), "{info}");
+}
+
+/// Behind the end of a mapped file there is nothing to read.
+#[test]
+fn a_mapping_longer_than_its_object() {
+    let p = Program::run(
+        "f = os.memfd_create('m'); os.ftruncate(f, 2 * P); os.pwrite(f, random.randbytes(2 * P), 0)
+a = mmap(6, 3, SHARED, f); say(a)",
+    );
+    let kind = Kind::WholeObject { offset: 8 * PAGE };
+    let (dir, dumped) = dump(p.pid(), range(p.said[0], 6), kind, 1 << 20);
+    assert_eq!(
+        (dumped.stats.stored, dumped.stats.zero),
+        (2 * PAGE, 4 * PAGE)
+    );
+    assert_eq!(reader(&dir).extents(1)[0].addr, 8 * PAGE);
+}
+
+#[test]
+fn damaged_pages_are_named() {
+    let p = Program::run("a = mmap(600); fill(a, 0, 600); say(a)");
+    let (dir, _) = dump(p.pid(), range(p.said[0], 600), Kind::Private, 512 << 10);
+    let image = Image::open(dir.path()).unwrap();
+    let name = pages_name(image.header().image_id, 0);
+    let damage = |at: u64| {
+        let mut options = File::options();
+        let file = options.read(true).write(true);
+        let file = file.open(dir.path().join(&name)).unwrap();
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, at).unwrap();
+        file.write_all_at(&[byte[0] ^ 0x10], at).unwrap();
+    };
+    let reader = PageReader::open(&image).unwrap();
+    reader.verify_all(1).unwrap();
+    damage(555_555);
+    for threads in [1, 4] {
+        let e = reader.verify_all(threads).unwrap_err();
+        assert_eq!(e.kind(), ErrorKind::ImageCorrupt);
+        let text = format!("{e:?}");
+        assert!(text.contains(&name) && text.contains("at 524288"), "{text}");
+    }
+    reader.verify(1, range(p.said[0], 10)).unwrap();
+    let there = range(p.said[0] + 140 * PAGE, 10);
+    assert!(reader.verify(1, there).is_err());
+    damage(3);
+    let e = reader.verify_all(2).unwrap_err();
+    assert!(e.to_string().contains("2 extents"), "{e}");
+}
+
+fn image_of(dir: &Path, indexes: &[(u64, Vec<Extent>)]) -> Image {
+    let mut w = ImageWriter::create(dir, Header::new()).unwrap();
+    let pages = w.new_pages().unwrap();
+    (&pages.file).write_all(&[1; 2 * PAGE as usize]).unwrap();
+    for (mm, extents) in indexes {
+        let extents = extents.clone();
+        w.put_record(*mm, &PageIndex { extents }).unwrap();
+    }
+    w.commit(false).unwrap();
+    Image::open(dir).unwrap()
+}
+
+#[test]
+fn malformed_indexes_are_refused() {
+    let dir = TempDir::new().unwrap();
+    let zero = |addr, pages| Extent {
+        addr,
+        pages,
+        what: What::Zero,
+    };
+    let data = |file, offset, len, codec| Extent {
+        addr: 0,
+        pages: 1,
+        what: What::Data {
+            file,
+            offset,
+            len,
+            codec,
+            checksum: 0,
+        },
+    };
+    let same = |addr, pages, mm, there| Extent {
+        addr,
+        pages,
+        what: What::Same { mm, addr: there },
+    };
+    let refused = |extents: Vec<Extent>| {
+        let image = image_of(dir.path(), &[(1, extents)]);
+        PageReader::open(&image).unwrap_err().kind()
+    };
+    for extents in [
+        vec![zero(1, 1)],
+        vec![zero(0, 0)],
+        vec![zero(0, u64::MAX)],
+        vec![zero(1 << 63, 1 << 51)],
+        vec![zero(4096, 1), zero(0, 1)],
+        vec![zero(0, 2), zero(4096, 1)],
+        vec![data(1, 0, 4096, 0)],
+        vec![data(0, 1, 4096, 0)],
+        vec![data(0, 8192, 4096, 0)],
+        vec![data(0, u64::MAX - 4095, 4096, 0)],
+        vec![data(0, 0, 8192, 0)],
+        vec![same(0, 257, 2, 0)],
+        vec![same(0, 2, 2, u64::MAX - 4095)],
+    ] {
+        let text = format!("{extents:?}");
+        assert_eq!(refused(extents), ErrorKind::ImageCorrupt, "{text}");
+    }
+    let codec = refused(vec![data(0, 0, 4096, 9)]);
+    assert_eq!(codec, ErrorKind::ImageVersion);
+
+    // Circles, and links to nothing, are found when they are followed.
+    let circle = [(1, vec![same(0, 1, 2, 0)]), (2, vec![same(0, 1, 1, 0)])];
+    let nothing = [(1, vec![same(0, 2, 2, 0)]), (2, vec![zero(4096, 1)])];
+    for indexes in [circle, nothing] {
+        let reader = PageReader::open(&image_of(dir.path(), &indexes)).unwrap();
+        let e = reader.pieces(1, 0..8192).unwrap_err();
+        assert_eq!(e.kind(), ErrorKind::ImageCorrupt);
+    }
+}
+
+#[test]
+fn dumped_twice_is_a_bug_and_out_of_order_is_not() {
+    let p = Program::run("a = mmap(8); fill(a, 0, 8); say(a)");
+    let source = Source::open(p.pid()).unwrap();
+    let a = p.said[0];
+    let run = |ranges: [Range; 2]| {
+        let dir = TempDir::new().unwrap();
+        let mut w = writer(&dir);
+        let mut dumper = PageDumper::new(&mut w, PageOptions::default()).unwrap();
+        for range in ranges {
+            dumper
+                .dump_vma(&source, 1, range, Kind::Private, None)
+                .unwrap();
+        }
+        dumper.finish(&mut w).map_err(|e| e.kind())
+    };
+    assert!(run([range(a + 4 * PAGE, 4), range(a, 4)]).is_ok());
+    assert_eq!(run([range(a, 4), range(a, 5)]), Err(ErrorKind::Bug));
+}
+
+#[test]
+fn a_target_that_is_gone_is_said_to_be() {
+    let mut p = Program::run("a = mmap(8); fill(a, 0, 8); say(a)");
+    let source = Source::open(p.pid()).unwrap();
+    p.child.kill().unwrap();
+    p.child.wait().unwrap();
+    let e = Source::open(p.pid()).unwrap_err();
+    assert_eq!(e.kind(), ErrorKind::TargetGone);
+    let dir = TempDir::new().unwrap();
+    let mut w = writer(&dir);
+    let mut dumper = PageDumper::new(&mut w, PageOptions::default()).unwrap();
+    for kind in [Kind::Private, Kind::WholeObject { offset: 0 }] {
+        let e = dumper
+            .dump_vma(&source, 1, range(p.said[0], 8), kind, None)
+            .unwrap_err();
+        assert_eq!(e.kind(), ErrorKind::TargetGone, "{e:?}");
+    }
+}
