@@ -19,6 +19,7 @@ mod mappings;
 mod memory;
 mod pipes;
 mod sockets;
+mod tree;
 
 pub use cx::Cx;
 use std::os::unix::process::CommandExt;
@@ -103,6 +104,11 @@ impl Program {
         self
     }
 
+    const fn stopped(mut self) -> Self {
+        self.stopped = true;
+        self
+    }
+
     const fn explained(mut self, keys: &'static [(&'static str, &'static str)]) -> Self {
         self.explained = keys;
         self
@@ -125,6 +131,7 @@ const FAMILIES: &[(&str, &[Program])] = &[
     ("files", files::PROGRAMS),
     ("events", events::PROGRAMS),
     ("sockets", sockets::PROGRAMS),
+    ("tree", tree::PROGRAMS),
     ("memory", memory::PROGRAMS),
     ("mappings", mappings::PROGRAMS),
 ];
