@@ -15,9 +15,9 @@ use crate::victim::{
 
 /// What must be the same before and after: masks, descriptors, mappings,
 /// children, threads, tracer.
-pub type Snapshot = BTreeMap<String, String>;
+pub(crate) type Snapshot = BTreeMap<String, String>;
 
-pub struct Victim {
+pub(crate) struct Victim {
     child: Child,
     page: memmap2::MmapMut,
     before: Snapshot,
@@ -26,15 +26,15 @@ pub struct Victim {
 
 /// What a victim says about itself.
 #[derive(Clone, Debug)]
-pub struct Said {
-    pub progress: Vec<u64>,
-    pub errors: u64,
-    pub which: String,
-    pub epoll_eintr: u64,
-    pub lost: u64,
+pub(crate) struct Said {
+    pub(crate) progress: Vec<u64>,
+    pub(crate) errors: u64,
+    pub(crate) which: String,
+    pub(crate) epoll_eintr: u64,
+    pub(crate) lost: u64,
 }
 
-pub fn wait_until(what: &str, mut f: impl FnMut() -> bool) {
+pub(crate) fn wait_until(what: &str, mut f: impl FnMut() -> bool) {
     let deadline = Instant::now() + 2 * DEFAULT_WAIT;
     while !f() {
         assert!(Instant::now() < deadline, "timed out: {what}");
@@ -43,7 +43,7 @@ pub fn wait_until(what: &str, mut f: impl FnMut() -> bool) {
 }
 
 impl Victim {
-    pub fn start() -> Victim {
+    pub(crate) fn start() -> Victim {
         let file = tempfile::NamedTempFile::new_in("/dev/shm").unwrap();
         file.as_file().set_len(WORDS as u64 * 8).unwrap();
         // A file of our own, which only the victim we start maps, too.
@@ -75,11 +75,11 @@ impl Victim {
         victim
     }
 
-    pub fn pid(&self) -> Pid {
+    pub(crate) fn pid(&self) -> Pid {
         Pid(self.child.id() as i32)
     }
 
-    pub fn tid(&self, class: usize) -> Tid {
+    pub(crate) fn tid(&self, class: usize) -> Tid {
         Tid(self.word(TIDS + class) as i32)
     }
 
@@ -88,7 +88,7 @@ impl Victim {
         words[i].load(std::sync::atomic::Ordering::SeqCst)
     }
 
-    pub fn said(&self) -> Said {
+    pub(crate) fn said(&self) -> Said {
         let errors: Vec<u64> = (0..CLASSES.len()).map(|i| self.word(ERRORS + i)).collect();
         let which = errors
             .iter()
@@ -107,7 +107,7 @@ impl Victim {
         }
     }
 
-    pub fn snapshot(&self) -> Snapshot {
+    pub(crate) fn snapshot(&self) -> Snapshot {
         let pid = self.pid();
         let mut all = Snapshot::new();
         all.insert("maps".into(), text(&format!("/proc/{pid}/maps")));
@@ -151,7 +151,7 @@ impl Victim {
 
     /// Fails unless every thread goes on, without an error, and everything is as
     /// it was before. EINTRs of epoll_wait are reported, not judged.
-    pub fn check(&self, when: &str) -> Said {
+    pub(crate) fn check(&self, when: &str) -> Said {
         let begun = self.said();
         let deadline = Instant::now() + DEFAULT_WAIT;
         loop {
@@ -212,7 +212,7 @@ fn as_words(page: &memmap2::MmapMut) -> &[AtomicU64] {
     unsafe { std::slice::from_raw_parts(page.as_ptr().cast(), WORDS) }
 }
 
-pub fn difference(a: &Snapshot, b: &Snapshot) -> String {
+pub(crate) fn difference(a: &Snapshot, b: &Snapshot) -> String {
     let mut out = String::new();
     for key in a
         .keys()

@@ -1,24 +1,27 @@
 //! The tests.
 
 use std::io::{BufRead, BufReader, Read};
+use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Command, Stdio};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::time::{Duration, Instant};
 
-use freezeframe_error::Kind;
-use freezeframe_inject::live::{self, LiveSession, Site};
+use freezeframe_inject::live;
 use freezeframe_inject::tracer::{DEFAULT_WAIT, Tracer};
-use freezeframe_sys::ids::{Pid, Tid};
 
-use crate::check::{Said, Victim, wait_until};
-use crate::tool::{How, Job, changing, getters, options, stop};
+use crate::check::{Said, Victim};
+use crate::tool::{How, Job, getters, stop};
 use crate::victim::CLASSES;
 
 /// Every test by name.
-pub const ALL: &[(&str, fn())] = &[
+pub(crate) const ALL: &[(&str, fn())] = &[
     ("every_class_by_stops", || every_class(4)),
     ("every_class_by_socket", || every_class(64)),
+    ("killed_at_each_step_by_stops", || killed_at_each_step(How::Stops)),
+    ("killed_at_each_step_by_socket", || killed_at_each_step(How::Socket)),
+    ("killed_at_each_step_all_threads", killed_at_each_step_all_threads),
+    ("killed_at_random", killed_at_random),
 ];
 
 fn long() -> bool {
@@ -56,5 +59,173 @@ fn every_class(n: u64) {
         batch.len(),
         spent / 1000,
         inside / 1000
+    );
+}
+
+// ------------------------------------------------------------ the kill harness
+
+/// The tool at work, and dead when this is dropped.
+struct Tool(Child);
+
+impl Tool {
+    fn start(job: &Job, kill_at: u64) -> Tool {
+        Tool(
+            Command::new(std::env::current_exe().unwrap())
+                .env("FREEZEFRAME_TEST_TOOL", job.to_string())
+                .env("FREEZEFRAME_KILL_AT", kill_at.to_string())
+                .stdin(Stdio::null())
+                .stdout(Stdio::piped())
+                .stderr(Stdio::piped())
+                .spawn()
+                .unwrap(),
+        )
+    }
+
+    /// Waits for its end. The step at which it killed itself, or None if it
+    /// came to the end of its job.
+    fn end(mut self) -> Option<String> {
+        let status = self.0.wait().unwrap();
+        let (mut out, mut err) = (String::new(), String::new());
+        self.0.stdout.take().unwrap().read_to_string(&mut out).unwrap();
+        self.0.stderr.take().unwrap().read_to_string(&mut err).unwrap();
+        match status.signal() {
+            Some(libc::SIGKILL) => Some(err.trim().to_string()),
+            None if status.success() => None,
+            _ => panic!("the tool failed: {status} {out} {err}"),
+        }
+    }
+}
+
+impl Drop for Tool {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Work for several victims at once: most of the time is spent waiting for
+/// their threads to come round.
+fn with_victims<T: Send>(count: usize, work: Vec<T>, f: impl Fn(&Victim, T) + Sync) {
+    let queue = Mutex::new(work);
+    std::thread::scope(|scope| {
+        for _ in 0..count {
+            scope.spawn(|| {
+                let victim = Victim::start();
+                loop {
+                    let next = queue.lock().unwrap().pop();
+                    let Some(item) = next else { break };
+                    f(&victim, item);
+                }
+            });
+        }
+    });
+}
+
+/// Kills a tool at step 1, 2, ... until it comes to its end.
+fn step_kills(victim: &Victim, job: &Job, label: &str, eintr_steps: &[&str]) -> u64 {
+    let mut eintr = victim.said().epoll_eintr;
+    for step in 1.. {
+        let Some(at) = Tool::start(job, step).end() else {
+            victim.check(label);
+            return step - 1;
+        };
+        let said: Said = victim.check(&format!("{label}: {at}"));
+        if said.epoll_eintr != eintr {
+            let name = at.rsplit(' ').next().unwrap_or_default();
+            assert!(
+                eintr_steps.contains(&name),
+                "{label}: epoll_wait saw EINTR at {at}"
+            );
+            eintr = said.epoll_eintr;
+        }
+    }
+    unreachable!()
+}
+
+fn killed_at_each_step(how: How) {
+    let kills = AtomicU64::new(0);
+    let begun = Instant::now();
+    with_victims(3, (0..CLASSES.len()).collect(), |victim, class| {
+        let job = Job {
+            pid: victim.pid(),
+            tid: victim.tid(class),
+            all: false,
+            how,
+            rounds: 1,
+        };
+        // The one exception: between the interrupt and the fix of the registers.
+        let allowed: &[&str] = if CLASSES[class] == "epoll_wait" {
+            &["interrupt"]
+        } else {
+            &[]
+        };
+        let n = step_kills(victim, &job, CLASSES[class], allowed);
+        kills.fetch_add(n, SeqCst);
+    });
+    println!("{how:?}: {} kills in {:?}, none harmed", kills.load(SeqCst), begun.elapsed());
+}
+
+fn killed_at_each_step_all_threads() {
+    let kills = AtomicU64::new(0);
+    let begun = Instant::now();
+    let mut work = vec![(0, How::Nothing), (5, How::Stops), (3, How::Socket)];
+    if long() {
+        work.push((0, How::Threads));
+        for class in 0..CLASSES.len() {
+            work.extend([(class, How::Stops), (class, How::Socket)]);
+        }
+    }
+    with_victims(3, work, |victim, (class, how)| {
+        let job = Job {
+            pid: victim.pid(),
+            tid: victim.tid(class),
+            all: true,
+            how,
+            rounds: 1,
+        };
+        let allowed = &["interrupt", "stopped", "fix-registers"];
+        let label = format!("all threads, {how:?} in {}", CLASSES[class]);
+        kills.fetch_add(step_kills(victim, &job, &label, allowed), SeqCst);
+    });
+    println!("all threads: {} kills in {:?}, none harmed", kills.load(SeqCst), begun.elapsed());
+}
+
+/// Kills the tool from outside, while it injects again and again.
+fn killed_at_random() {
+    let times = if long() { 3000 } else { 60 };
+    let begun = Instant::now();
+    let seen = Mutex::new((0u64, 0u64));
+    let work: Vec<usize> = (0..times).collect();
+    with_victims(3, work, |victim, n| {
+        let how = [How::Stops, How::Socket, How::Threads, How::Nothing][n % 4];
+        let job = Job {
+            pid: victim.pid(),
+            tid: victim.tid(n / 4 % CLASSES.len()),
+            all: n % 3 != 0,
+            how,
+            rounds: i32::MAX as u32,
+        };
+        let before = victim.said().epoll_eintr;
+        let mut tool = Tool::start(&job, 0);
+        let out = tool.0.stdout.as_mut().unwrap();
+        let mut line = String::new();
+        BufReader::new(out).read_line(&mut line).unwrap();
+        assert_eq!(line, "ready\n");
+        // Any instant of the first rounds.
+        let spread = u64::from(std::process::id()) + n as u64;
+        let nanos = spread.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 32;
+        std::thread::sleep(Duration::from_nanos(nanos % 8_000_000));
+        tool.0.kill().unwrap();
+        let ended = tool.end();
+        assert_eq!(ended.as_deref(), Some(""), "the tool ended by itself");
+        let said = victim.check(&format!("killed at random, {job:?}"));
+        let mut seen = seen.lock().unwrap();
+        seen.0 += 1;
+        seen.1 += said.epoll_eintr - before;
+    });
+    let (kills, eintr) = *seen.lock().unwrap();
+    println!(
+        "random: {kills} kills in {:?}, none harmed, {eintr} EINTR of epoll_wait",
+        begun.elapsed()
     );
 }

@@ -16,19 +16,19 @@ use freezeframe_sys::ptrace::Options;
 
 /// What the tool is to do, as the tests hand it over.
 #[derive(Clone, Copy, Debug)]
-pub struct Job {
-    pub pid: Pid,
+pub(crate) struct Job {
+    pub(crate) pid: Pid,
     /// The thread the batches run in.
-    pub tid: Tid,
+    pub(crate) tid: Tid,
     /// Stop all threads, or that one alone.
-    pub all: bool,
+    pub(crate) all: bool,
     /// Which way.
-    pub how: How,
-    pub rounds: u32,
+    pub(crate) how: How,
+    pub(crate) rounds: u32,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum How {
+pub(crate) enum How {
     /// Seize, stop, let go.
     Nothing,
     Stops,
@@ -65,7 +65,7 @@ impl FromStr for Job {
     }
 }
 
-pub fn main(job: &str) -> ExitCode {
+pub(crate) fn main(job: &str) -> ExitCode {
     let job: Job = job.parse().unwrap();
     // The harness may kill us from now on.
     println!("ready");
@@ -81,12 +81,12 @@ pub fn main(job: &str) -> ExitCode {
 }
 
 /// The options every test uses.
-pub fn options() -> Options {
+pub(crate) fn options() -> Options {
     Options::TRACESYSGOOD | Options::SUSPEND_SECCOMP
 }
 
 /// Stops the process, or one thread of it.
-pub fn stop(tracer: &Tracer, pid: Pid, only: Option<Tid>) -> Result<(Vec<StoppedTask>, Site)> {
+pub(crate) fn stop(tracer: &Tracer, pid: Pid, only: Option<Tid>) -> Result<(Vec<StoppedTask>, Site)> {
     match only {
         None => live::stop_process(tracer, pid, options(), DEFAULT_WAIT),
         Some(tid) => {
@@ -127,7 +127,7 @@ fn round(job: &Job) -> Result<()> {
 }
 
 /// getpid, `n` rt_sigaction, sigaltstack: changes nothing.
-pub fn getters(n: u64) -> (Batch, OpRef) {
+pub(crate) fn getters(n: u64) -> (Batch, OpRef) {
     let mut b = Batch::new();
     let pid = b.call("getpid", libc::SYS_getpid, []);
     let room = b.room(32 * 64);
@@ -145,13 +145,13 @@ pub fn getters(n: u64) -> (Batch, OpRef) {
 }
 
 /// What [`changing`] expects back.
-pub struct Checks {
+pub(crate) struct Checks {
     pid: OpRef,
     child: Option<OpRef>,
 }
 
 impl Checks {
-    pub fn verify(&self, replies: &Replies, pid: Pid) -> Result<()> {
+    pub(crate) fn verify(&self, replies: &Replies, pid: Pid) -> Result<()> {
         if replies.result(self.pid) != Ok(i64::from(pid.0)) {
             return Err(Error::bug("getpid gave another PID"));
         }
@@ -166,7 +166,7 @@ impl Checks {
 
 /// Mappings, descriptors and a child that the stub must undo; some are taken
 /// back by the batch itself.
-pub fn changing(with_child: bool) -> (Batch, Checks) {
+pub(crate) fn changing(with_child: bool) -> (Batch, Checks) {
     let mut b = Batch::new();
     let pid = b.call("getpid", libc::SYS_getpid, []);
     let map: [Arg; 6] = [

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicI32, AtomicPtr, AtomicU32, AtomicU64, Ordering::Se
 use std::time::{Duration, Instant};
 
 /// The classes of threads, in the order of their counters.
-pub const CLASSES: [&str; 10] = [
+pub(crate) const CLASSES: [&str; 10] = [
     "nanosleep",
     "futex-timeout",
     "poll",
@@ -24,13 +24,13 @@ pub const CLASSES: [&str; 10] = [
 ];
 
 /// Words of the page: progress, errors, last error, TID of each class; then these.
-pub const PROGRESS: usize = 0;
-pub const ERRORS: usize = 16;
-pub const LAST_ERROR: usize = 32;
-pub const TIDS: usize = 48;
-pub const EPOLL_EINTR: usize = 64;
-pub const LOST_SIGNALS: usize = 65;
-pub const WORDS: usize = 512;
+pub(crate) const PROGRESS: usize = 0;
+pub(crate) const ERRORS: usize = 16;
+pub(crate) const LAST_ERROR: usize = 32;
+pub(crate) const TIDS: usize = 48;
+pub(crate) const EPOLL_EINTR: usize = 64;
+pub(crate) const LOST_SIGNALS: usize = 65;
+pub(crate) const WORDS: usize = 512;
 
 static PAGE: AtomicPtr<AtomicU64> = AtomicPtr::new(null_mut());
 
@@ -307,7 +307,7 @@ fn thread(class: usize, f: impl FnOnce() + Send + 'static) {
 }
 
 /// The victim's main: never returns.
-pub fn main(page: &str) {
+pub(crate) fn main(page: &str) {
     let path = format!("{page}\0");
     // SAFETY: maps WORDS * 8 = one page of a file of that size, for good.
     unsafe {
