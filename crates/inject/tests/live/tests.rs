@@ -18,9 +18,16 @@ use crate::victim::CLASSES;
 pub(crate) const ALL: &[(&str, fn())] = &[
     ("every_class_by_stops", || every_class(4)),
     ("every_class_by_socket", || every_class(64)),
-    ("killed_at_each_step_by_stops", || killed_at_each_step(How::Stops)),
-    ("killed_at_each_step_by_socket", || killed_at_each_step(How::Socket)),
-    ("killed_at_each_step_all_threads", killed_at_each_step_all_threads),
+    ("killed_at_each_step_by_stops", || {
+        killed_at_each_step(How::Stops)
+    }),
+    ("killed_at_each_step_by_socket", || {
+        killed_at_each_step(How::Socket)
+    }),
+    (
+        "killed_at_each_step_all_threads",
+        killed_at_each_step_all_threads,
+    ),
     ("killed_at_random", killed_at_random),
 ];
 
@@ -86,8 +93,18 @@ impl Tool {
     fn end(mut self) -> Option<String> {
         let status = self.0.wait().unwrap();
         let (mut out, mut err) = (String::new(), String::new());
-        self.0.stdout.take().unwrap().read_to_string(&mut out).unwrap();
-        self.0.stderr.take().unwrap().read_to_string(&mut err).unwrap();
+        self.0
+            .stdout
+            .take()
+            .unwrap()
+            .read_to_string(&mut out)
+            .unwrap();
+        self.0
+            .stderr
+            .take()
+            .unwrap()
+            .read_to_string(&mut err)
+            .unwrap();
         match status.signal() {
             Some(libc::SIGKILL) => Some(err.trim().to_string()),
             None if status.success() => None,
@@ -162,7 +179,11 @@ fn killed_at_each_step(how: How) {
         let n = step_kills(victim, &job, CLASSES[class], allowed);
         kills.fetch_add(n, SeqCst);
     });
-    println!("{how:?}: {} kills in {:?}, none harmed", kills.load(SeqCst), begun.elapsed());
+    println!(
+        "{how:?}: {} kills in {:?}, none harmed",
+        kills.load(SeqCst),
+        begun.elapsed()
+    );
 }
 
 fn killed_at_each_step_all_threads() {
@@ -187,7 +208,11 @@ fn killed_at_each_step_all_threads() {
         let label = format!("all threads, {how:?} in {}", CLASSES[class]);
         kills.fetch_add(step_kills(victim, &job, &label, allowed), SeqCst);
     });
-    println!("all threads: {} kills in {:?}, none harmed", kills.load(SeqCst), begun.elapsed());
+    println!(
+        "all threads: {} kills in {:?}, none harmed",
+        kills.load(SeqCst),
+        begun.elapsed()
+    );
 }
 
 /// Kills the tool from outside, while it injects again and again.

@@ -86,7 +86,11 @@ pub(crate) fn options() -> Options {
 }
 
 /// Stops the process, or one thread of it.
-pub(crate) fn stop(tracer: &Tracer, pid: Pid, only: Option<Tid>) -> Result<(Vec<StoppedTask>, Site)> {
+pub(crate) fn stop(
+    tracer: &Tracer,
+    pid: Pid,
+    only: Option<Tid>,
+) -> Result<(Vec<StoppedTask>, Site)> {
     match only {
         None => live::stop_process(tracer, pid, options(), DEFAULT_WAIT),
         Some(tid) => {
