@@ -1,12 +1,22 @@
 //! Dumping a tree.
 
+mod files;
+mod memory;
+mod tasks;
+
+use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use freezeframe_error::Result;
-use freezeframe_kinds::DumpOptions;
+use freezeframe_error::{Error, Kind, Phase, Result, ResultExt, Target};
+use freezeframe_image::{Header, ImageWriter, RawRecord};
+use freezeframe_kinds::model::{self, Life, Process, Thread, Tree};
+use freezeframe_kinds::{DumpCx, DumpOptions};
+use freezeframe_sys::proc::Status;
 
-use crate::events::Events;
+use crate::events::{Events, Step};
+use crate::freeze::{self, Frozen};
+use crate::{log, tree};
 
 /// What to do with the tree once its image is safe.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -63,4 +73,181 @@ pub struct DumpReport {
 }
 
 /// Dumps a tree. Blocks; all ptrace calls are made on this thread.
-pub fn run(request: &DumpRequest, events: &dyn Events) -> Result<DumpReport>;
+pub fn run(request: &DumpRequest, events: &dyn Events) -> Result<DumpReport> {
+    events.phase(Phase::Plan);
+    let untouched = |e: Error| e.leaving(Target::Untouched);
+    tree::check_target(request.pid)?;
+    let mut writer = ImageWriter::create(&request.images_dir, Header::new())
+        .in_phase(Phase::Plan)
+        .map_err(untouched)?;
+    events.step(Step::PreDump).map_err(untouched)?;
+
+    events.phase(Phase::Freeze);
+    let started = Instant::now();
+    let mut frozen = freeze::freeze(request, events).in_phase(Phase::Freeze).map_err(|e| e.leaving(Target::Running))?;
+    let mut report = DumpReport { freezing: started.elapsed(), ..DumpReport::default() };
+    log!(events, Info, "{} processes, {} threads are stopped", frozen.procs.len(), frozen.threads());
+
+    let written = write_image(request, events, &mut frozen, &mut writer, &mut report)
+        .and_then(|()| events.step(Step::PostDump).in_phase(Phase::Commit));
+    if let Err(e) = written {
+        return Err(release_after(e, frozen));
+    }
+    match request.after {
+        After::Kill => {
+            // The tree stays stopped until the image is safe: then there is
+            // always one of the two.
+            if let Err(e) = commit(writer, request, events) {
+                return Err(release_after(e, frozen));
+            }
+            events.phase(Phase::Thaw);
+            frozen.kill().in_phase(Phase::Thaw).map_err(|e| e.leaving(Target::Unknown))?;
+            report.frozen = started.elapsed();
+        }
+        After::Run | After::Stop => {
+            events.phase(Phase::Thaw);
+            let stop = request.after == After::Stop;
+            let left = if stop { Target::Stopped } else { Target::Running };
+            frozen.release(stop).in_phase(Phase::Thaw).map_err(|e| e.leaving(Target::Unknown))?;
+            report.frozen = started.elapsed();
+            commit(writer, request, events).map_err(|e| e.leaving(left))?;
+        }
+    }
+    log!(events, Info, "stopped for {:?}, {} pages written", report.frozen, report.pages_written);
+    Ok(report)
+}
+
+fn commit(writer: ImageWriter, request: &DumpRequest, events: &dyn Events) -> Result<()> {
+    events.phase(Phase::Commit);
+    writer.commit(request.sync).in_phase(Phase::Commit)
+}
+
+/// Lets the tree go on after a failure, and says so in the error.
+fn release_after(e: Error, frozen: Frozen) -> Error {
+    match frozen.release(false) {
+        Ok(()) => e.leaving(Target::Running),
+        Err(also) => e.leaving(Target::Unknown).left_behind(format!("{also:?}")),
+    }
+}
+
+fn write_image(
+    request: &DumpRequest,
+    events: &dyn Events,
+    frozen: &mut Frozen,
+    writer: &mut ImageWriter,
+    report: &mut DumpReport,
+) -> Result<()> {
+    events.phase(Phase::Collect);
+    let processes = describe(frozen, request).in_phase(Phase::Collect)?;
+    let Frozen { tracer, procs, tasks, .. } = frozen;
+    let mut cx = DumpCx::new(&request.options, procs);
+    // A plan lists all the blockers it can see, not just the first.
+    let mut blockers: Vec<Error> = Vec::new();
+    let tables = files::collect(&mut cx, &mut blockers).in_phase(Phase::Collect)?;
+    let mut spaces = memory::collect(&mut cx, &mut blockers).in_phase(Phase::Collect)?;
+    tasks::collect(&mut cx, tracer, tasks, &processes, &mut blockers).in_phase(Phase::Collect)?;
+    if !blockers.is_empty() {
+        let first = blockers.remove(0);
+        return Err(first.and_also(blockers).in_phase(Phase::Collect));
+    }
+
+    events.phase(Phase::Pages);
+    let memory_started = Instant::now();
+    memory::store(&mut cx, &mut spaces, &processes, writer, events, report).in_phase(Phase::Pages)?;
+    report.memory = memory_started.elapsed();
+
+    report.processes = processes.len() as u64;
+    report.threads = processes.iter().map(|p| p.threads.len() as u64).sum();
+    report.warnings = std::mem::take(&mut cx.warnings);
+    for warning in &report.warnings {
+        log!(events, Warning, "{warning}");
+    }
+    put(writer, model::TREE, 0, &tree_record(request)?)?;
+    for p in &processes {
+        put(writer, model::PROCESS, p.pid() as u64, p)?;
+    }
+    for (i, task) in tasks.iter().enumerate() {
+        let thread = Thread { pid: procs[task.proc].pid.0, tids: vec![task.tid.0] };
+        put(writer, model::THREAD, i as u64, &thread)?;
+    }
+    for (mm, space) in spaces {
+        put(writer, model::MM, mm, &space)?;
+    }
+    for (pid, table) in tables {
+        put(writer, model::FDS, pid as u64, &table)?;
+    }
+    for record in cx.records {
+        writer.record(record)?;
+    }
+    writer.finish_write().in_phase(Phase::Commit)
+}
+
+fn put<T: serde::Serialize>(writer: &mut ImageWriter, tag: freezeframe_image::Tag, subject: u64, value: &T) -> Result<()> {
+    writer.record(model_record(tag, subject, value)?)
+}
+
+/// A record of the model, which belongs to no kind.
+fn model_record<T: serde::Serialize>(tag: freezeframe_image::Tag, subject: u64, value: &T) -> Result<RawRecord> {
+    Ok(RawRecord {
+        tag,
+        version: model::VERSION,
+        flags: freezeframe_image::CRITICAL,
+        subject,
+        body: freezeframe_image::encode(value)?,
+    })
+}
+
+fn tree_record(request: &DumpRequest) -> Result<Tree> {
+    use freezeframe_sys::clock;
+    Ok(Tree {
+        root: request.pid,
+        shell_job: request.options.shell_job,
+        monotonic_ns: clock::monotonic_ns(),
+        boottime_ns: clock::boottime_ns(),
+        realtime_ns: clock::realtime_ns(),
+        boot_id: clock::boot_id()?,
+        vdso_hash: crate::vdso::own_hash()?,
+        xfeatures: 0,
+    })
+}
+
+/// The processes as the image has them, in tree order, refusing what cannot be recreated.
+fn describe(frozen: &Frozen, request: &DumpRequest) -> Result<Vec<Process>> {
+    let pids: BTreeMap<i32, usize> = frozen.procs.iter().enumerate().map(|(i, p)| (p.pid.0, i)).collect();
+    let root = &frozen.procs[0];
+    if !pids.contains_key(&root.stat.session) && !request.options.shell_job {
+        return Err(Error::new(
+            Kind::Unsupported,
+            format!("its session {} is outside the tree; use --shell-job (-j) if it was started from a shell", root.stat.session),
+        )
+        .on_task(root.pid.0));
+    }
+    if root.stat.session == root.pid.0 && !pids.contains_key(&root.stat.pgrp) {
+        return Err(Error::unsupported("the process group of a session leader is outside its session").on_task(root.pid.0));
+    }
+    let mut processes = Vec::new();
+    for p in &frozen.procs {
+        let life = match frozen.group_stop(p.pid) {
+            _ if p.tids.is_empty() => Life::Zombie(p.stat.exit_code),
+            Some(signal) => Life::Stopped(signal),
+            None => Life::Alive,
+        };
+        processes.push(Process {
+            pids: ns_pids(&p.status, p.pid.0),
+            ppid: p.stat.ppid,
+            pgid: p.stat.pgrp,
+            sid: p.stat.session,
+            life,
+            exit_signal: p.stat.exit_signal,
+            comm: String::from_utf8_lossy(&p.stat.comm).into_owned(),
+            threads: p.tids.iter().map(|t| t.0).collect(),
+            mm: if p.tids.is_empty() { 0 } else { p.pid.0 as u64 },
+            cow_parent: (!p.tids.is_empty() && pids.contains_key(&p.stat.ppid)).then_some(p.stat.ppid),
+        });
+    }
+    Ok(processes)
+}
+
+fn ns_pids(status: &Status, pid: i32) -> Vec<i32> {
+    if status.ns_pid.is_empty() { vec![pid] } else { status.ns_pid.clone() }
+}

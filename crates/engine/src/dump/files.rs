@@ -1,0 +1,163 @@
+//! Descriptor tables, and which of them refer to the same open file.
+
+use std::cmp::Ordering;
+use std::collections::BTreeMap;
+
+use freezeframe_error::{Error, Kind, Result, ResultExt};
+use freezeframe_kinds::model::{self, FdEntry, FdTable, FileId, OpenFile};
+use freezeframe_kinds::{DumpCx, FileKind, FileView, registry};
+use freezeframe_sys::fd::{self, FileStat};
+use freezeframe_sys::ids::Pid;
+use freezeframe_sys::kcmp::{self, KcmpType};
+use freezeframe_sys::proc::FdInfo;
+
+/// One descriptor as found.
+struct Seen {
+    pid: Pid,
+    proc: usize,
+    fd: i32,
+    link: Vec<u8>,
+    stat: FileStat,
+    info: FdInfo,
+}
+
+/// Reads every descriptor table, finds out what is shared (kcmp(2): a sorted
+/// set, not pairs), and dumps each open file once by its kind.
+pub(super) fn collect(cx: &mut DumpCx<'_>, blockers: &mut Vec<Error>) -> Result<BTreeMap<i32, FdTable>> {
+    let mut seen = Vec::new();
+    for (index, proc) in cx.procs.iter().enumerate().filter(|(_, p)| !p.tids.is_empty()) {
+        for number in proc.dir.fds().on_task(proc.pid.0)? {
+            let look = || -> Result<Seen> {
+                Ok(Seen {
+                    pid: proc.pid,
+                    proc: index,
+                    fd: number,
+                    link: proc.dir.fd_link(number)?,
+                    stat: fd::stat_path(&format!("{}/fd/{number}", proc.dir.path()))?,
+                    info: proc.dir.fdinfo(number)?,
+                })
+            };
+            seen.push(look().map_err(|e| e.on(format!("fd {number}")).on_task(proc.pid.0))?);
+        }
+    }
+    let ids = identify(&seen)?;
+
+    let mut tables: BTreeMap<i32, FdTable> = BTreeMap::new();
+    let mut holders: BTreeMap<FileId, Vec<(Pid, i32)>> = BTreeMap::new();
+    let mut first: BTreeMap<FileId, usize> = BTreeMap::new();
+    for p in cx.procs.iter().filter(|p| !p.tids.is_empty()) {
+        tables.insert(p.pid.0, FdTable::default());
+    }
+    for (i, (s, id)) in seen.iter().zip(&ids).enumerate() {
+        holders.entry(*id).or_default().push((s.pid, s.fd));
+        first.entry(*id).or_insert(i);
+        cx.set_file_at(s.pid, s.fd, *id);
+        let cloexec = s.info.flags & libc::O_CLOEXEC as u32 != 0;
+        tables.entry(s.pid.0).or_default().fds.push(FdEntry { fd: s.fd, cloexec, file: *id });
+    }
+    let views: Vec<FileView<'_>> = first
+        .iter()
+        .map(|(id, i)| {
+            let s = &seen[*i];
+            FileView::new(*id, &cx.procs[s.proc], s.fd, &holders[id], &s.link, &s.stat, &s.info)
+        })
+        .collect();
+    for view in &views {
+        if let Err(e) = dump_file(cx, view) {
+            if e.kind() != Kind::Unsupported {
+                return Err(e);
+            }
+            blockers.push(e);
+        }
+    }
+    Ok(tables)
+}
+
+fn dump_file(cx: &mut DumpCx<'_>, view: &FileView<'_>) -> Result<()> {
+    let kind: &dyn FileKind = registry::FILES
+        .iter()
+        .copied()
+        .find(|k| k.claims(view))
+        .ok_or_else(|| view.refuse("this kind of file is not supported"))?;
+    let opath = view.info.flags & libc::O_PATH as u32 != 0;
+    let (owner, owner_uids, sig) = if opath {
+        ((0, 0), (0, 0), 0)
+    } else {
+        owner(view).map_err(|e| view.blame(e))?
+    };
+    let common = OpenFile {
+        kind: kind.about().tag,
+        flags: view.info.flags & !(libc::O_CLOEXEC as u32),
+        pos: view.info.pos,
+        owner,
+        owner_uids,
+        sig,
+        name: view.name(),
+        seen_at: (view.proc.pid.0, view.fd),
+    };
+    let record = kind.dump(cx, view).map_err(|e| view.blame(e))?;
+    cx.records.push(super::model_record(model::FILE, view.subject(), &common)?);
+    cx.records.push(record);
+    Ok(())
+}
+
+/// Owner (F_GETOWN_EX), the uids it was set with, and signal (F_GETSIG). Asked
+/// only where O_ASYNC or an unusual kind makes it likely to matter would be
+/// wrong: an owner may be set without O_ASYNC, so it is always asked.
+fn owner(view: &FileView<'_>) -> Result<((i32, i32), (u32, u32), i32)> {
+    let ours = view.ours()?;
+    let owner = fd::get_owner(ours)?;
+    let sig = fd::get_sig(ours)?;
+    let uids = if owner.1 == 0 { (0, 0) } else { fd::get_owner_uids(ours)? };
+    Ok((owner, uids, sig))
+}
+
+/// Which descriptors refer to the same open file description.
+fn identify(seen: &[Seen]) -> Result<Vec<FileId>> {
+    // Only descriptors of one inode can be the same open file.
+    let mut by_inode: BTreeMap<(u64, u64, u32), Vec<usize>> = BTreeMap::new();
+    for (i, s) in seen.iter().enumerate() {
+        let flags = s.info.flags & !(libc::O_CLOEXEC as u32);
+        by_inode.entry((s.stat.dev, s.stat.ino, flags)).or_default().push(i);
+    }
+    let mut same_as: Vec<usize> = (0..seen.len()).collect();
+    let mut failed = None;
+    for group in by_inode.into_values().filter(|g| g.len() > 1) {
+        let mut compare = |a: usize, b: usize| {
+            let (a, b) = (&seen[a], &seen[b]);
+            match kcmp::kcmp(a.pid, b.pid, KcmpType::File, a.fd as u64, b.fd as u64) {
+                Ok(order) => order,
+                Err(e) => {
+                    failed.get_or_insert(e.on(format!("fd {}", a.fd)).on_task(a.pid.0));
+                    Ordering::Equal
+                }
+            }
+        };
+        let mut sorted = group;
+        sorted.sort_by(|a, b| compare(*a, *b));
+        let mut start = 0;
+        for i in 1..=sorted.len() {
+            if i == sorted.len() || compare(sorted[i - 1], sorted[i]) != Ordering::Equal {
+                let least = sorted[start..i].iter().copied().min().unwrap_or(start);
+                for &member in &sorted[start..i] {
+                    same_as[member] = least;
+                }
+                start = i;
+            }
+        }
+    }
+    if let Some(e) = failed {
+        return Err(e);
+    }
+    let mut next = 0u32;
+    let mut ids: Vec<FileId> = Vec::with_capacity(seen.len());
+    for (i, first) in same_as.iter().enumerate() {
+        if *first == i {
+            next += 1;
+            ids.push(FileId(next));
+        } else {
+            ids.push(ids[*first]);
+        }
+    }
+    Ok(ids)
+}

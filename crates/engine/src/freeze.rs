@@ -1,0 +1,234 @@
+//! Stopping a whole tree, and letting it go.
+//!
+//! Every task found is seized and interrupted; then the tree is read again,
+//! until nothing new appears while all that is known is stopped: new tasks are
+//! made by running ones only.
+
+use std::collections::{BTreeMap, HashSet};
+use std::time::{Duration, Instant};
+
+use freezeframe_error::{Error, Kind, Result, ResultExt};
+use freezeframe_inject::tracer::{StoppedTask, Tracer};
+use freezeframe_kinds::{BeforeStop, ProcView, task};
+use freezeframe_sys::ids::{Pid, Tid};
+use freezeframe_sys::pidfd;
+use freezeframe_sys::proc::{ProcDir, Status, TaskDir};
+use freezeframe_sys::ptrace::Options;
+
+use crate::dump::DumpRequest;
+use crate::events::Events;
+use crate::{log, tree};
+
+/// A frozen thread.
+#[derive(Debug)]
+pub struct Task {
+    /// Which of [`Frozen::procs`] it belongs to.
+    pub proc: usize,
+    /// Its TID.
+    pub tid: Tid,
+    /// /proc/PID/task/TID.
+    pub dir: TaskDir,
+    /// Its status, read while frozen.
+    pub status: Status,
+    /// Its registers at the stop.
+    pub stopped: StoppedTask,
+    /// What was seen before the stop.
+    pub before: BeforeStop,
+}
+
+/// A tree that is stopped. Dropping it lets it go on.
+#[derive(Debug)]
+pub struct Frozen {
+    /// Holds the tasks.
+    pub tracer: Tracer,
+    /// The processes, parents before children, zombies included.
+    pub procs: Vec<ProcView>,
+    /// All threads, by process, the leader first.
+    pub tasks: Vec<Task>,
+    wait: Duration,
+}
+
+/// A process found, before its details are read.
+struct Found {
+    dir: ProcDir,
+    zombie: bool,
+}
+
+/// A thread stopped, before its details are read.
+struct Held {
+    pid: Pid,
+    stopped: StoppedTask,
+    before: BeforeStop,
+}
+
+/// Rounds after which a tree that goes on growing is given up.
+const MAX_ROUNDS: usize = 1000;
+
+/// Stops the tree under `request.pid`. On failure everything runs on as before.
+pub fn freeze(request: &DumpRequest, events: &dyn Events) -> Result<Frozen> {
+    let deadline = Instant::now() + request.timeout;
+    let tracer = Tracer::new();
+    let mut found: BTreeMap<Pid, Found> = BTreeMap::new();
+    let mut order: Vec<Pid> = Vec::new();
+    let mut held: BTreeMap<Tid, Held> = BTreeMap::new();
+    for round in 0.. {
+        let fresh = discover(Pid(request.pid), &mut found, &mut order, &held)?;
+        if fresh.is_empty() {
+            log!(events, Debug, "the tree is stopped after {round} rounds");
+            break;
+        }
+        if round > MAX_ROUNDS || Instant::now() > deadline {
+            return Err(Error::new(Kind::Timeout, "the tree makes new tasks faster than they can be stopped")
+                .on_task(request.pid));
+        }
+        stop(&tracer, fresh, &mut held, deadline)?;
+    }
+    details(tracer, found, order, held, request.timeout)
+}
+
+/// Threads of the tree that are not held yet, each with its process.
+fn discover(
+    root: Pid,
+    found: &mut BTreeMap<Pid, Found>,
+    order: &mut Vec<Pid>,
+    held: &BTreeMap<Tid, Held>,
+) -> Result<Vec<(Pid, Tid)>> {
+    let mut fresh = Vec::new();
+    let mut seen = HashSet::new();
+    let mut queue = std::collections::VecDeque::from([root]);
+    order.clear();
+    while let Some(pid) = queue.pop_front() {
+        if !seen.insert(pid) {
+            continue;
+        }
+        if !found.contains_key(&pid) {
+            match ProcDir::open(pid) {
+                Ok(dir) => found.insert(pid, Found { dir, zombie: false }),
+                // It ended while we looked; the root must not.
+                Err(e) if e.kind() == Kind::TargetGone && pid != root => continue,
+                Err(e) => return Err(e.on_task(pid.0)),
+            };
+        }
+        let Some(process) = found.get_mut(&pid) else { continue };
+        let looked = (|| -> Result<_> {
+            let stat = process.dir.stat()?;
+            let threads = if stat.is_zombie() && stat.num_threads <= 1 { Vec::new() } else { process.dir.tasks()? };
+            Ok((stat, threads, process.dir.children()?))
+        })();
+        let (stat, threads, children) = match looked {
+            Ok(found) => found,
+            Err(e) if e.kind() == Kind::TargetGone && pid != root => {
+                found.remove(&pid);
+                continue;
+            }
+            Err(e) => return Err(e.on_task(pid.0)),
+        };
+        process.zombie = stat.is_zombie();
+        if stat.is_zombie() && pid == root {
+            return Err(Error::new(Kind::TargetGone, "it has ended (a zombie)").on_task(pid.0));
+        }
+        if stat.is_zombie() && !threads.is_empty() {
+            return Err(Error::unsupported("a process whose first thread has ended, while others run on, is not supported")
+                .on_task(pid.0));
+        }
+        order.push(pid);
+        fresh.extend(threads.into_iter().filter(|t| !held.contains_key(t)).map(|t| (pid, t)));
+        queue.extend(children);
+    }
+    Ok(fresh)
+}
+
+fn stop(
+    tracer: &Tracer,
+    fresh: Vec<(Pid, Tid)>,
+    held: &mut BTreeMap<Tid, Held>,
+    deadline: Instant,
+) -> Result<()> {
+    let mut before: BTreeMap<Tid, (Pid, BeforeStop)> = BTreeMap::new();
+    for (pid, tid) in &fresh {
+        let seen = ProcDir::open(*pid)
+            .and_then(|d| d.task(*tid))
+            .map(|dir| task::before_stop(&dir))
+            .unwrap_or_default();
+        before.insert(*tid, (*pid, seen));
+    }
+    let tids: Vec<Tid> = fresh.iter().map(|(_, tid)| *tid).collect();
+    let options = Options::TRACESYSGOOD | Options::SUSPEND_SECCOMP;
+    for stopped in tracer.seize_and_stop(&tids, options, deadline)? {
+        if let Some((pid, before)) = before.remove(&stopped.tid) {
+            held.insert(stopped.tid, Held { pid, stopped, before });
+        }
+    }
+    Ok(())
+}
+
+fn details(
+    tracer: Tracer,
+    mut found: BTreeMap<Pid, Found>,
+    order: Vec<Pid>,
+    mut held: BTreeMap<Tid, Held>,
+    wait: Duration,
+) -> Result<Frozen> {
+    let mut procs = Vec::new();
+    let mut tasks = Vec::new();
+    for pid in order {
+        let Some(process) = found.remove(&pid) else { continue };
+        let dir = process.dir;
+        let mut tids = if process.zombie { Vec::new() } else { dir.tasks().on_task(pid.0)? };
+        tids.sort_by_key(|t| (*t != pid.leader(), *t));
+        for &tid in &tids {
+            let task = held
+                .remove(&tid)
+                .ok_or_else(|| Error::new(Kind::TargetChanged, "a thread that was not there before").on_task(tid.0))?;
+            debug_assert_eq!(task.pid, pid);
+            let dir = dir.task(tid)?;
+            let status = dir.status().on_task(tid.0)?;
+            tasks.push(Task { proc: procs.len(), tid, dir, status, stopped: task.stopped, before: task.before });
+        }
+        let stat = dir.stat().on_task(pid.0)?;
+        let status = dir.status().on_task(pid.0)?;
+        if !process.zombie {
+            tree::check_untraced(status.tracer_pid).on_task(pid.0)?;
+        }
+        procs.push(ProcView { pid, pidfd: pidfd::pidfd_open(pid)?, dir, stat, status, tids });
+    }
+    Ok(Frozen { tracer, procs, tasks, wait })
+}
+
+impl Frozen {
+    /// How many threads there are.
+    pub fn threads(&self) -> usize {
+        self.tasks.len()
+    }
+
+    /// The signal of the job-control stop a process was in.
+    pub fn group_stop(&self, pid: Pid) -> Option<i32> {
+        self.tasks.iter().find(|t| t.tid == pid.leader()).and_then(|t| t.stopped.group_stopped)
+    }
+
+    /// Lets everything go on as it was, or (`stop`) leaves it stopped by SIGSTOP.
+    pub fn release(self, stop: bool) -> Result<()> {
+        if stop {
+            for proc in self.procs.iter().filter(|p| !p.tids.is_empty()) {
+                pidfd::pidfd_send_signal(&proc.pidfd, libc::SIGSTOP).on_task(proc.pid.0)?;
+            }
+        }
+        let mut first = None;
+        for task in &self.tasks {
+            if let Err(e) = self.tracer.detach(task.tid) {
+                first.get_or_insert(e.on_task(task.tid.0));
+            }
+        }
+        first.map_or(Ok(()), Err)
+    }
+
+    /// Kills the tree, children before parents, and waits until it is dead.
+    pub fn kill(self) -> Result<()> {
+        let deadline = Instant::now() + self.wait;
+        // All are stopped: none can start anything, or handle the death of another.
+        for proc in self.procs.iter().rev().filter(|p| !p.tids.is_empty()) {
+            self.tracer.kill(proc.pid, deadline).on_task(proc.pid.0)?;
+        }
+        Ok(())
+    }
+}

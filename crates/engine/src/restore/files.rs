@@ -1,0 +1,297 @@
+//! Descriptors: each open file is made once, by its kind, in the first process
+//! that holds it, moved to its numbers there, and handed to the other holders.
+//!
+//! Files are made in passes: those whose dependencies have their numbers.
+//! Within a pass each process runs one batch. New descriptors move to
+//! numbers above all that the image uses, then to their own, so that the two never collide.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::os::fd::{AsFd, OwnedFd};
+
+use freezeframe_error::{Error, Result, ResultExt};
+use freezeframe_inject::shell::{Shells, TaskId};
+use freezeframe_inject::{Arg, Batch, OpRef};
+use freezeframe_kinds::model::{FdTable, FileId, ObjectId, OpenFile};
+use freezeframe_kinds::{FileItem, Provided, RestoreFiles, RestoreOptions, registry};
+use freezeframe_sys::ids::Pid;
+
+use super::load::Loaded;
+
+/// Status flags that F_SETFL sets.
+const SETTABLE: u32 = (libc::O_APPEND | libc::O_NONBLOCK | libc::O_ASYNC | libc::O_DIRECT | libc::O_NOATIME) as u32;
+
+/// A file in a process, above all numbers of the image.
+struct Parked {
+    id: FileId,
+    at: OpRef,
+}
+
+/// Everything the passes share.
+struct Files<'a, 's, 't> {
+    loaded: &'a Loaded,
+    shells: &'s mut Shells<'t>,
+    tasks: &'a HashMap<i32, TaskId>,
+    options: &'a RestoreOptions,
+    objects: &'a HashMap<ObjectId, OwnedFd>,
+    warnings: &'a mut Vec<String>,
+    elapsed_ns: u64,
+    /// Above all numbers of the image.
+    floor: i32,
+    /// PID to its files' numbers so far.
+    numbers: HashMap<i32, HashMap<FileId, i32>>,
+    afterwards: BTreeMap<i32, Batch>,
+}
+
+/// The number above all descriptors of the image, where service descriptors live.
+pub(super) fn floor(loaded: &Loaded) -> i32 {
+    let most = loaded.tables.values().flat_map(|t| t.fds.iter().map(|e| e.fd)).max().unwrap_or(0);
+    most.saturating_add(1)
+}
+
+/// Restores every descriptor of every process.
+#[allow(clippy::too_many_arguments)]
+pub(super) fn restore(
+    loaded: &Loaded,
+    shells: &mut Shells<'_>,
+    tasks: &HashMap<i32, TaskId>,
+    options: &RestoreOptions,
+    objects: &HashMap<ObjectId, OwnedFd>,
+    warnings: &mut Vec<String>,
+    elapsed_ns: u64,
+) -> Result<()> {
+    let mut waiting: Vec<FileId> = Vec::new();
+    let mut holders: HashMap<FileId, Vec<i32>> = HashMap::new();
+    for p in loaded.procs.iter().filter(|p| p.is_alive()) {
+        for entry in &loaded.tables[&p.pid()].fds {
+            let held = holders.entry(entry.file).or_insert_with(|| {
+                waiting.push(entry.file);
+                Vec::new()
+            });
+            if held.last() != Some(&p.pid()) {
+                held.push(p.pid());
+            }
+        }
+    }
+    let mut files = Files {
+        floor: floor(loaded) + 8,
+        loaded,
+        shells,
+        tasks,
+        options,
+        objects,
+        warnings,
+        elapsed_ns,
+        numbers: HashMap::new(),
+        afterwards: BTreeMap::new(),
+    };
+    let mut done: HashSet<FileId> = HashSet::new();
+    while !waiting.is_empty() {
+        let mut now = Vec::new();
+        let mut later = Vec::new();
+        for id in waiting {
+            let item = files.item(id)?;
+            let deps = kind_of(item.common)?.deps(&item)?;
+            if deps.iter().all(|d| done.contains(d)) { now.push(id) } else { later.push(id) }
+        }
+        if now.is_empty() {
+            return Err(Error::corrupt("files of the image depend on each other in a circle"));
+        }
+        files.pass(&now, &holders)?;
+        done.extend(&now);
+        waiting = later;
+    }
+    for (pid, batch) in std::mem::take(&mut files.afterwards) {
+        if !batch.is_empty() {
+            let task = files.task(pid)?;
+            files.shells.run(task, &batch).on_task(pid)?;
+        }
+    }
+    Ok(())
+}
+
+fn kind_of(common: &OpenFile) -> Result<&'static dyn freezeframe_kinds::FileKind> {
+    registry::file(common.kind).ok_or_else(|| Error::bug("a file kind vanished"))
+}
+
+impl Files<'_, '_, '_> {
+    fn task(&self, pid: i32) -> Result<TaskId> {
+        self.tasks.get(&pid).copied().ok_or_else(|| Error::corrupt("a descriptor of a process that is not there").on_task(pid))
+    }
+
+    fn item(&self, id: FileId) -> Result<FileItem<'_>> {
+        let common = self.loaded.files.get(&id).ok_or_else(|| Error::corrupt(format!("no file {}", id.0)))?;
+        Ok(FileItem { id, common, record: self.loaded.file_record(id)? })
+    }
+
+    /// Makes files whose dependencies are done.
+    fn pass(&mut self, ids: &[FileId], holders: &HashMap<FileId, Vec<i32>>) -> Result<()> {
+        // Files of one object are made together, by the first holder of the first of them.
+        let mut groups: Vec<Vec<FileId>> = Vec::new();
+        let mut index: HashMap<(u32, u64), usize> = HashMap::new();
+        for id in ids {
+            let item = self.item(*id)?;
+            let key = (item.common.kind.0, kind_of(item.common)?.group(&item)?);
+            let at = *index.entry(key).or_insert_with(|| {
+                groups.push(Vec::new());
+                groups.len() - 1
+            });
+            groups[at].push(*id);
+        }
+        let mut by_owner: BTreeMap<i32, Vec<Vec<FileId>>> = BTreeMap::new();
+        for group in groups {
+            let owner = self.loaded.files[&group[0]].seen_at.0;
+            let owner = if self.tasks.contains_key(&owner) { owner } else { holders[&group[0]][0] };
+            by_owner.entry(owner).or_default().push(group);
+        }
+        for (owner, groups) in by_owner {
+            self.make(owner, &groups, holders)?;
+        }
+        Ok(())
+    }
+
+    /// One process makes its files of this pass, and they are handed around.
+    fn make(&mut self, owner: i32, groups: &[Vec<FileId>], holders: &HashMap<FileId, Vec<i32>>) -> Result<()> {
+        let task = self.task(owner)?;
+        let mut batch = Batch::new();
+        let mut provided: Vec<Provided> = Vec::new();
+        let mut to_send = Vec::new();
+        let empty = HashMap::new();
+        let mut after = self.afterwards.remove(&owner).unwrap_or_default();
+        for group in groups {
+            let items: Vec<FileItem<'_>> = group.iter().map(|id| self.item(*id)).collect::<Result<_>>()?;
+            let kind = kind_of(items[0].common)?;
+            let before = provided.len();
+            let mut cx = RestoreFiles {
+                pid: Pid(owner),
+                batch: &mut batch,
+                options: self.options,
+                tree: &self.loaded.tree,
+                procs: &self.loaded.procs,
+                numbers: self.numbers.get(&owner).unwrap_or(&empty),
+                tables: &self.loaded.tables,
+                objects: self.objects,
+                provided: &mut provided,
+                to_send: &mut to_send,
+                afterwards: &mut after,
+                warnings: self.warnings,
+                elapsed_ns: self.elapsed_ns,
+            };
+            kind.restore(&mut cx, &items)
+                .map_err(|e| e.on(&items[0].common.name).on_task(owner))?;
+            let made: HashSet<FileId> = provided[before..].iter().map(|p| p.id).collect();
+            if let Some(missing) = group.iter().find(|id| !made.contains(id)) {
+                return Err(Error::bug(format!("kind {} did not make file {}", kind.about().name, missing.0)));
+            }
+        }
+        self.afterwards.insert(owner, after);
+        // Descriptors of ours go over first; their numbers into the batch's data.
+        for (fd, place) in &to_send {
+            let number = self.shells.send_fd(task, fd.as_fd()).on_task(owner)?;
+            batch.set(*place, &i64::from(number).to_le_bytes());
+        }
+        drop(to_send);
+        let mut parked = Vec::new();
+        for p in &provided {
+            let common = &self.loaded.files[&p.id];
+            let at = park(&mut batch, p.fd, self.floor, &common.name);
+            finish_file(&mut batch, at.into(), common, p);
+            parked.push(Parked { id: p.id, at });
+        }
+        let others: Vec<&Parked> = parked.iter().filter(|p| holders[&p.id].iter().any(|h| *h != owner)).collect();
+        self.place(owner, &mut batch, &parked.iter().map(|p| (p.id, Arg::from(p.at))).collect::<Vec<_>>())?;
+        for p in parked.iter().filter(|p| holders[&p.id].iter().all(|h| *h == owner)) {
+            batch.call("close", libc::SYS_close, [p.at.into()]);
+        }
+        let replies = self.shells.run(task, &batch).on_task(owner)?;
+        if others.is_empty() {
+            return Ok(());
+        }
+        self.hand_around(owner, &others.iter().map(|p| (p.id, replies.raw(p.at) as i32)).collect::<Vec<_>>(), holders)
+    }
+
+    /// Gives files parked in `owner` to their other holders.
+    fn hand_around(&mut self, owner: i32, files: &[(FileId, i32)], holders: &HashMap<FileId, Vec<i32>>) -> Result<()> {
+        let from = self.task(owner)?;
+        let mut by_holder: BTreeMap<i32, Vec<(FileId, OwnedFd)>> = BTreeMap::new();
+        let mut close = Batch::new();
+        for (id, number) in files {
+            let ours = self.shells.get_fd(from, *number).on_task(owner)?;
+            for holder in holders[id].iter().filter(|h| **h != owner) {
+                let fd = ours.try_clone().map_err(|e| Error::io("dup", e))?;
+                by_holder.entry(*holder).or_default().push((*id, fd));
+            }
+            close.call("close", libc::SYS_close, [(*number).into()]);
+        }
+        self.shells.run(from, &close).on_task(owner)?;
+        for (holder, files) in by_holder {
+            let to = self.task(holder)?;
+            let mut batch = Batch::new();
+            let fds: Vec<_> = files.iter().map(|(_, fd)| fd.as_fd()).collect();
+            let numbers = self.shells.send_fds(to, &fds).on_task(holder)?;
+            let parked: Vec<_> = files
+                .iter()
+                .zip(numbers)
+                .map(|((id, _), n)| (*id, Arg::from(park(&mut batch, n.into(), self.floor, &self.loaded.files[id].name))))
+                .collect();
+            self.place(holder, &mut batch, &parked)?;
+            for (_, at) in parked {
+                batch.call("close", libc::SYS_close, [at]);
+            }
+            self.shells.run(to, &batch).on_task(holder)?;
+        }
+        Ok(())
+    }
+
+    /// Puts parked files on all the numbers they have in `pid`.
+    fn place(&mut self, pid: i32, batch: &mut Batch, parked: &[(FileId, Arg)]) -> Result<()> {
+        let table: &FdTable = &self.loaded.tables[&pid];
+        let parked: HashMap<FileId, Arg> = parked.iter().copied().collect();
+        let numbers = self.numbers.entry(pid).or_default();
+        for entry in &table.fds {
+            let Some(at) = parked.get(&entry.file) else { continue };
+            let flags = if entry.cloexec { libc::O_CLOEXEC } else { 0 };
+            batch.call(format!("dup3(fd {})", entry.fd), libc::SYS_dup3, [*at, entry.fd.into(), flags.into()]);
+            numbers.entry(entry.file).or_insert(entry.fd);
+        }
+        Ok(())
+    }
+}
+
+/// Moves a new descriptor out of the way.
+fn park(batch: &mut Batch, fd: Arg, floor: i32, name: &str) -> OpRef {
+    let at = batch.call(
+        format!("fcntl(F_DUPFD) of {name}"),
+        libc::SYS_fcntl,
+        [fd, libc::F_DUPFD_CLOEXEC.into(), floor.into()],
+    );
+    batch.call("close", libc::SYS_close, [fd]);
+    at
+}
+
+/// What is common to all files: status flags, position, owner and signal.
+fn finish_file(batch: &mut Batch, fd: Arg, common: &OpenFile, made: &Provided) {
+    if !made.pos_done && common.pos != 0 {
+        batch.call(
+            format!("lseek of {}", common.name),
+            libc::SYS_lseek,
+            [fd, Arg::Imm(common.pos), libc::SEEK_SET.into()],
+        );
+    }
+    if common.sig != 0 {
+        batch.call("fcntl(F_SETSIG)", libc::SYS_fcntl, [fd, libc::F_SETSIG.into(), common.sig.into()]);
+    }
+    if common.owner.1 != 0 {
+        let mut bytes = common.owner.0.to_le_bytes().to_vec();
+        bytes.extend_from_slice(&common.owner.1.to_le_bytes());
+        let owner = batch.data(&bytes);
+        batch.call("fcntl(F_SETOWN_EX)", libc::SYS_fcntl, [fd, libc::F_SETOWN_EX.into(), owner.into()]);
+    }
+    if !made.flags_done {
+        let flags = common.flags & SETTABLE;
+        batch.call(
+            format!("fcntl(F_SETFL) of {}", common.name),
+            libc::SYS_fcntl,
+            [fd, libc::F_SETFL.into(), flags.into()],
+        );
+    }
+}

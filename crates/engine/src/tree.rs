@@ -1,0 +1,75 @@
+//! Which tasks there are, and whether they may be touched at all.
+
+use freezeframe_error::{Error, Kind, Phase, Result, Target};
+use freezeframe_sys::ids::Pid;
+use freezeframe_sys::proc::ProcDir;
+
+/// Looks at the root of a tree before anything is touched: it must be there, a
+/// process of its own (no thread, no kernel thread), neither ourselves nor one of our
+/// ancestors, and nobody else's tracee.
+pub fn check_target(pid: i32) -> Result<()> {
+    look(pid).map_err(|e| e.in_phase(Phase::Plan).on_task(pid).leaving(Target::Untouched))
+}
+
+fn look(pid: i32) -> Result<()> {
+    if pid <= 0 {
+        return Err(Error::new(Kind::Usage, "a PID is a positive number"));
+    }
+    if Pid::this().0 == pid {
+        return Err(Error::new(Kind::Usage, "this is freezeframe itself"));
+    }
+    let gone = |e: Error| match e.kind() {
+        Kind::TargetGone => Error::new(Kind::TargetGone, "no such process").caused_by(e),
+        _ => e,
+    };
+    let dir = ProcDir::open(Pid(pid)).map_err(gone)?;
+    let stat = dir.stat().map_err(gone)?;
+    let status = dir.status().map_err(gone)?;
+    if stat.is_kernel_thread() {
+        return Err(Error::unsupported(format!(
+            "a kernel thread ({}) cannot be dumped",
+            String::from_utf8_lossy(&stat.comm)
+        )));
+    }
+    if status.tgid != pid {
+        return Err(Error::new(
+            Kind::Usage,
+            format!("this is a thread of process {}; name the process", status.tgid),
+        ));
+    }
+    if stat.is_zombie() {
+        return Err(Error::new(Kind::TargetGone, "it has ended already (a zombie)"));
+    }
+    if let Some(name) = ancestor_of_ours(pid)? {
+        return Err(Error::new(
+            Kind::Usage,
+            format!("this is an ancestor of freezeframe itself ({name}), which would stop itself"),
+        ));
+    }
+    check_untraced(status.tracer_pid)
+}
+
+/// Refuses a task that somebody traces, and says who.
+pub fn check_untraced(tracer: i32) -> Result<()> {
+    if tracer == 0 || tracer == Pid::this().0 {
+        return Ok(());
+    }
+    let comm = ProcDir::open(Pid(tracer))
+        .and_then(|d| d.comm())
+        .map(|c| String::from_utf8_lossy(&c).into_owned())
+        .unwrap_or_else(|_| "?".into());
+    Err(Error::new(Kind::TargetBusy, format!("already traced by pid {tracer} ({comm})")))
+}
+
+fn ancestor_of_ours(pid: i32) -> Result<Option<String>> {
+    let mut at = Pid::this().0;
+    while at > 0 {
+        let Ok(stat) = ProcDir::open(Pid(at)).and_then(|d| d.stat()) else { break };
+        at = stat.ppid;
+        if at == pid {
+            let comm = ProcDir::open(Pid(at)).and_then(|d| d.comm()).unwrap_or_default();
+            return Ok(Some(String::from_utf8_lossy(&comm).into_owned()));
+        }
+    }
+    Ok(None)
+}
