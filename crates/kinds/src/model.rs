@@ -181,6 +181,13 @@ pub struct FdTable {
     pub fds: Vec<FdEntry>,
 }
 
+/// `f_owner_ex.type` of a thread (fcntl(2), F_SETOWN_EX).
+pub const F_OWNER_TID: i32 = 0;
+/// The same, of a process.
+pub const F_OWNER_PID: i32 = 1;
+/// The same, of a process group.
+pub const F_OWNER_PGRP: i32 = 2;
+
 /// What is common to every open file description.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct OpenFile {

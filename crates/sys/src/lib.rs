@@ -30,7 +30,6 @@ pub mod queue;
 pub mod rlimit;
 pub mod robust_list;
 pub mod sched;
-pub mod stat;
 pub mod unix_diag;
 
 pub use ids::{Pid, Tid};

@@ -2,11 +2,12 @@
 
 use std::cmp::Ordering;
 use std::collections::BTreeMap;
+use std::ffi::CString;
 
 use freezeframe_error::{Error, Kind, Result, ResultExt};
 use freezeframe_kinds::model::{self, FdEntry, FdTable, FileId, OpenFile};
-use freezeframe_kinds::{DumpCx, FileKind, FileView, registry};
-use freezeframe_sys::fd::{self, FileStat};
+use freezeframe_kinds::{DumpCx, FileKind, FileView, ProcView, registry};
+use freezeframe_sys::fd::{self, Owner, Stat};
 use freezeframe_sys::ids::Pid;
 use freezeframe_sys::kcmp::{self, KcmpType};
 use freezeframe_sys::proc::FdInfo;
@@ -17,7 +18,7 @@ struct Seen {
     proc: usize,
     fd: i32,
     link: Vec<u8>,
-    stat: FileStat,
+    stat: Stat,
     info: FdInfo,
 }
 
@@ -33,7 +34,7 @@ pub(super) fn collect(cx: &mut DumpCx<'_>, blockers: &mut Vec<Error>) -> Result<
                     proc: index,
                     fd: number,
                     link: proc.dir.fd_link(number)?,
-                    stat: fd::stat_path(&format!("{}/fd/{number}", proc.dir.path()))?,
+                    stat: stat_fd(proc, number)?,
                     info: proc.dir.fdinfo(number)?,
                 })
             };
@@ -88,7 +89,7 @@ fn dump_file(cx: &mut DumpCx<'_>, view: &FileView<'_>) -> Result<()> {
     let common = OpenFile {
         kind: kind.about().tag,
         flags: view.info.flags & !(libc::O_CLOEXEC as u32),
-        pos: view.info.pos,
+        pos: view.info.pos.max(0) as u64,
         owner,
         owner_uids,
         sig,
@@ -101,15 +102,28 @@ fn dump_file(cx: &mut DumpCx<'_>, view: &FileView<'_>) -> Result<()> {
     Ok(())
 }
 
-/// Owner (F_GETOWN_EX), the uids it was set with, and signal (F_GETSIG). Asked
-/// only where O_ASYNC or an unusual kind makes it likely to matter would be
-/// wrong: an owner may be set without O_ASYNC, so it is always asked.
+/// stat(2) through /proc/PID/fd/N, without a descriptor of ours.
+fn stat_fd(proc: &ProcView, number: i32) -> Result<Stat> {
+    let path = CString::new(format!("fd/{number}")).unwrap_or_default();
+    fd::stat_at(&*proc.dir, &path, true)
+}
+
+/// Owner (F_GETOWN_EX), the uids it was set with, and signal (F_GETSIG): an
+/// owner may be set without O_ASYNC, so they are always asked.
 fn owner(view: &FileView<'_>) -> Result<((i32, i32), (u32, u32), i32)> {
     let ours = view.ours()?;
-    let owner = fd::get_owner(ours)?;
-    let sig = fd::get_sig(ours)?;
-    let uids = if owner.1 == 0 { (0, 0) } else { fd::get_owner_uids(ours)? };
-    Ok((owner, uids, sig))
+    let sig = fd::io_signal(ours)?;
+    Ok(match fd::owner(ours)? {
+        None => ((0, 0), (0, 0), sig),
+        Some(owner) => {
+            let owner = match owner {
+                Owner::Tid(id) => (model::F_OWNER_TID, id),
+                Owner::Pid(id) => (model::F_OWNER_PID, id),
+                Owner::Pgrp(id) => (model::F_OWNER_PGRP, id),
+            };
+            (owner, fd::owner_uids(ours)?, sig)
+        }
+    })
 }
 
 /// Which descriptors refer to the same open file description.

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use freezeframe_error::{Error, Kind, Result, ResultExt};
 use freezeframe_inject::Batch;
+use freezeframe_inject::live::{self, Site};
 use freezeframe_inject::tracer::Tracer;
 use freezeframe_kinds::model::Process;
 use freezeframe_kinds::{DumpCx, Scope, TaskKind, TaskView, registry};
@@ -14,10 +15,13 @@ use freezeframe_sys::kcmp::{self, KcmpType};
 
 use crate::freeze::Task;
 
+/// Bound on every single wait for a thread that runs our calls.
+const WAIT: Duration = Duration::from_secs(10);
+
 /// Dumps every task kind of every thread.
 pub(super) fn collect(
     cx: &mut DumpCx<'_>,
-    tracer: &mut Tracer,
+    tracer: &Tracer,
     tasks: &[Task],
     processes: &[Process],
     blockers: &mut Vec<Error>,
@@ -34,6 +38,7 @@ pub(super) fn collect(
                 dir: &t.dir,
                 status: &t.status,
                 regs: &t.stopped.regs,
+                sigmask: t.stopped.sigmask,
                 before: &t.before,
             })
             .collect();
@@ -48,9 +53,13 @@ pub(super) fn collect(
             }
             questions.push((batch, asked));
         }
-        let batches: Vec<_> = views.iter().zip(&questions).map(|(v, (b, _))| (stopped[&v.tid], b)).collect();
-        let replies = freezeframe_inject::live::collect_in_threads(tracer, proc.pid, &batches, Duration::from_secs(10))
-            .on_task(proc.pid.0)?;
+        let mut site = Site::find(proc.pid).on_task(proc.pid.0)?;
+        let mut replies = Vec::with_capacity(views.len());
+        for (view, (batch, _)) in views.iter().zip(&questions) {
+            let task = stopped[&view.tid];
+            replies.push(live::collect_in_thread(tracer, &mut site, task, batch, WAIT).on_task(view.tid.0)?);
+        }
+        site.erase().on_task(proc.pid.0)?;
         for ((view, (batch, asked)), replies) in views.iter().zip(&questions).zip(&replies) {
             batch.check(replies).on_task(view.tid.0)?;
             for (kind, asked) in asked {

@@ -20,6 +20,10 @@ use super::load::Loaded;
 /// Status flags that F_SETFL sets.
 const SETTABLE: u32 = (libc::O_APPEND | libc::O_NONBLOCK | libc::O_ASYNC | libc::O_DIRECT | libc::O_NOATIME) as u32;
 
+/// fcntl(2) commands that libc lacks.
+const F_SETSIG: i32 = 10;
+const F_SETOWN_EX: i32 = 15;
+
 /// A file in a process, above all numbers of the image.
 struct Parked {
     id: FileId,
@@ -278,13 +282,13 @@ fn finish_file(batch: &mut Batch, fd: Arg, common: &OpenFile, made: &Provided) {
         );
     }
     if common.sig != 0 {
-        batch.call("fcntl(F_SETSIG)", libc::SYS_fcntl, [fd, libc::F_SETSIG.into(), common.sig.into()]);
+        batch.call("fcntl(F_SETSIG)", libc::SYS_fcntl, [fd, F_SETSIG.into(), common.sig.into()]);
     }
     if common.owner.1 != 0 {
         let mut bytes = common.owner.0.to_le_bytes().to_vec();
         bytes.extend_from_slice(&common.owner.1.to_le_bytes());
         let owner = batch.data(&bytes);
-        batch.call("fcntl(F_SETOWN_EX)", libc::SYS_fcntl, [fd, libc::F_SETOWN_EX.into(), owner.into()]);
+        batch.call("fcntl(F_SETOWN_EX)", libc::SYS_fcntl, [fd, F_SETOWN_EX.into(), owner.into()]);
     }
     if !made.flags_done {
         let flags = common.flags & SETTABLE;

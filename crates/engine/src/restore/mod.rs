@@ -1,12 +1,36 @@
-//! Rebuilding a tree.
+//! Rebuilding a tree, from outside: a shell that runs nothing but the stub is
+//! made with the root's PID, forks the others by [`plan`], and each is given
+//! its memory ([`memory`]), descriptors ([`files`]) and attributes ([`tasks`])
+//! by batches of calls. Until the last switch nothing of the program runs, and
+//! whatever fails, the half-built tree is killed and nothing stays.
 
+mod files;
+pub mod load;
+mod memory;
+pub mod plan;
+mod tasks;
+
+use std::collections::{HashMap, HashSet};
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use freezeframe_error::Result;
+use freezeframe_error::{Error, Kind, Phase, Result, ResultExt, Target};
+use freezeframe_inject::Batch;
+use freezeframe_inject::shell::{ForkOptions, Shells, SpawnOptions, TaskId};
+use freezeframe_inject::tracer::Tracer;
 use freezeframe_kinds::RestoreOptions;
+use freezeframe_kinds::model::{Life, ObjectId, Process};
+use freezeframe_pages::{PageReader, What};
+use freezeframe_sys::clock;
+use freezeframe_sys::ids::Pid;
+use freezeframe_sys::proc::ProcDir;
 
-use crate::events::Events;
+use crate::events::{Events, Step as Point};
+use crate::log;
+use load::Loaded;
+use memory::Memory;
+use plan::Step;
 
 /// What to restore, and how.
 #[derive(Clone, Debug)]
@@ -43,4 +67,257 @@ pub struct RestoreReport {
 }
 
 /// Rebuilds a tree and lets it go on. Blocks; all ptrace calls are made on this thread.
-pub fn run(request: &RestoreRequest, events: &dyn Events) -> Result<RestoreReport>;
+pub fn run(request: &RestoreRequest, events: &dyn Events) -> Result<RestoreReport> {
+    // Whatever fails, the half-built tree is killed: nothing is left behind.
+    restore(request, events).map_err(|e| match e.target() {
+        Target::Unknown => e.leaving(Target::Untouched),
+        _ => e,
+    })
+}
+
+/// Length of the region that the stub's slots and batches need: sparse, so it costs what is used.
+const REGION: u64 = 1 << 30;
+
+fn restore(request: &RestoreRequest, events: &dyn Events) -> Result<RestoreReport> {
+    let started = Instant::now();
+    events.phase(Phase::Load);
+    let loaded = Loaded::open(&request.images_dir).in_phase(Phase::Load)?;
+    let reader = PageReader::open(&loaded.image)?;
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    reader.verify_all(cores)?;
+    check_host(&loaded, request).in_phase(Phase::Load)?;
+    let cow = cow_children(&loaded, &reader);
+    let steps = plan::plan(&loaded.procs, &cow).in_phase(Phase::Load)?;
+    log!(events, Info, "{} processes to restore, {} share pages with their parent", loaded.procs.len(), cow.len());
+    events.step(Point::PreRestore)?;
+
+    let tracer = Tracer::new();
+    let mut report = RestoreReport::default();
+    let mut builder = Builder { loaded: &loaded, reader: &reader, request, events, cow: &cow };
+    let (shells, finals) = builder.build(&tracer, &steps, &mut report)?;
+    events.step(Point::PreResume(report.pid))?;
+    events.phase(Phase::Resume);
+    // A failure in the last switch may come when the first tasks already run.
+    shells.resume_all(finals).map_err(|e| e.leaving(Target::Unknown))?;
+    report.processes = loaded.procs.len() as u64;
+    report.threads = loaded.procs.iter().map(|p| p.threads.len() as u64).sum();
+    report.pages_restored = reader.indexes().flat_map(|(_, e)| e).map(|e| e.pages).sum();
+    report.total = started.elapsed();
+    for warning in &report.warnings {
+        log!(events, Warning, "{warning}");
+    }
+    events.step(Point::PostResume(report.pid))?;
+    Ok(report)
+}
+
+/// Refuses by name what this host cannot give.
+fn check_host(loaded: &Loaded, request: &RestoreRequest) -> Result<()> {
+    let tree = &loaded.tree;
+    if crate::vdso::own_hash()? != tree.vdso_hash {
+        return Err(Error::new(
+            Kind::Unsupported,
+            "the vDSO of this kernel differs from the image's: it was dumped under another kernel",
+        ));
+    }
+    let root = &loaded.procs[0];
+    if root.sid != root.pid() && !request.options.shell_job {
+        return Err(Error::new(
+            Kind::Usage,
+            "the image was made with --shell-job; restore it with --shell-job (-j) too",
+        ));
+    }
+    for process in &loaded.procs {
+        for id in std::iter::once(&process.pid()).chain(process.threads.iter().skip(1)) {
+            check_free(*id)?;
+        }
+    }
+    Ok(())
+}
+
+/// Refuses an image of which a PID or TID is taken, and says by whom.
+fn check_free(id: i32) -> Result<()> {
+    let Ok(dir) = ProcDir::open(Pid(id)) else { return Ok(()) };
+    let comm = dir.comm().map(|c| String::from_utf8_lossy(&c).into_owned()).unwrap_or_default();
+    let state = match dir.stat() {
+        Ok(stat) if stat.is_zombie() => format!(", a zombie that its parent {} has not reaped", stat.ppid),
+        Ok(_) => String::new(),
+        Err(_) => return Ok(()),
+    };
+    Err(Error::new(Kind::ResourceInUse, format!("the PID is taken by process {id} ({}{state})", comm.trim_end()))
+        .on(format!("pid {id}")))
+}
+
+/// Processes whose page index refers to that of their parent.
+fn cow_children(loaded: &Loaded, reader: &PageReader) -> HashSet<i32> {
+    loaded
+        .procs
+        .iter()
+        .skip(1)
+        .filter(|p| p.is_alive())
+        .filter(|p| reader.index(p.mm).iter().any(|e| matches!(e.what, What::Same { .. })))
+        .map(Process::pid)
+        .collect()
+}
+
+struct Builder<'a> {
+    loaded: &'a Loaded,
+    reader: &'a PageReader,
+    request: &'a RestoreRequest,
+    events: &'a dyn Events,
+    cow: &'a HashSet<i32>,
+}
+
+impl Builder<'_> {
+    fn build<'t>(
+        &mut self,
+        tracer: &'t Tracer,
+        steps: &[Step],
+        report: &mut RestoreReport,
+    ) -> Result<(Shells<'t>, Vec<freezeframe_inject::shell::Final>)> {
+        let options = &self.request.options;
+        self.events.phase(Phase::Fork);
+        let forking = Instant::now();
+        let root = &self.loaded.procs[0];
+        let spawn = SpawnOptions {
+            sibling: self.request.sibling,
+            region_size: REGION,
+            deadline: self.request.timeout,
+            ..SpawnOptions::at(self.loaded.hole(REGION)?).with_pids(&[root.pid()])
+        };
+        let (mut shells, root_task) = Shells::spawn_root(tracer, spawn).in_phase(Phase::Fork)?;
+        report.pid = root.pid();
+        shells.move_service_fds(root_task, files::floor(self.loaded))?;
+        self.events.step(Point::SetupNamespaces(report.pid))?;
+        let objects = memory::make_objects(self.loaded, self.reader, &mut shells, root_task).in_phase(Phase::Rebuild)?;
+        let mut tasks: HashMap<i32, TaskId> = HashMap::from([(root.pid(), root_task)]);
+        for step in steps {
+            self.step(*step, &mut shells, &mut tasks, &objects)?;
+        }
+        self.check_tree()?;
+        report.forking = forking.elapsed();
+
+        self.events.phase(Phase::Rebuild);
+        let elapsed_ns = self.elapsed_ns();
+        files::restore(self.loaded, &mut shells, &tasks, options, &objects, &mut report.warnings, elapsed_ns)
+            .in_phase(Phase::Rebuild)?;
+        drop(objects);
+        let finals = tasks::restore(
+            self.loaded,
+            &mut shells,
+            &tasks,
+            options,
+            &mut report.warnings,
+            elapsed_ns,
+            self.request.leave_stopped,
+        )
+        .in_phase(Phase::Rebuild)?;
+        self.events.step(Point::PostRestore(report.pid))?;
+        Ok((shells, finals))
+    }
+
+    /// How far absolute monotonic times of the image are behind; 0 in another boot.
+    fn elapsed_ns(&self) -> u64 {
+        let tree = &self.loaded.tree;
+        match clock::boot_id() {
+            Ok(id) if id == tree.boot_id => clock::monotonic_ns().saturating_sub(tree.monotonic_ns),
+            _ => 0,
+        }
+    }
+
+    fn step(
+        &self,
+        step: Step,
+        shells: &mut Shells<'_>,
+        tasks: &mut HashMap<i32, TaskId>,
+        objects: &HashMap<ObjectId, OwnedFd>,
+    ) -> Result<()> {
+        let find = |tasks: &HashMap<i32, TaskId>, actor: i32| {
+            tasks.get(&actor).copied().ok_or_else(|| Error::bug(format!("no process {actor} in the plan")))
+        };
+        let process = |pid: i32| {
+            self.loaded
+                .procs
+                .iter()
+                .find(|p| p.pid() == pid)
+                .ok_or_else(|| Error::bug(format!("no process {pid} in the image")))
+        };
+        let call = |shells: &mut Shells<'_>, actor: TaskId, name: &'static str, nr: i64, args: [i32; 2]| {
+            let mut batch = Batch::new();
+            batch.call(name, nr, [args[0].into(), args[1].into()]);
+            shells.run(actor, &batch).map(drop)
+        };
+        match step {
+            Step::Root(_) => Ok(()),
+            Step::Fork { from, child } => {
+                let parent = find(tasks, from)?;
+                let pid = if child > 0 { child } else { self.free_pid()? };
+                let exit_signal = process(child).map_or(libc::SIGCHLD, |p| p.exit_signal);
+                let options = ForkOptions { exit_signal, ..ForkOptions::pids(&[pid]) };
+                tasks.insert(child, shells.fork(parent, &options)?);
+                Ok(())
+            }
+            Step::Setsid(who) => call(shells, find(tasks, who)?, "setsid", libc::SYS_setsid, [0, 0]),
+            Step::Subreaper(who) => call(
+                shells,
+                find(tasks, who)?,
+                "prctl(PR_SET_CHILD_SUBREAPER)",
+                libc::SYS_prctl,
+                [libc::PR_SET_CHILD_SUBREAPER, 1],
+            ),
+            Step::JoinGroup { who, group } => {
+                call(shells, find(tasks, who)?, "setpgid", libc::SYS_setpgid, [0, group])
+            }
+            Step::Memory(who) => {
+                let memory = Memory {
+                    loaded: self.loaded,
+                    reader: self.reader,
+                    options: &self.request.options,
+                    objects,
+                };
+                let me = process(who)?;
+                let parent = if self.cow.contains(&who) { Some(process(me.ppid)?) } else { None };
+                memory.build(shells, find(tasks, who)?, me, parent).in_phase(Phase::Rebuild)
+            }
+            Step::End { who, .. } => {
+                shells.vanish(find(tasks, who)?)?;
+                tasks.remove(&who);
+                Ok(())
+            }
+            Step::Zombie(who) => {
+                let Life::Zombie(status) = process(who)?.life else { return Ok(()) };
+                shells.exit(find(tasks, who)?, status)?;
+                tasks.remove(&who);
+                Ok(())
+            }
+        }
+    }
+
+    /// A PID that neither the image nor anybody here uses, for a temporary process.
+    fn free_pid(&self) -> Result<i32> {
+        let used: HashSet<i32> =
+            self.loaded.procs.iter().flat_map(|p| p.threads.iter().copied().chain([p.pid(), p.sid, p.pgid])).collect();
+        (300..32_000)
+            .rev()
+            .find(|pid| !used.contains(pid) && ProcDir::open(Pid(*pid)).is_err())
+            .ok_or_else(|| Error::new(Kind::NoSpace, "no free PID for a temporary process"))
+    }
+
+    /// The tree must be as it was: what fork decides cannot be mended later.
+    fn check_tree(&self) -> Result<()> {
+        let root = &self.loaded.procs[0];
+        let inside: HashSet<i32> = self.loaded.procs.iter().map(Process::pid).collect();
+        for p in &self.loaded.procs {
+            let stat = ProcDir::open(Pid(p.pid()))?.stat().on_task(p.pid())?;
+            let same = |what: &str, want: i32, is: i32| match want == is || !inside.contains(&want) {
+                true => Ok(()),
+                false => Err(Error::unsupported(format!("its {what} would be {is} instead of {want}")).on_task(p.pid())),
+            };
+            if p.pid() != root.pid() {
+                same("parent", p.ppid, stat.ppid)?;
+            }
+            same("session", p.sid, stat.session)?;
+            same("process group", p.pgid, stat.pgrp)?;
+        }
+        Ok(())
+    }
+}

@@ -13,7 +13,7 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 
 use freezeframe_error::{Error, Result};
-use freezeframe_kinds::model::{Life, Process};
+use freezeframe_kinds::model::Process;
 
 /// A process taking part in the restore: its PID, or a negative number for a
 /// temporary one whose PID does not matter.
@@ -214,6 +214,7 @@ impl<'a> Planner<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use freezeframe_kinds::model::Life;
 
     fn p(pid: i32, ppid: i32, pgid: i32, sid: i32) -> Process {
         Process {

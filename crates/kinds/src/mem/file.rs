@@ -12,7 +12,7 @@ use freezeframe_error::{Error, Kind, Result, SysExt};
 use freezeframe_image::{RawRecord, Tag};
 use freezeframe_inject::Arg;
 use freezeframe_sys::proc::VmFlags;
-use freezeframe_sys::stat::fstat;
+use freezeframe_sys::fd::fstat;
 use serde::{Deserialize, Serialize};
 
 use crate::about::{About, show};

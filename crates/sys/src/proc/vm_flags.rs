@@ -106,6 +106,16 @@ vm_flags! {
 }
 
 impl VmFlags {
+    /// The flags as bits, for a record: bit numbers are this table's and stay.
+    pub const fn bits(self) -> u64 {
+        self.0
+    }
+
+    /// The reverse of [`VmFlags::bits`].
+    pub const fn from_bits(bits: u64) -> VmFlags {
+        VmFlags(bits)
+    }
+
     /// No flag.
     pub const fn empty() -> VmFlags {
         VmFlags(0)

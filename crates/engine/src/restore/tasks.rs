@@ -1,0 +1,78 @@
+//! Threads and attributes: each task runs one batch with the calls of all
+//! kinds, by stage; the tasks work at the same time.
+
+use std::collections::HashMap;
+
+use freezeframe_error::{Error, Result, ResultExt};
+use freezeframe_inject::Batch;
+use freezeframe_inject::shell::{Final, Shells, TaskId};
+use freezeframe_kinds::model::Life;
+use freezeframe_kinds::{FinalState, RestoreOptions, RestoreTask, Scope, TaskKind, registry};
+use freezeframe_sys::ids::{Pid, Tid};
+
+use super::load::Loaded;
+
+/// Makes the threads of every process, and sets the attributes of all. Gives
+/// what the last switch is to set.
+pub(super) fn restore(
+    loaded: &Loaded,
+    shells: &mut Shells<'_>,
+    leaders: &HashMap<i32, TaskId>,
+    options: &RestoreOptions,
+    warnings: &mut Vec<String>,
+    elapsed_ns: u64,
+    leave_stopped: bool,
+) -> Result<Vec<Final>> {
+    let mut kinds: Vec<&'static dyn TaskKind> = registry::TASKS.to_vec();
+    kinds.sort_by_key(|k| k.stage());
+    let mut work: Vec<(TaskId, Tid, Option<i32>, Batch, FinalState)> = Vec::new();
+    for process in loaded.procs.iter().filter(|p| p.is_alive()) {
+        let pid = process.pid();
+        let leader = leaders[&pid];
+        let tids: Vec<Vec<i32>> = process.threads[1..].iter().map(|t| vec![*t]).collect();
+        let mut tasks = vec![leader];
+        tasks.extend(shells.threads(leader, &tids).on_task(pid)?);
+        for (task, tid) in tasks.into_iter().zip(&process.threads) {
+            let mut batch = Batch::new();
+            let mut last = FinalState::default();
+            let is_leader = *tid == pid;
+            for kind in kinds.iter().filter(|k| is_leader || k.scope() == Scope::Thread) {
+                let Some(record) = loaded.record(kind.about().tag, *tid as u64) else { continue };
+                let mut cx = RestoreTask {
+                    pid: Pid(pid),
+                    tid: Tid(*tid),
+                    leader: is_leader,
+                    batch: &mut batch,
+                    last: &mut last,
+                    tree: &loaded.tree,
+                    options,
+                    warnings,
+                    elapsed_ns,
+                };
+                kind.restore(&mut cx, record).on(kind.about().name).on_task(*tid)?;
+            }
+            let stop = match process.life {
+                Life::Stopped(signal) if is_leader => Some(signal),
+                _ if leave_stopped && is_leader => Some(libc::SIGSTOP),
+                _ => None,
+            };
+            work.push((task, Tid(*tid), stop, batch, last));
+        }
+    }
+    for (task, tid, _, batch, _) in &work {
+        shells.start(*task, batch).on_task(tid.0)?;
+    }
+    let mut finals = Vec::with_capacity(work.len());
+    for (task, tid, stop, batch, last) in work {
+        shells.finish(task, &batch).on_task(tid.0)?;
+        finals.push(Final {
+            task,
+            regs: last.regs.ok_or_else(|| Error::corrupt("a thread has no registers in the image").on_task(tid.0))?,
+            xstate: last.xstate,
+            sigmask: last.sigmask,
+            stop,
+            interrupt: last.interrupt,
+        });
+    }
+    Ok(finals)
+}
