@@ -450,6 +450,8 @@ pub struct RestoreTask<'a> {
     pub batch: &'a mut Batch,
     /// What the last switch sets.
     pub last: &'a mut FinalState,
+    /// A descriptor number that nothing in the image uses.
+    pub spare_fd: i32,
     /// The image's tree.
     pub tree: &'a model::Tree,
     /// Options.

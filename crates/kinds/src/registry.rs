@@ -18,6 +18,7 @@ pub static MEMORY: &[&dyn MemKind] = &[
 
 /// Attributes of threads and processes. Within a stage they are restored in this order.
 pub static TASKS: &[&dyn TaskKind] = &[
+    &task::mm_layout::MmLayout,
     &task::registers::Registers,
     &task::sigmask::SigMask,
     &task::sigaction::SigActions,

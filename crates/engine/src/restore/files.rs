@@ -93,7 +93,7 @@ pub(super) fn restore(
         let mut now = Vec::new();
         let mut later = Vec::new();
         for id in waiting {
-            let item = files.item(id)?;
+            let item = item(loaded, id)?;
             let deps = kind_of(item.common)?.deps(&item)?;
             if deps.iter().all(|d| done.contains(d)) { now.push(id) } else { later.push(id) }
         }
@@ -113,6 +113,11 @@ pub(super) fn restore(
     Ok(())
 }
 
+fn item(loaded: &Loaded, id: FileId) -> Result<FileItem<'_>> {
+    let common = loaded.files.get(&id).ok_or_else(|| Error::corrupt(format!("no file {}", id.0)))?;
+    Ok(FileItem { id, common, record: loaded.file_record(id)? })
+}
+
 fn kind_of(common: &OpenFile) -> Result<&'static dyn freezeframe_kinds::FileKind> {
     registry::file(common.kind).ok_or_else(|| Error::bug("a file kind vanished"))
 }
@@ -122,10 +127,6 @@ impl Files<'_, '_, '_> {
         self.tasks.get(&pid).copied().ok_or_else(|| Error::corrupt("a descriptor of a process that is not there").on_task(pid))
     }
 
-    fn item(&self, id: FileId) -> Result<FileItem<'_>> {
-        let common = self.loaded.files.get(&id).ok_or_else(|| Error::corrupt(format!("no file {}", id.0)))?;
-        Ok(FileItem { id, common, record: self.loaded.file_record(id)? })
-    }
 
     /// Makes files whose dependencies are done.
     fn pass(&mut self, ids: &[FileId], holders: &HashMap<FileId, Vec<i32>>) -> Result<()> {
@@ -133,7 +134,7 @@ impl Files<'_, '_, '_> {
         let mut groups: Vec<Vec<FileId>> = Vec::new();
         let mut index: HashMap<(u32, u64), usize> = HashMap::new();
         for id in ids {
-            let item = self.item(*id)?;
+            let item = item(self.loaded, *id)?;
             let key = (item.common.kind.0, kind_of(item.common)?.group(&item)?);
             let at = *index.entry(key).or_insert_with(|| {
                 groups.push(Vec::new());
@@ -162,7 +163,7 @@ impl Files<'_, '_, '_> {
         let empty = HashMap::new();
         let mut after = self.afterwards.remove(&owner).unwrap_or_default();
         for group in groups {
-            let items: Vec<FileItem<'_>> = group.iter().map(|id| self.item(*id)).collect::<Result<_>>()?;
+            let items: Vec<FileItem<'_>> = group.iter().map(|id| item(self.loaded, *id)).collect::<Result<_>>()?;
             let kind = kind_of(items[0].common)?;
             let before = provided.len();
             let mut cx = RestoreFiles {

@@ -93,7 +93,7 @@ impl MakeObject for Maker<'_, '_> {
 /// The root maps the object whole, reads its pages into place, and unmaps it:
 /// so the memory is charged to the tree, not to us.
 fn fill_object(reader: &PageReader, shells: &mut Shells<'_>, root: TaskId, fd: &OwnedFd, index: u64) -> Result<()> {
-    let Some(size) = reader.index(index).last().map(|e| e.end()) else { return Ok(()) };
+    let Some(size) = reader.extents(index).last().map(|e| e.end()) else { return Ok(()) };
     let numbers = send_pages(reader, shells, root)?;
     let object = shells.send_fd(root, fd.as_fd())?;
     let mut batch = Batch::new();

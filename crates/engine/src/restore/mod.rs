@@ -154,7 +154,7 @@ fn cow_children(loaded: &Loaded, reader: &PageReader) -> HashSet<i32> {
         .iter()
         .skip(1)
         .filter(|p| p.is_alive())
-        .filter(|p| reader.index(p.mm).iter().any(|e| matches!(e.what, What::Same { .. })))
+        .filter(|p| reader.extents(p.mm).iter().any(|e| matches!(e.what, What::Same { .. })))
         .map(Process::pid)
         .collect()
 }

@@ -44,6 +44,7 @@ pub(super) fn restore(
                     leader: is_leader,
                     batch: &mut batch,
                     last: &mut last,
+                    spare_fd: super::files::floor(loaded) + 4,
                     tree: &loaded.tree,
                     options,
                     warnings,

@@ -1,5 +1,6 @@
 //! Attributes of threads and processes.
 
+pub mod mm_layout;
 pub mod registers;
 pub mod sigaction;
 pub mod sigmask;
