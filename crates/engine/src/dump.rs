@@ -84,9 +84,20 @@ pub fn run(request: &DumpRequest, events: &dyn Events) -> Result<DumpReport> {
 
     events.phase(Phase::Freeze);
     let started = Instant::now();
-    let mut frozen = freeze::freeze(request, events).in_phase(Phase::Freeze).map_err(|e| e.leaving(Target::Running))?;
-    let mut report = DumpReport { freezing: started.elapsed(), ..DumpReport::default() };
-    log!(events, Info, "{} processes, {} threads are stopped", frozen.procs.len(), frozen.threads());
+    let mut frozen = freeze::freeze(request, events)
+        .in_phase(Phase::Freeze)
+        .map_err(|e| e.leaving(Target::Running))?;
+    let mut report = DumpReport {
+        freezing: started.elapsed(),
+        ..DumpReport::default()
+    };
+    log!(
+        events,
+        Info,
+        "{} processes, {} threads are stopped",
+        frozen.procs.len(),
+        frozen.threads()
+    );
 
     let written = write_image(request, events, &mut frozen, &mut writer, &mut report)
         .and_then(|()| events.step(Step::PostDump).in_phase(Phase::Commit));
@@ -101,19 +112,35 @@ pub fn run(request: &DumpRequest, events: &dyn Events) -> Result<DumpReport> {
                 return Err(release_after(e, frozen));
             }
             events.phase(Phase::Thaw);
-            frozen.kill().in_phase(Phase::Thaw).map_err(|e| e.leaving(Target::Unknown))?;
+            frozen
+                .kill()
+                .in_phase(Phase::Thaw)
+                .map_err(|e| e.leaving(Target::Unknown))?;
             report.frozen = started.elapsed();
         }
         After::Run | After::Stop => {
             events.phase(Phase::Thaw);
             let stop = request.after == After::Stop;
-            let left = if stop { Target::Stopped } else { Target::Running };
-            frozen.release(stop).in_phase(Phase::Thaw).map_err(|e| e.leaving(Target::Unknown))?;
+            let left = if stop {
+                Target::Stopped
+            } else {
+                Target::Running
+            };
+            frozen
+                .release(stop)
+                .in_phase(Phase::Thaw)
+                .map_err(|e| e.leaving(Target::Unknown))?;
             report.frozen = started.elapsed();
             commit(writer, request, events).map_err(|e| e.leaving(left))?;
         }
     }
-    log!(events, Info, "stopped for {:?}, {} pages written", report.frozen, report.pages_written);
+    log!(
+        events,
+        Info,
+        "stopped for {:?}, {} pages written",
+        report.frozen,
+        report.pages_written
+    );
     Ok(report)
 }
 
@@ -139,7 +166,12 @@ fn write_image(
 ) -> Result<()> {
     events.phase(Phase::Collect);
     let processes = describe(frozen, request).in_phase(Phase::Collect)?;
-    let Frozen { tracer, procs, tasks, .. } = frozen;
+    let Frozen {
+        tracer,
+        procs,
+        tasks,
+        ..
+    } = frozen;
     let mut cx = DumpCx::new(&request.options, procs);
     // A plan lists all the blockers it can see, not just the first.
     let mut blockers: Vec<Error> = Vec::new();
@@ -153,7 +185,8 @@ fn write_image(
 
     events.phase(Phase::Pages);
     let memory_started = Instant::now();
-    memory::store(&mut cx, &mut spaces, &processes, writer, events, report).in_phase(Phase::Pages)?;
+    memory::store(&mut cx, &mut spaces, &processes, writer, events, report)
+        .in_phase(Phase::Pages)?;
     report.memory = memory_started.elapsed();
 
     report.processes = processes.len() as u64;
@@ -167,7 +200,10 @@ fn write_image(
         put(writer, model::PROCESS, p.pid() as u64, p)?;
     }
     for (i, task) in tasks.iter().enumerate() {
-        let thread = Thread { pid: procs[task.proc].pid.0, tids: vec![task.tid.0] };
+        let thread = Thread {
+            pid: procs[task.proc].pid.0,
+            tids: vec![task.tid.0],
+        };
         put(writer, model::THREAD, i as u64, &thread)?;
     }
     for (mm, space) in spaces {
@@ -182,12 +218,21 @@ fn write_image(
     writer.finish_write().in_phase(Phase::Commit)
 }
 
-fn put<T: serde::Serialize>(writer: &mut ImageWriter, tag: freezeframe_image::Tag, subject: u64, value: &T) -> Result<()> {
+fn put<T: serde::Serialize>(
+    writer: &mut ImageWriter,
+    tag: freezeframe_image::Tag,
+    subject: u64,
+    value: &T,
+) -> Result<()> {
     writer.record(model_record(tag, subject, value)?)
 }
 
 /// A record of the model, which belongs to no kind.
-fn model_record<T: serde::Serialize>(tag: freezeframe_image::Tag, subject: u64, value: &T) -> Result<RawRecord> {
+fn model_record<T: serde::Serialize>(
+    tag: freezeframe_image::Tag,
+    subject: u64,
+    value: &T,
+) -> Result<RawRecord> {
     Ok(RawRecord {
         tag,
         version: model::VERSION,
@@ -213,7 +258,12 @@ fn tree_record(request: &DumpRequest) -> Result<Tree> {
 
 /// The processes as the image has them, in tree order, refusing what cannot be recreated.
 fn describe(frozen: &Frozen, request: &DumpRequest) -> Result<Vec<Process>> {
-    let pids: BTreeMap<i32, usize> = frozen.procs.iter().enumerate().map(|(i, p)| (p.pid.0, i)).collect();
+    let pids: BTreeMap<i32, usize> = frozen
+        .procs
+        .iter()
+        .enumerate()
+        .map(|(i, p)| (p.pid.0, i))
+        .collect();
     let root = &frozen.procs[0];
     if !pids.contains_key(&root.stat.session) && !request.options.shell_job {
         return Err(Error::new(
@@ -223,7 +273,10 @@ fn describe(frozen: &Frozen, request: &DumpRequest) -> Result<Vec<Process>> {
         .on_task(root.pid.0));
     }
     if root.stat.session == root.pid.0 && !pids.contains_key(&root.stat.pgrp) {
-        return Err(Error::unsupported("the process group of a session leader is outside its session").on_task(root.pid.0));
+        return Err(Error::unsupported(
+            "the process group of a session leader is outside its session",
+        )
+        .on_task(root.pid.0));
     }
     let mut processes = Vec::new();
     for p in &frozen.procs {
@@ -242,12 +295,17 @@ fn describe(frozen: &Frozen, request: &DumpRequest) -> Result<Vec<Process>> {
             comm: String::from_utf8_lossy(&p.stat.comm).into_owned(),
             threads: p.tids.iter().map(|t| t.0).collect(),
             mm: if p.tids.is_empty() { 0 } else { p.pid.0 as u64 },
-            cow_parent: (!p.tids.is_empty() && pids.contains_key(&p.stat.ppid)).then_some(p.stat.ppid),
+            cow_parent: (!p.tids.is_empty() && pids.contains_key(&p.stat.ppid))
+                .then_some(p.stat.ppid),
         });
     }
     Ok(processes)
 }
 
 fn ns_pids(status: &Status, pid: i32) -> Vec<i32> {
-    if status.ns_pid.is_empty() { vec![pid] } else { status.ns_pid.clone() }
+    if status.ns_pid.is_empty() {
+        vec![pid]
+    } else {
+        status.ns_pid.clone()
+    }
 }

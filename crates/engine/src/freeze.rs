@@ -78,8 +78,11 @@ pub fn freeze(request: &DumpRequest, events: &dyn Events) -> Result<Frozen> {
             break;
         }
         if round > MAX_ROUNDS || Instant::now() > deadline {
-            return Err(Error::new(Kind::Timeout, "the tree makes new tasks faster than they can be stopped")
-                .on_task(request.pid));
+            return Err(Error::new(
+                Kind::Timeout,
+                "the tree makes new tasks faster than they can be stopped",
+            )
+            .on_task(request.pid));
         }
         stop(&tracer, fresh, &mut held, deadline)?;
     }
@@ -109,10 +112,16 @@ fn discover(
                 Err(e) => return Err(e.on_task(pid.0)),
             };
         }
-        let Some(process) = found.get_mut(&pid) else { continue };
+        let Some(process) = found.get_mut(&pid) else {
+            continue;
+        };
         let looked = (|| -> Result<_> {
             let stat = process.dir.stat()?;
-            let threads = if stat.is_zombie() && stat.num_threads <= 1 { Vec::new() } else { process.dir.tasks()? };
+            let threads = if stat.is_zombie() && stat.num_threads <= 1 {
+                Vec::new()
+            } else {
+                process.dir.tasks()?
+            };
             Ok((stat, threads, process.dir.children()?))
         })();
         let (stat, threads, children) = match looked {
@@ -128,11 +137,18 @@ fn discover(
             return Err(Error::new(Kind::TargetGone, "it has ended (a zombie)").on_task(pid.0));
         }
         if stat.is_zombie() && !threads.is_empty() {
-            return Err(Error::unsupported("a process whose first thread has ended, while others run on, is not supported")
-                .on_task(pid.0));
+            return Err(Error::unsupported(
+                "a process whose first thread has ended, while others run on, is not supported",
+            )
+            .on_task(pid.0));
         }
         order.push(pid);
-        fresh.extend(threads.into_iter().filter(|t| !held.contains_key(t)).map(|t| (pid, t)));
+        fresh.extend(
+            threads
+                .into_iter()
+                .filter(|t| !held.contains_key(t))
+                .map(|t| (pid, t)),
+        );
         queue.extend(children);
     }
     Ok(fresh)
@@ -156,7 +172,14 @@ fn stop(
     let options = Options::TRACESYSGOOD | Options::SUSPEND_SECCOMP;
     for stopped in tracer.seize_and_stop(&tids, options, deadline)? {
         if let Some((pid, before)) = before.remove(&stopped.tid) {
-            held.insert(stopped.tid, Held { pid, stopped, before });
+            held.insert(
+                stopped.tid,
+                Held {
+                    pid,
+                    stopped,
+                    before,
+                },
+            );
         }
     }
     Ok(())
@@ -172,27 +195,52 @@ fn details(
     let mut procs = Vec::new();
     let mut tasks = Vec::new();
     for pid in order {
-        let Some(process) = found.remove(&pid) else { continue };
+        let Some(process) = found.remove(&pid) else {
+            continue;
+        };
         let dir = process.dir;
-        let mut tids = if process.zombie { Vec::new() } else { dir.tasks().on_task(pid.0)? };
+        let mut tids = if process.zombie {
+            Vec::new()
+        } else {
+            dir.tasks().on_task(pid.0)?
+        };
         tids.sort_by_key(|t| (*t != pid.leader(), *t));
         for &tid in &tids {
-            let task = held
-                .remove(&tid)
-                .ok_or_else(|| Error::new(Kind::TargetChanged, "a thread that was not there before").on_task(tid.0))?;
+            let task = held.remove(&tid).ok_or_else(|| {
+                Error::new(Kind::TargetChanged, "a thread that was not there before").on_task(tid.0)
+            })?;
             debug_assert_eq!(task.pid, pid);
             let dir = dir.task(tid)?;
             let status = dir.status().on_task(tid.0)?;
-            tasks.push(Task { proc: procs.len(), tid, dir, status, stopped: task.stopped, before: task.before });
+            tasks.push(Task {
+                proc: procs.len(),
+                tid,
+                dir,
+                status,
+                stopped: task.stopped,
+                before: task.before,
+            });
         }
         let stat = dir.stat().on_task(pid.0)?;
         let status = dir.status().on_task(pid.0)?;
         if !process.zombie {
             tree::check_untraced(status.tracer_pid).on_task(pid.0)?;
         }
-        procs.push(ProcView { pid, pidfd: pidfd::pidfd_open(pid)?, dir, stat, status, tids });
+        procs.push(ProcView {
+            pid,
+            pidfd: pidfd::pidfd_open(pid)?,
+            dir,
+            stat,
+            status,
+            tids,
+        });
     }
-    Ok(Frozen { tracer, procs, tasks, wait })
+    Ok(Frozen {
+        tracer,
+        procs,
+        tasks,
+        wait,
+    })
 }
 
 impl Frozen {
@@ -203,7 +251,10 @@ impl Frozen {
 
     /// The signal of the job-control stop a process was in.
     pub fn group_stop(&self, pid: Pid) -> Option<i32> {
-        self.tasks.iter().find(|t| t.tid == pid.leader()).and_then(|t| t.stopped.group_stopped)
+        self.tasks
+            .iter()
+            .find(|t| t.tid == pid.leader())
+            .and_then(|t| t.stopped.group_stopped)
     }
 
     /// Lets everything go on as it was, or (`stop`) leaves it stopped by SIGSTOP.

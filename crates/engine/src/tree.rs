@@ -8,7 +8,11 @@ use freezeframe_sys::proc::ProcDir;
 /// process of its own (no thread, no kernel thread), neither ourselves nor one of our
 /// ancestors, and nobody else's tracee.
 pub fn check_target(pid: i32) -> Result<()> {
-    look(pid).map_err(|e| e.in_phase(Phase::Plan).on_task(pid).leaving(Target::Untouched))
+    look(pid).map_err(|e| {
+        e.in_phase(Phase::Plan)
+            .on_task(pid)
+            .leaving(Target::Untouched)
+    })
 }
 
 fn look(pid: i32) -> Result<()> {
@@ -34,11 +38,17 @@ fn look(pid: i32) -> Result<()> {
     if status.tgid != pid {
         return Err(Error::new(
             Kind::Usage,
-            format!("this is a thread of process {}; name the process", status.tgid),
+            format!(
+                "this is a thread of process {}; name the process",
+                status.tgid
+            ),
         ));
     }
     if stat.is_zombie() {
-        return Err(Error::new(Kind::TargetGone, "it has ended already (a zombie)"));
+        return Err(Error::new(
+            Kind::TargetGone,
+            "it has ended already (a zombie)",
+        ));
     }
     if let Some(name) = ancestor_of_ours(pid)? {
         return Err(Error::new(
@@ -58,16 +68,23 @@ pub fn check_untraced(tracer: i32) -> Result<()> {
         .and_then(|d| d.comm())
         .map(|c| String::from_utf8_lossy(&c).into_owned())
         .unwrap_or_else(|_| "?".into());
-    Err(Error::new(Kind::TargetBusy, format!("already traced by pid {tracer} ({comm})")))
+    Err(Error::new(
+        Kind::TargetBusy,
+        format!("already traced by pid {tracer} ({comm})"),
+    ))
 }
 
 fn ancestor_of_ours(pid: i32) -> Result<Option<String>> {
     let mut at = Pid::this().0;
     while at > 0 {
-        let Ok(stat) = ProcDir::open(Pid(at)).and_then(|d| d.stat()) else { break };
+        let Ok(stat) = ProcDir::open(Pid(at)).and_then(|d| d.stat()) else {
+            break;
+        };
         at = stat.ppid;
         if at == pid {
-            let comm = ProcDir::open(Pid(at)).and_then(|d| d.comm()).unwrap_or_default();
+            let comm = ProcDir::open(Pid(at))
+                .and_then(|d| d.comm())
+                .unwrap_or_default();
             return Ok(Some(String::from_utf8_lossy(&comm).into_owned()));
         }
     }

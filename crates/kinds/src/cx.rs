@@ -7,10 +7,10 @@ use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use freezeframe_error::{Error, Result};
 use freezeframe_image::RawRecord;
 use freezeframe_inject::{Arg, Batch, DataRef, OpRef, Replies};
+use freezeframe_sys::fd::Stat as FileStat;
 use freezeframe_sys::ids::{Pid, Tid};
 use freezeframe_sys::proc::{FdInfo, Map, ProcDir, Stat, Status, SyscallState, TaskDir, VmFlags};
 use freezeframe_sys::ptrace::Regs;
-use freezeframe_sys::fd::Stat as FileStat;
 use nix::fcntl::OFlag;
 
 use crate::about::About;

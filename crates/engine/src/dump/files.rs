@@ -24,9 +24,17 @@ struct Seen {
 
 /// Reads every descriptor table, finds out what is shared (kcmp(2): a sorted
 /// set, not pairs), and dumps each open file once by its kind.
-pub(super) fn collect(cx: &mut DumpCx<'_>, blockers: &mut Vec<Error>) -> Result<BTreeMap<i32, FdTable>> {
+pub(super) fn collect(
+    cx: &mut DumpCx<'_>,
+    blockers: &mut Vec<Error>,
+) -> Result<BTreeMap<i32, FdTable>> {
     let mut seen = Vec::new();
-    for (index, proc) in cx.procs.iter().enumerate().filter(|(_, p)| !p.tids.is_empty()) {
+    for (index, proc) in cx
+        .procs
+        .iter()
+        .enumerate()
+        .filter(|(_, p)| !p.tids.is_empty())
+    {
         for number in proc.dir.fds().on_task(proc.pid.0)? {
             let look = || -> Result<Seen> {
                 Ok(Seen {
@@ -54,13 +62,25 @@ pub(super) fn collect(cx: &mut DumpCx<'_>, blockers: &mut Vec<Error>) -> Result<
         first.entry(*id).or_insert(i);
         cx.set_file_at(s.pid, s.fd, *id);
         let cloexec = s.info.flags & libc::O_CLOEXEC as u32 != 0;
-        tables.entry(s.pid.0).or_default().fds.push(FdEntry { fd: s.fd, cloexec, file: *id });
+        tables.entry(s.pid.0).or_default().fds.push(FdEntry {
+            fd: s.fd,
+            cloexec,
+            file: *id,
+        });
     }
     let views: Vec<FileView<'_>> = first
         .iter()
         .map(|(id, i)| {
             let s = &seen[*i];
-            FileView::new(*id, &cx.procs[s.proc], s.fd, &holders[id], &s.link, &s.stat, &s.info)
+            FileView::new(
+                *id,
+                &cx.procs[s.proc],
+                s.fd,
+                &holders[id],
+                &s.link,
+                &s.stat,
+                &s.info,
+            )
         })
         .collect();
     for view in &views {
@@ -97,7 +117,8 @@ fn dump_file(cx: &mut DumpCx<'_>, view: &FileView<'_>) -> Result<()> {
         seen_at: (view.proc.pid.0, view.fd),
     };
     let record = kind.dump(cx, view).map_err(|e| view.blame(e))?;
-    cx.records.push(super::model_record(model::FILE, view.subject(), &common)?);
+    cx.records
+        .push(super::model_record(model::FILE, view.subject(), &common)?);
     cx.records.push(record);
     Ok(())
 }
@@ -132,7 +153,10 @@ fn identify(seen: &[Seen]) -> Result<Vec<FileId>> {
     let mut by_inode: BTreeMap<(u64, u64, u32), Vec<usize>> = BTreeMap::new();
     for (i, s) in seen.iter().enumerate() {
         let flags = s.info.flags & !(libc::O_CLOEXEC as u32);
-        by_inode.entry((s.stat.dev, s.stat.ino, flags)).or_default().push(i);
+        by_inode
+            .entry((s.stat.dev, s.stat.ino, flags))
+            .or_default()
+            .push(i);
     }
     let mut same_as: Vec<usize> = (0..seen.len()).collect();
     let mut failed = None;

@@ -20,7 +20,11 @@ pub(super) fn collect(cx: &mut DumpCx<'_>, blockers: &mut Vec<Error>) -> Result<
     for proc in cx.procs.iter().filter(|p| !p.tids.is_empty()) {
         let mut space = Mm::default();
         for smap in proc.dir.smaps().on_task(proc.pid.0)? {
-            let view = VmaView { proc, map: &smap.map, flags: smap.vm_flags };
+            let view = VmaView {
+                proc,
+                map: &smap.map,
+                flags: smap.vm_flags,
+            };
             match describe(cx, &view, &smap) {
                 Ok(vma) => space.vmas.push(vma),
                 Err(e) if e.kind() == Kind::Unsupported => blockers.push(e),
@@ -44,7 +48,9 @@ fn describe(cx: &mut DumpCx<'_>, view: &VmaView<'_>, smap: &Smap) -> Result<Vma>
     Ok(Vma {
         start: map.start,
         end: map.end,
-        prot: bit(map.read, libc::PROT_READ) | bit(map.write, libc::PROT_WRITE) | bit(map.exec, libc::PROT_EXEC),
+        prot: bit(map.read, libc::PROT_READ)
+            | bit(map.write, libc::PROT_WRITE)
+            | bit(map.exec, libc::PROT_EXEC),
         shared: map.shared,
         offset: map.offset,
         object: mapped.object,
@@ -66,22 +72,48 @@ pub(super) fn store(
     events: &dyn Events,
     report: &mut DumpReport,
 ) -> Result<()> {
-    let total: u64 = cx.procs.iter().map(|p| p.stat.rss.max(0) as u64 * PAGE).sum();
+    let total: u64 = cx
+        .procs
+        .iter()
+        .map(|p| p.stat.rss.max(0) as u64 * PAGE)
+        .sum();
     let mut dumper = PageDumper::new(writer, PageOptions::default())?;
     let mut sources: HashMap<i32, Source> = HashMap::new();
     for (process, view) in processes.iter().zip(cx.procs).filter(|(p, _)| p.is_alive()) {
         let source = Source::open(view.pid).on_task(view.pid.0)?;
-        let relative = process.cow_parent.and_then(|pid| Some((sources.get(&pid)?, pid as u64)));
-        let Some(space) = spaces.get_mut(&process.mm) else { continue };
-        for vma in space.vmas.iter_mut().filter(|v| v.contents == Contents::Private) {
-            let dumped = dumper.dump_vma(&source, process.mm, vma.start..vma.end, PageKind::Private, relative)?;
-            vma.guards = dumped.guards.iter().map(|g| (g.start, g.end - g.start)).collect();
+        let relative = process
+            .cow_parent
+            .and_then(|pid| Some((sources.get(&pid)?, pid as u64)));
+        let Some(space) = spaces.get_mut(&process.mm) else {
+            continue;
+        };
+        for vma in space
+            .vmas
+            .iter_mut()
+            .filter(|v| v.contents == Contents::Private)
+        {
+            let dumped = dumper.dump_vma(
+                &source,
+                process.mm,
+                vma.start..vma.end,
+                PageKind::Private,
+                relative,
+            )?;
+            vma.guards = dumped
+                .guards
+                .iter()
+                .map(|g| (g.start, g.end - g.start))
+                .collect();
             events.progress(dumper.total().total().min(total), total);
         }
         sources.insert(view.pid.0, source);
     }
     for (id, source) in &cx.sources {
-        dumper.dump_object(source.fd.as_fd(), source.size, OBJECT_INDEX | u64::from(id.0))?;
+        dumper.dump_object(
+            source.fd.as_fd(),
+            source.size,
+            OBJECT_INDEX | u64::from(id.0),
+        )?;
     }
     let stats = dumper.finish(writer)?;
     report.pages_scanned = total / PAGE;

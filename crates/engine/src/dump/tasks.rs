@@ -27,7 +27,12 @@ pub(super) fn collect(
     blockers: &mut Vec<Error>,
 ) -> Result<()> {
     check_sharing(cx, processes, blockers)?;
-    for (index, proc) in cx.procs.iter().enumerate().filter(|(_, p)| !p.tids.is_empty()) {
+    for (index, proc) in cx
+        .procs
+        .iter()
+        .enumerate()
+        .filter(|(_, p)| !p.tids.is_empty())
+    {
         let views: Vec<TaskView<'_>> = tasks
             .iter()
             .filter(|t| t.proc == index)
@@ -42,7 +47,11 @@ pub(super) fn collect(
                 before: &t.before,
             })
             .collect();
-        let stopped: HashMap<_, _> = tasks.iter().filter(|t| t.proc == index).map(|t| (t.tid, &t.stopped)).collect();
+        let stopped: HashMap<_, _> = tasks
+            .iter()
+            .filter(|t| t.proc == index)
+            .map(|t| (t.tid, &t.stopped))
+            .collect();
         let mut questions = Vec::new();
         for view in &views {
             let mut batch = Batch::new();
@@ -57,7 +66,10 @@ pub(super) fn collect(
         let mut replies = Vec::with_capacity(views.len());
         for (view, (batch, _)) in views.iter().zip(&questions) {
             let task = stopped[&view.tid];
-            replies.push(live::collect_in_thread(tracer, &mut site, task, batch, WAIT).on_task(view.tid.0)?);
+            replies.push(
+                live::collect_in_thread(tracer, &mut site, task, batch, WAIT)
+                    .on_task(view.tid.0)?,
+            );
         }
         site.erase().on_task(proc.pid.0)?;
         for ((view, (batch, asked)), replies) in views.iter().zip(&questions).zip(&replies) {
@@ -77,7 +89,10 @@ pub(super) fn collect(
 
 fn kinds_for(view: &TaskView<'_>) -> impl Iterator<Item = &'static dyn TaskKind> + use<> {
     let leader = view.leader;
-    registry::TASKS.iter().copied().filter(move |k| leader || k.scope() == Scope::Thread)
+    registry::TASKS
+        .iter()
+        .copied()
+        .filter(move |k| leader || k.scope() == Scope::Thread)
 }
 
 /// Refuses by name what clone(2) can share and we do not carry: descriptor
@@ -92,15 +107,25 @@ fn check_sharing(cx: &DumpCx<'_>, processes: &[Process], blockers: &mut Vec<Erro
     for proc in cx.procs.iter().filter(|p| !p.tids.is_empty()) {
         for tid in &proc.tids[1..] {
             for (kind, name) in what {
-                if kcmp::kcmp(proc.pid, Pid(tid.0), kind, 0, 0).on_task(tid.0)?.is_ne() {
+                if kcmp::kcmp(proc.pid, Pid(tid.0), kind, 0, 0)
+                    .on_task(tid.0)?
+                    .is_ne()
+                {
                     blockers.push(
-                        Error::unsupported(format!("a thread with a {name} of its own is not supported")).on_task(tid.0),
+                        Error::unsupported(format!(
+                            "a thread with a {name} of its own is not supported"
+                        ))
+                        .on_task(tid.0),
                     );
                 }
             }
         }
     }
-    let alive: Vec<Pid> = processes.iter().filter(|p| p.is_alive()).map(|p| Pid(p.pid())).collect();
+    let alive: Vec<Pid> = processes
+        .iter()
+        .filter(|p| p.is_alive())
+        .map(|p| Pid(p.pid()))
+        .collect();
     for (kind, name) in what {
         let mut failed = None;
         let mut compare = |a: Pid, b: Pid| {
@@ -114,8 +139,11 @@ fn check_sharing(cx: &DumpCx<'_>, processes: &[Process], blockers: &mut Vec<Erro
         for pair in sorted.windows(2) {
             if compare(pair[0], pair[1]).is_eq() {
                 blockers.push(
-                    Error::unsupported(format!("a {name} shared with process {} is not supported", pair[1]))
-                        .on_task(pair[0].0),
+                    Error::unsupported(format!(
+                        "a {name} shared with process {} is not supported",
+                        pair[1]
+                    ))
+                    .on_task(pair[0].0),
                 );
             }
         }

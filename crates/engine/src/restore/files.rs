@@ -18,7 +18,8 @@ use freezeframe_sys::ids::Pid;
 use super::load::Loaded;
 
 /// Status flags that F_SETFL sets.
-const SETTABLE: u32 = (libc::O_APPEND | libc::O_NONBLOCK | libc::O_ASYNC | libc::O_DIRECT | libc::O_NOATIME) as u32;
+const SETTABLE: u32 =
+    (libc::O_APPEND | libc::O_NONBLOCK | libc::O_ASYNC | libc::O_DIRECT | libc::O_NOATIME) as u32;
 
 /// fcntl(2) commands that libc lacks.
 const F_SETSIG: i32 = 10;
@@ -48,7 +49,12 @@ struct Files<'a, 's, 't> {
 
 /// The number above all descriptors of the image, where service descriptors live.
 pub(super) fn floor(loaded: &Loaded) -> i32 {
-    let most = loaded.tables.values().flat_map(|t| t.fds.iter().map(|e| e.fd)).max().unwrap_or(0);
+    let most = loaded
+        .tables
+        .values()
+        .flat_map(|t| t.fds.iter().map(|e| e.fd))
+        .max()
+        .unwrap_or(0);
     most.saturating_add(1)
 }
 
@@ -95,10 +101,16 @@ pub(super) fn restore(
         for id in waiting {
             let item = item(loaded, id)?;
             let deps = kind_of(item.common)?.deps(&item)?;
-            if deps.iter().all(|d| done.contains(d)) { now.push(id) } else { later.push(id) }
+            if deps.iter().all(|d| done.contains(d)) {
+                now.push(id)
+            } else {
+                later.push(id)
+            }
         }
         if now.is_empty() {
-            return Err(Error::corrupt("files of the image depend on each other in a circle"));
+            return Err(Error::corrupt(
+                "files of the image depend on each other in a circle",
+            ));
         }
         files.pass(&now, &holders)?;
         done.extend(&now);
@@ -114,8 +126,15 @@ pub(super) fn restore(
 }
 
 fn item(loaded: &Loaded, id: FileId) -> Result<FileItem<'_>> {
-    let common = loaded.files.get(&id).ok_or_else(|| Error::corrupt(format!("no file {}", id.0)))?;
-    Ok(FileItem { id, common, record: loaded.file_record(id)? })
+    let common = loaded
+        .files
+        .get(&id)
+        .ok_or_else(|| Error::corrupt(format!("no file {}", id.0)))?;
+    Ok(FileItem {
+        id,
+        common,
+        record: loaded.file_record(id)?,
+    })
 }
 
 fn kind_of(common: &OpenFile) -> Result<&'static dyn freezeframe_kinds::FileKind> {
@@ -124,9 +143,10 @@ fn kind_of(common: &OpenFile) -> Result<&'static dyn freezeframe_kinds::FileKind
 
 impl Files<'_, '_, '_> {
     fn task(&self, pid: i32) -> Result<TaskId> {
-        self.tasks.get(&pid).copied().ok_or_else(|| Error::corrupt("a descriptor of a process that is not there").on_task(pid))
+        self.tasks.get(&pid).copied().ok_or_else(|| {
+            Error::corrupt("a descriptor of a process that is not there").on_task(pid)
+        })
     }
-
 
     /// Makes files whose dependencies are done.
     fn pass(&mut self, ids: &[FileId], holders: &HashMap<FileId, Vec<i32>>) -> Result<()> {
@@ -145,7 +165,11 @@ impl Files<'_, '_, '_> {
         let mut by_owner: BTreeMap<i32, Vec<Vec<FileId>>> = BTreeMap::new();
         for group in groups {
             let owner = self.loaded.files[&group[0]].seen_at.0;
-            let owner = if self.tasks.contains_key(&owner) { owner } else { holders[&group[0]][0] };
+            let owner = if self.tasks.contains_key(&owner) {
+                owner
+            } else {
+                holders[&group[0]][0]
+            };
             by_owner.entry(owner).or_default().push(group);
         }
         for (owner, groups) in by_owner {
@@ -155,7 +179,12 @@ impl Files<'_, '_, '_> {
     }
 
     /// One process makes its files of this pass, and they are handed around.
-    fn make(&mut self, owner: i32, groups: &[Vec<FileId>], holders: &HashMap<FileId, Vec<i32>>) -> Result<()> {
+    fn make(
+        &mut self,
+        owner: i32,
+        groups: &[Vec<FileId>],
+        holders: &HashMap<FileId, Vec<i32>>,
+    ) -> Result<()> {
         let task = self.task(owner)?;
         let mut batch = Batch::new();
         let mut provided: Vec<Provided> = Vec::new();
@@ -163,7 +192,10 @@ impl Files<'_, '_, '_> {
         let empty = HashMap::new();
         let mut after = self.afterwards.remove(&owner).unwrap_or_default();
         for group in groups {
-            let items: Vec<FileItem<'_>> = group.iter().map(|id| item(self.loaded, *id)).collect::<Result<_>>()?;
+            let items: Vec<FileItem<'_>> = group
+                .iter()
+                .map(|id| item(self.loaded, *id))
+                .collect::<Result<_>>()?;
             let kind = kind_of(items[0].common)?;
             let before = provided.len();
             let mut cx = RestoreFiles {
@@ -185,7 +217,11 @@ impl Files<'_, '_, '_> {
                 .map_err(|e| e.on(&items[0].common.name).on_task(owner))?;
             let made: HashSet<FileId> = provided[before..].iter().map(|p| p.id).collect();
             if let Some(missing) = group.iter().find(|id| !made.contains(id)) {
-                return Err(Error::bug(format!("kind {} did not make file {}", kind.about().name, missing.0)));
+                return Err(Error::bug(format!(
+                    "kind {} did not make file {}",
+                    kind.about().name,
+                    missing.0
+                )));
             }
         }
         self.afterwards.insert(owner, after);
@@ -202,20 +238,45 @@ impl Files<'_, '_, '_> {
             finish_file(&mut batch, at.into(), common, p);
             parked.push(Parked { id: p.id, at });
         }
-        let others: Vec<&Parked> = parked.iter().filter(|p| holders[&p.id].iter().any(|h| *h != owner)).collect();
-        self.place(owner, &mut batch, &parked.iter().map(|p| (p.id, Arg::from(p.at))).collect::<Vec<_>>())?;
-        for p in parked.iter().filter(|p| holders[&p.id].iter().all(|h| *h == owner)) {
+        let others: Vec<&Parked> = parked
+            .iter()
+            .filter(|p| holders[&p.id].iter().any(|h| *h != owner))
+            .collect();
+        self.place(
+            owner,
+            &mut batch,
+            &parked
+                .iter()
+                .map(|p| (p.id, Arg::from(p.at)))
+                .collect::<Vec<_>>(),
+        )?;
+        for p in parked
+            .iter()
+            .filter(|p| holders[&p.id].iter().all(|h| *h == owner))
+        {
             batch.call("close", libc::SYS_close, [p.at.into()]);
         }
         let replies = self.shells.run(task, &batch).on_task(owner)?;
         if others.is_empty() {
             return Ok(());
         }
-        self.hand_around(owner, &others.iter().map(|p| (p.id, replies.raw(p.at) as i32)).collect::<Vec<_>>(), holders)
+        self.hand_around(
+            owner,
+            &others
+                .iter()
+                .map(|p| (p.id, replies.raw(p.at) as i32))
+                .collect::<Vec<_>>(),
+            holders,
+        )
     }
 
     /// Gives files parked in `owner` to their other holders.
-    fn hand_around(&mut self, owner: i32, files: &[(FileId, i32)], holders: &HashMap<FileId, Vec<i32>>) -> Result<()> {
+    fn hand_around(
+        &mut self,
+        owner: i32,
+        files: &[(FileId, i32)],
+        holders: &HashMap<FileId, Vec<i32>>,
+    ) -> Result<()> {
         let from = self.task(owner)?;
         let mut by_holder: BTreeMap<i32, Vec<(FileId, OwnedFd)>> = BTreeMap::new();
         let mut close = Batch::new();
@@ -236,7 +297,17 @@ impl Files<'_, '_, '_> {
             let parked: Vec<_> = files
                 .iter()
                 .zip(numbers)
-                .map(|((id, _), n)| (*id, Arg::from(park(&mut batch, n.into(), self.floor, &self.loaded.files[id].name))))
+                .map(|((id, _), n)| {
+                    (
+                        *id,
+                        Arg::from(park(
+                            &mut batch,
+                            n.into(),
+                            self.floor,
+                            &self.loaded.files[id].name,
+                        )),
+                    )
+                })
                 .collect();
             self.place(holder, &mut batch, &parked)?;
             for (_, at) in parked {
@@ -253,9 +324,15 @@ impl Files<'_, '_, '_> {
         let parked: HashMap<FileId, Arg> = parked.iter().copied().collect();
         let numbers = self.numbers.entry(pid).or_default();
         for entry in &table.fds {
-            let Some(at) = parked.get(&entry.file) else { continue };
+            let Some(at) = parked.get(&entry.file) else {
+                continue;
+            };
             let flags = if entry.cloexec { libc::O_CLOEXEC } else { 0 };
-            batch.call(format!("dup3(fd {})", entry.fd), libc::SYS_dup3, [*at, entry.fd.into(), flags.into()]);
+            batch.call(
+                format!("dup3(fd {})", entry.fd),
+                libc::SYS_dup3,
+                [*at, entry.fd.into(), flags.into()],
+            );
             numbers.entry(entry.file).or_insert(entry.fd);
         }
         Ok(())
@@ -283,13 +360,21 @@ fn finish_file(batch: &mut Batch, fd: Arg, common: &OpenFile, made: &Provided) {
         );
     }
     if common.sig != 0 {
-        batch.call("fcntl(F_SETSIG)", libc::SYS_fcntl, [fd, F_SETSIG.into(), common.sig.into()]);
+        batch.call(
+            "fcntl(F_SETSIG)",
+            libc::SYS_fcntl,
+            [fd, F_SETSIG.into(), common.sig.into()],
+        );
     }
     if common.owner.1 != 0 {
         let mut bytes = common.owner.0.to_le_bytes().to_vec();
         bytes.extend_from_slice(&common.owner.1.to_le_bytes());
         let owner = batch.data(&bytes);
-        batch.call("fcntl(F_SETOWN_EX)", libc::SYS_fcntl, [fd, F_SETOWN_EX.into(), owner.into()]);
+        batch.call(
+            "fcntl(F_SETOWN_EX)",
+            libc::SYS_fcntl,
+            [fd, F_SETOWN_EX.into(), owner.into()],
+        );
     }
     if !made.flags_done {
         let flags = common.flags & SETTABLE;

@@ -5,7 +5,9 @@ use std::path::Path;
 
 use freezeframe_error::{Error, Kind, Result};
 use freezeframe_image::{Image, RawRecord, Tag};
-use freezeframe_kinds::model::{self, Contents, FdTable, FileId, Mm, ObjectId, OpenFile, Process, Tree};
+use freezeframe_kinds::model::{
+    self, Contents, FdTable, FileId, Mm, ObjectId, OpenFile, Process, Tree,
+};
 use freezeframe_kinds::registry;
 use serde::de::DeserializeOwned;
 
@@ -40,7 +42,14 @@ impl Loaded {
     pub fn of(image: Image) -> Result<Loaded> {
         let known: Vec<Tag> = registry::all()
             .map(|(_, about)| about.tag)
-            .chain([model::TREE, model::PROCESS, model::THREAD, model::MM, model::FDS, model::FILE])
+            .chain([
+                model::TREE,
+                model::PROCESS,
+                model::THREAD,
+                model::MM,
+                model::FDS,
+                model::FILE,
+            ])
             .chain([freezeframe_pages::PAGE_INDEX])
             .collect();
         image.refuse_unknown(&known)?;
@@ -49,18 +58,37 @@ impl Loaded {
             records.entry((r.tag, r.subject)).or_insert(i);
         }
         let tree: Tree = one(&image, model::TREE)?;
-        let procs: Vec<Process> = all(&image, model::PROCESS)?.into_iter().map(|(_, p)| p).collect();
+        let procs: Vec<Process> = all(&image, model::PROCESS)?
+            .into_iter()
+            .map(|(_, p)| p)
+            .collect();
         let spaces: HashMap<u64, Mm> = all(&image, model::MM)?.into_iter().collect();
-        let tables = all(&image, model::FDS)?.into_iter().map(|(pid, t)| (pid as i32, t)).collect();
-        let files = all(&image, model::FILE)?.into_iter().map(|(id, f)| (FileId(id as u32), f)).collect();
-        let loaded = Loaded { image, tree, procs, spaces, tables, files, records };
+        let tables = all(&image, model::FDS)?
+            .into_iter()
+            .map(|(pid, t)| (pid as i32, t))
+            .collect();
+        let files = all(&image, model::FILE)?
+            .into_iter()
+            .map(|(id, f)| (FileId(id as u32), f))
+            .collect();
+        let loaded = Loaded {
+            image,
+            tree,
+            procs,
+            spaces,
+            tables,
+            files,
+            records,
+        };
         loaded.check()?;
         Ok(loaded)
     }
 
     /// The record of a kind with this subject.
     pub fn record(&self, tag: Tag, subject: u64) -> Option<&RawRecord> {
-        self.records.get(&(tag, subject)).and_then(|i| self.image.records().get(*i))
+        self.records
+            .get(&(tag, subject))
+            .and_then(|i| self.image.records().get(*i))
     }
 
     /// The record of a file's kind.
@@ -80,7 +108,10 @@ impl Loaded {
     fn check(&self) -> Result<()> {
         let mut ids = HashSet::new();
         for p in &self.procs {
-            let pid = *p.pids.first().ok_or_else(|| Error::corrupt("a process without a PID"))?;
+            let pid = *p
+                .pids
+                .first()
+                .ok_or_else(|| Error::corrupt("a process without a PID"))?;
             let bad = |what: &str| Err(Error::corrupt(what.to_string()).on_task(pid));
             if p.pids.iter().chain(&p.threads).any(|id| *id <= 0) {
                 return bad("a PID or TID is not positive");
@@ -120,20 +151,28 @@ impl Loaded {
         }
         for (id, file) in &self.files {
             if registry::file(file.kind).is_none() {
-                return Err(Error::corrupt(format!("file {} is of an unknown kind", id.0)));
+                return Err(Error::corrupt(format!(
+                    "file {} is of an unknown kind",
+                    id.0
+                )));
             }
             self.file_record(*id)?;
         }
         if self.procs.first().map(Process::pid) != Some(self.tree.root) {
-            return Err(Error::corrupt("the first process is not the root of the tree"));
+            return Err(Error::corrupt(
+                "the first process is not the root of the tree",
+            ));
         }
         Ok(())
     }
 
     /// A page-aligned hole of `len` bytes in every process of the tree.
     pub fn hole(&self, len: u64) -> Result<u64> {
-        let mut taken: Vec<(u64, u64)> =
-            self.spaces.values().flat_map(|s| s.vmas.iter().map(|v| (v.start, v.end))).collect();
+        let mut taken: Vec<(u64, u64)> = self
+            .spaces
+            .values()
+            .flat_map(|s| s.vmas.iter().map(|v| (v.start, v.end)))
+            .collect();
         taken.sort_unstable();
         // Stacks may want to grow downwards into what is free below them.
         let slack = 64 << 20;
@@ -148,7 +187,10 @@ impl Loaded {
             at = end.next_multiple_of(1 << 21) + slack;
         }
         if at + len + slack > TASK_SIZE {
-            return Err(Error::new(Kind::NoSpace, "no hole for the restore stub in the address spaces of the image"));
+            return Err(Error::new(
+                Kind::NoSpace,
+                "no hole for the restore stub in the address spaces of the image",
+            ));
         }
         Ok(at)
     }
@@ -160,10 +202,19 @@ fn check_space(space: &Mm) -> Result<()> {
         let aligned = [v.start, v.end, v.offset].iter().all(|n| n % 4096 == 0);
         let vsyscall = v.start >= 1 << 63 && v.contents == Contents::Elsewhere;
         if !aligned || v.start < last || v.end <= v.start || (v.end > TASK_SIZE && !vsyscall) {
-            return Err(Error::corrupt(format!("the VMA at {:x} is malformed", v.start)));
+            return Err(Error::corrupt(format!(
+                "the VMA at {:x} is malformed",
+                v.start
+            )));
         }
-        if v.guards.iter().any(|&(at, len)| at < v.start || at.checked_add(len).is_none_or(|end| end > v.end)) {
-            return Err(Error::corrupt(format!("a guard region of the VMA at {:x} is outside it", v.start)));
+        if v.guards
+            .iter()
+            .any(|&(at, len)| at < v.start || at.checked_add(len).is_none_or(|end| end > v.end))
+        {
+            return Err(Error::corrupt(format!(
+                "a guard region of the VMA at {:x} is outside it",
+                v.start
+            )));
         }
         last = v.end;
     }
@@ -174,7 +225,10 @@ fn decode<T: DeserializeOwned>(record: &RawRecord) -> Result<T> {
     if record.version != model::VERSION {
         return Err(Error::new(
             Kind::ImageVersion,
-            format!("version {} of a {:?} record is not known", record.version, record.tag),
+            format!(
+                "version {} of a {:?} record is not known",
+                record.version, record.tag
+            ),
         ));
     }
     freezeframe_image::decode(&record.body)
@@ -185,10 +239,15 @@ fn one<T: DeserializeOwned>(image: &Image, tag: Tag) -> Result<T> {
     match (found.next(), found.next()) {
         (Some(record), None) => decode(record),
         (None, _) => Err(Error::corrupt(format!("the image has no {tag:?} record"))),
-        _ => Err(Error::corrupt(format!("the image has several {tag:?} records"))),
+        _ => Err(Error::corrupt(format!(
+            "the image has several {tag:?} records"
+        ))),
     }
 }
 
 fn all<T: DeserializeOwned>(image: &Image, tag: Tag) -> Result<Vec<(u64, T)>> {
-    image.all(tag).map(|r| Ok((r.subject, decode(r)?))).collect()
+    image
+        .all(tag)
+        .map(|r| Ok((r.subject, decode(r)?)))
+        .collect()
 }

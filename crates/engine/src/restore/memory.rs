@@ -26,8 +26,10 @@ const MAP_DROPPABLE: i32 = 0x08;
 const MADV_GUARD_INSTALL: i32 = 102;
 
 /// Advice that a VMA flag stands for, applied before pages are read.
-const ADVICE_BEFORE: [(VmFlags, i32); 2] =
-    [(VmFlags::HUGE_PAGE, libc::MADV_HUGEPAGE), (VmFlags::NO_HUGE_PAGE, libc::MADV_NOHUGEPAGE)];
+const ADVICE_BEFORE: [(VmFlags, i32); 2] = [
+    (VmFlags::HUGE_PAGE, libc::MADV_HUGEPAGE),
+    (VmFlags::NO_HUGE_PAGE, libc::MADV_NOHUGEPAGE),
+];
 /// The same, applied after.
 const ADVICE_AFTER: [(VmFlags, i32); 6] = [
     (VmFlags::MERGEABLE, libc::MADV_MERGEABLE),
@@ -63,9 +65,14 @@ pub(super) fn make_objects(
 ) -> Result<HashMap<ObjectId, OwnedFd>> {
     let mut objects = HashMap::new();
     for record in loaded.image.records() {
-        let Some(kind) = registry::memory(record.tag).filter(|k| k.sharing() == Sharing::Tree) else { continue };
+        let Some(kind) = registry::memory(record.tag).filter(|k| k.sharing() == Sharing::Tree)
+        else {
+            continue;
+        };
         let id = ObjectId(record.subject as u32);
-        let fd = kind.make(&mut Maker { shells, root }, record).on(format!("memory object {}", id.0))?;
+        let fd = kind
+            .make(&mut Maker { shells, root }, record)
+            .on(format!("memory object {}", id.0))?;
         fill_object(reader, shells, root, &fd, OBJECT_INDEX | record.subject)
             .on(format!("memory object {}", id.0))?;
         objects.insert(id, fd);
@@ -92,8 +99,16 @@ impl MakeObject for Maker<'_, '_> {
 
 /// The root maps the object whole, reads its pages into place, and unmaps it:
 /// so the memory is charged to the tree, not to us.
-fn fill_object(reader: &PageReader, shells: &mut Shells<'_>, root: TaskId, fd: &OwnedFd, index: u64) -> Result<()> {
-    let Some(size) = reader.extents(index).last().map(|e| e.end()) else { return Ok(()) };
+fn fill_object(
+    reader: &PageReader,
+    shells: &mut Shells<'_>,
+    root: TaskId,
+    fd: &OwnedFd,
+    index: u64,
+) -> Result<()> {
+    let Some(size) = reader.extents(index).last().map(|e| e.end()) else {
+        return Ok(());
+    };
     let numbers = send_pages(reader, shells, root)?;
     let object = shells.send_fd(root, fd.as_fd())?;
     let mut batch = Batch::new();
@@ -101,7 +116,14 @@ fn fill_object(reader: &PageReader, shells: &mut Shells<'_>, root: TaskId, fd: &
     let at = batch.call(
         "mmap(object)",
         libc::SYS_mmap,
-        [0.into(), Arg::Imm(size), prot.into(), libc::MAP_SHARED.into(), object.into(), 0.into()],
+        [
+            0.into(),
+            Arg::Imm(size),
+            prot.into(),
+            libc::MAP_SHARED.into(),
+            object.into(),
+            0.into(),
+        ],
     );
     let base = shells.run(root, &batch)?.raw(at) as u64;
     let mut batch = Batch::new();
@@ -109,7 +131,11 @@ fn fill_object(reader: &PageReader, shells: &mut Shells<'_>, root: TaskId, fd: &
         run.to.iter_mut().for_each(|(addr, _)| *addr += base);
         read_run(&mut batch, &numbers, &run);
     }
-    batch.call("munmap(object)", libc::SYS_munmap, [Arg::Imm(base), Arg::Imm(size)]);
+    batch.call(
+        "munmap(object)",
+        libc::SYS_munmap,
+        [Arg::Imm(base), Arg::Imm(size)],
+    );
     batch.call("close", libc::SYS_close, [object.into()]);
     close_all(&mut batch, &numbers);
     shells.run(root, &batch).map(drop)
@@ -117,8 +143,15 @@ fn fill_object(reader: &PageReader, shells: &mut Shells<'_>, root: TaskId, fd: &
 
 /// Hands the page files to a task; their numbers there.
 fn send_pages(reader: &PageReader, shells: &mut Shells<'_>, task: TaskId) -> Result<Vec<i32>> {
-    let files: Vec<_> = (0..reader.files()).filter_map(|n| reader.file(n)).map(AsFd::as_fd).collect();
-    if files.is_empty() { Ok(Vec::new()) } else { shells.send_fds(task, &files) }
+    let files: Vec<_> = (0..reader.files())
+        .filter_map(|n| reader.file(n))
+        .map(AsFd::as_fd)
+        .collect();
+    if files.is_empty() {
+        Ok(Vec::new())
+    } else {
+        shells.send_fds(task, &files)
+    }
 }
 
 fn close_all(batch: &mut Batch, numbers: &[i32]) {
@@ -138,7 +171,13 @@ fn read_run(batch: &mut Batch, files: &[i32], run: &ReadRun) {
     let op = batch.call(
         "preadv(pages)",
         libc::SYS_preadv,
-        [files[run.file as usize].into(), iov.into(), run.to.len().into(), Arg::Imm(run.offset), 0.into()],
+        [
+            files[run.file as usize].into(),
+            iov.into(),
+            run.to.len().into(),
+            Arg::Imm(run.offset),
+            0.into(),
+        ],
     );
     batch.expect(op, run.len as i64);
 }
@@ -161,19 +200,33 @@ impl Memory<'_> {
             let range = vma.start..vma.end;
             let private = vma.contents == Contents::Private;
             match theirs.filter(|(_, theirs)| self.inherits(vma, theirs)) {
-                Some((mm, _)) if private => kept.push((vma, self.reader.delta(process.mm, mm, range)?)),
+                Some((mm, _)) if private => {
+                    kept.push((vma, self.reader.delta(process.mm, mm, range)?))
+                }
                 Some(_) => kept.push((vma, Delta::default())),
                 None => fresh.push(Fresh {
                     vma,
-                    reads: if private { self.reader.read_runs(process.mm, range.clone())? } else { Vec::new() },
-                    zeros: if private && !is_anonymous(vma) { self.reader.zeros(process.mm, range)? } else { Vec::new() },
+                    reads: if private {
+                        self.reader.read_runs(process.mm, range.clone())?
+                    } else {
+                        Vec::new()
+                    },
+                    zeros: if private && !is_anonymous(vma) {
+                        self.reader.zeros(process.mm, range)?
+                    } else {
+                        Vec::new()
+                    },
                 }),
             }
         }
         let pages = send_pages(self.reader, shells, task)?;
         let mut objects: HashMap<ObjectId, i32> = HashMap::new();
         for f in &fresh {
-            if let Some(fd) = self.objects.get(&f.vma.object).filter(|_| !objects.contains_key(&f.vma.object)) {
+            if let Some(fd) = self
+                .objects
+                .get(&f.vma.object)
+                .filter(|_| !objects.contains_key(&f.vma.object))
+            {
                 objects.insert(f.vma.object, shells.send_fd(task, fd.as_fd())?);
             }
         }
@@ -183,7 +236,9 @@ impl Memory<'_> {
         let mut zeros: Vec<Range<u64>> = Vec::new();
         for f in &fresh {
             advise(&mut batch, f.vma, &ADVICE_BEFORE);
-            f.reads.iter().for_each(|run| read_run(&mut batch, &pages, run));
+            f.reads
+                .iter()
+                .for_each(|run| read_run(&mut batch, &pages, run));
             zeros.extend(f.zeros.iter().cloned());
         }
         for (vma, delta) in &kept {
@@ -205,7 +260,10 @@ impl Memory<'_> {
         if !zeros.is_empty() {
             let mem = shells.mem(task)?;
             let page = [0u8; PAGE as usize];
-            for addr in zeros.into_iter().flat_map(|z| (z.start..z.end).step_by(PAGE as usize)) {
+            for addr in zeros
+                .into_iter()
+                .flat_map(|z| (z.start..z.end).step_by(PAGE as usize))
+            {
                 mem.write_all_at(addr, &page).on_task(process.pid())?;
             }
         }
@@ -215,25 +273,49 @@ impl Memory<'_> {
     /// Whether a forked child has this VMA from its relative, just as it is.
     fn inherits(&self, vma: &Vma, theirs: &Mm) -> bool {
         let index = theirs.vmas.partition_point(|v| v.start < vma.start);
-        let Some(other) = theirs.vmas.get(index) else { return false };
+        let Some(other) = theirs.vmas.get(index) else {
+            return false;
+        };
         let lost_by_fork = VmFlags::LOCKED.union(VmFlags::LOCK_ON_FAULT);
         let never = VmFlags::DONT_COPY.union(VmFlags::WIPE_ON_FORK);
-        let (flags, others) = (VmFlags::from_bits(vma.flags), VmFlags::from_bits(other.flags));
+        let (flags, others) = (
+            VmFlags::from_bits(vma.flags),
+            VmFlags::from_bits(other.flags),
+        );
         let same_object = vma.object == other.object
-            || match (self.object(vma.kind, vma.object), self.object(other.kind, other.object)) {
+            || match (
+                self.object(vma.kind, vma.object),
+                self.object(other.kind, other.object),
+            ) {
                 (Some(a), Some(b)) => a == b,
                 _ => false,
             };
-        (vma.start, vma.end, vma.prot, vma.shared, vma.offset, vma.kind, vma.contents)
-            == (other.start, other.end, other.prot, other.shared, other.offset, other.kind, other.contents)
-            && vma.guards == other.guards
+        (
+            vma.start,
+            vma.end,
+            vma.prot,
+            vma.shared,
+            vma.offset,
+            vma.kind,
+            vma.contents,
+        ) == (
+            other.start,
+            other.end,
+            other.prot,
+            other.shared,
+            other.offset,
+            other.kind,
+            other.contents,
+        ) && vma.guards == other.guards
             && flags.without(lost_by_fork) == others.without(lost_by_fork)
             && !others.intersects(never)
             && same_object
     }
 
     fn object(&self, kind: Tag, id: ObjectId) -> Option<&[u8]> {
-        self.loaded.record(kind, u64::from(id.0)).map(|r| r.body.as_slice())
+        self.loaded
+            .record(kind, u64::from(id.0))
+            .map(|r| r.body.as_slice())
     }
 
     fn map_fresh(
@@ -248,18 +330,28 @@ impl Memory<'_> {
         let mut kernel: Option<u64> = None;
         for f in fresh {
             let vma = f.vma;
-            let kind = registry::memory(vma.kind).ok_or_else(|| Error::bug("a memory kind vanished"))?;
+            let kind =
+                registry::memory(vma.kind).ok_or_else(|| Error::bug("a memory kind vanished"))?;
             let record = self.loaded.object_record(vma.kind, vma.object)?;
             let (fd, more) = match opened.get(&vma.object) {
                 Some(fd) => (Some(*fd), 0),
-                None => match kind.backing(&mut MakeMapping { pid, batch, options: self.options }, record)? {
+                None => match kind.backing(
+                    &mut MakeMapping {
+                        pid,
+                        batch,
+                        options: self.options,
+                    },
+                    record,
+                )? {
                     Backing::Anonymous(flags) => (None, flags | libc::MAP_ANONYMOUS),
                     Backing::File(fd) => {
                         opened.insert(vma.object, fd);
                         (Some(fd), 0)
                     }
                     Backing::Object => {
-                        let number = objects.get(&vma.object).ok_or_else(|| Error::bug("an object was not made"))?;
+                        let number = objects
+                            .get(&vma.object)
+                            .ok_or_else(|| Error::bug("an object was not made"))?;
                         (Some(Arg::from(*number)), 0)
                     }
                     Backing::Kernel => {
@@ -270,7 +362,11 @@ impl Memory<'_> {
                     }
                 },
             };
-            let prot = if f.reads.is_empty() { vma.prot } else { filling_prot() };
+            let prot = if f.reads.is_empty() {
+                vma.prot
+            } else {
+                filling_prot()
+            };
             batch.call(
                 format!("mmap({:x}-{:x} {})", vma.start, vma.end, vma.name),
                 libc::SYS_mmap,
@@ -327,13 +423,24 @@ fn map_flags(vma: &Vma) -> i32 {
 
 /// Unmaps all of user space but the stub's region and what is kept.
 fn unmap_others(batch: &mut Batch, kept: &[(&Vma, Delta)], region: Range<u64>) {
-    let mut stays: Vec<Range<u64>> = kept.iter().map(|(v, _)| v.start..v.end).filter(|r| r.end <= TASK_SIZE).collect();
+    let mut stays: Vec<Range<u64>> = kept
+        .iter()
+        .map(|(v, _)| v.start..v.end)
+        .filter(|r| r.end <= TASK_SIZE)
+        .collect();
     stays.push(region);
     stays.sort_by_key(|r| r.start);
     let mut at = 0;
-    for r in stays.into_iter().chain(std::iter::once(TASK_SIZE..TASK_SIZE)) {
+    for r in stays
+        .into_iter()
+        .chain(std::iter::once(TASK_SIZE..TASK_SIZE))
+    {
         if r.start > at {
-            batch.call("munmap", libc::SYS_munmap, [Arg::Imm(at), Arg::Imm(r.start - at)]);
+            batch.call(
+                "munmap",
+                libc::SYS_munmap,
+                [Arg::Imm(at), Arg::Imm(r.start - at)],
+            );
         }
         at = at.max(r.end);
     }
@@ -345,7 +452,11 @@ fn change_kept(batch: &mut Batch, vma: &Vma, delta: &Delta, pages: &[i32]) -> Ve
         batch.call(
             "madvise(MADV_DONTNEED)",
             libc::SYS_madvise,
-            [Arg::Imm(r.start), Arg::Imm(r.end - r.start), libc::MADV_DONTNEED.into()],
+            [
+                Arg::Imm(r.start),
+                Arg::Imm(r.end - r.start),
+                libc::MADV_DONTNEED.into(),
+            ],
         );
     };
     delta.drop.iter().for_each(|r| advise(batch, r));
@@ -360,7 +471,10 @@ fn change_kept(batch: &mut Batch, vma: &Vma, delta: &Delta, pages: &[i32]) -> Ve
         if closed {
             mprotect(batch, vma, filling_prot());
         }
-        delta.read.iter().for_each(|run| read_run(batch, pages, run));
+        delta
+            .read
+            .iter()
+            .for_each(|run| read_run(batch, pages, run));
         if closed {
             mprotect(batch, vma, vma.prot);
         }
@@ -394,7 +508,10 @@ fn advise(batch: &mut Batch, vma: &Vma, table: &[(VmFlags, i32)]) {
     let flags = VmFlags::from_bits(vma.flags);
     // What the kernel maps, it has advised itself.
     let ours = vma.contents != Contents::Elsewhere || !vma.name.starts_with('[');
-    for (flag, advice) in table.iter().filter(|(flag, _)| ours && flags.contains(*flag)) {
+    for (flag, advice) in table
+        .iter()
+        .filter(|(flag, _)| ours && flags.contains(*flag))
+    {
         batch.call(
             format!("madvise({:x}-{:x}, {flag:?})", vma.start, vma.end),
             libc::SYS_madvise,
@@ -408,7 +525,11 @@ fn lock(batch: &mut Batch, vma: &Vma) {
     if !flags.contains(VmFlags::LOCKED) {
         return;
     }
-    let on_fault = if flags.contains(VmFlags::LOCK_ON_FAULT) { libc::MLOCK_ONFAULT } else { 0 };
+    let on_fault = if flags.contains(VmFlags::LOCK_ON_FAULT) {
+        libc::MLOCK_ONFAULT
+    } else {
+        0
+    };
     let op = batch.call(
         format!("mlock({:x}-{:x})", vma.start, vma.end),
         libc::SYS_mlock2,

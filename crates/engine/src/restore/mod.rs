@@ -88,17 +88,31 @@ fn restore(request: &RestoreRequest, events: &dyn Events) -> Result<RestoreRepor
     check_host(&loaded, request).in_phase(Phase::Load)?;
     let cow = cow_children(&loaded, &reader);
     let steps = plan::plan(&loaded.procs, &cow).in_phase(Phase::Load)?;
-    log!(events, Info, "{} processes to restore, {} share pages with their parent", loaded.procs.len(), cow.len());
+    log!(
+        events,
+        Info,
+        "{} processes to restore, {} share pages with their parent",
+        loaded.procs.len(),
+        cow.len()
+    );
     events.step(Point::PreRestore)?;
 
     let tracer = Tracer::new();
     let mut report = RestoreReport::default();
-    let mut builder = Builder { loaded: &loaded, reader: &reader, request, events, cow: &cow };
+    let mut builder = Builder {
+        loaded: &loaded,
+        reader: &reader,
+        request,
+        events,
+        cow: &cow,
+    };
     let (shells, finals) = builder.build(&tracer, &steps, &mut report)?;
     events.step(Point::PreResume(report.pid))?;
     events.phase(Phase::Resume);
     // A failure in the last switch may come when the first tasks already run.
-    shells.resume_all(finals).map_err(|e| e.leaving(Target::Unknown))?;
+    shells
+        .resume_all(finals)
+        .map_err(|e| e.leaving(Target::Unknown))?;
     report.processes = loaded.procs.len() as u64;
     report.threads = loaded.procs.iter().map(|p| p.threads.len() as u64).sum();
     report.pages_restored = reader.indexes().flat_map(|(_, e)| e).map(|e| e.pages).sum();
@@ -136,15 +150,28 @@ fn check_host(loaded: &Loaded, request: &RestoreRequest) -> Result<()> {
 
 /// Refuses an image of which a PID or TID is taken, and says by whom.
 fn check_free(id: i32) -> Result<()> {
-    let Ok(dir) = ProcDir::open(Pid(id)) else { return Ok(()) };
-    let comm = dir.comm().map(|c| String::from_utf8_lossy(&c).into_owned()).unwrap_or_default();
+    let Ok(dir) = ProcDir::open(Pid(id)) else {
+        return Ok(());
+    };
+    let comm = dir
+        .comm()
+        .map(|c| String::from_utf8_lossy(&c).into_owned())
+        .unwrap_or_default();
     let state = match dir.stat() {
-        Ok(stat) if stat.is_zombie() => format!(", a zombie that its parent {} has not reaped", stat.ppid),
+        Ok(stat) if stat.is_zombie() => {
+            format!(", a zombie that its parent {} has not reaped", stat.ppid)
+        }
         Ok(_) => String::new(),
         Err(_) => return Ok(()),
     };
-    Err(Error::new(Kind::ResourceInUse, format!("the PID is taken by process {id} ({}{state})", comm.trim_end()))
-        .on(format!("pid {id}")))
+    Err(Error::new(
+        Kind::ResourceInUse,
+        format!(
+            "the PID is taken by process {id} ({}{state})",
+            comm.trim_end()
+        ),
+    )
+    .on(format!("pid {id}")))
 }
 
 /// Processes whose page index refers to that of their parent.
@@ -154,7 +181,12 @@ fn cow_children(loaded: &Loaded, reader: &PageReader) -> HashSet<i32> {
         .iter()
         .skip(1)
         .filter(|p| p.is_alive())
-        .filter(|p| reader.extents(p.mm).iter().any(|e| matches!(e.what, What::Same { .. })))
+        .filter(|p| {
+            reader
+                .extents(p.mm)
+                .iter()
+                .any(|e| matches!(e.what, What::Same { .. }))
+        })
         .map(Process::pid)
         .collect()
 }
@@ -188,7 +220,8 @@ impl Builder<'_> {
         report.pid = root.pid();
         shells.move_service_fds(root_task, files::floor(self.loaded))?;
         self.events.step(Point::SetupNamespaces(report.pid))?;
-        let objects = memory::make_objects(self.loaded, self.reader, &mut shells, root_task).in_phase(Phase::Rebuild)?;
+        let objects = memory::make_objects(self.loaded, self.reader, &mut shells, root_task)
+            .in_phase(Phase::Rebuild)?;
         let mut tasks: HashMap<i32, TaskId> = HashMap::from([(root.pid(), root_task)]);
         for step in steps {
             self.step(*step, &mut shells, &mut tasks, &objects)?;
@@ -198,8 +231,16 @@ impl Builder<'_> {
 
         self.events.phase(Phase::Rebuild);
         let elapsed_ns = self.elapsed_ns();
-        files::restore(self.loaded, &mut shells, &tasks, options, &objects, &mut report.warnings, elapsed_ns)
-            .in_phase(Phase::Rebuild)?;
+        files::restore(
+            self.loaded,
+            &mut shells,
+            &tasks,
+            options,
+            &objects,
+            &mut report.warnings,
+            elapsed_ns,
+        )
+        .in_phase(Phase::Rebuild)?;
         drop(objects);
         let finals = tasks::restore(
             self.loaded,
@@ -232,7 +273,10 @@ impl Builder<'_> {
         objects: &HashMap<ObjectId, OwnedFd>,
     ) -> Result<()> {
         let find = |tasks: &HashMap<i32, TaskId>, actor: i32| {
-            tasks.get(&actor).copied().ok_or_else(|| Error::bug(format!("no process {actor} in the plan")))
+            tasks
+                .get(&actor)
+                .copied()
+                .ok_or_else(|| Error::bug(format!("no process {actor} in the plan")))
         };
         let process = |pid: i32| {
             self.loaded
@@ -241,7 +285,11 @@ impl Builder<'_> {
                 .find(|p| p.pid() == pid)
                 .ok_or_else(|| Error::bug(format!("no process {pid} in the image")))
         };
-        let call = |shells: &mut Shells<'_>, actor: TaskId, name: &'static str, nr: i64, args: [i32; 2]| {
+        let call = |shells: &mut Shells<'_>,
+                    actor: TaskId,
+                    name: &'static str,
+                    nr: i64,
+                    args: [i32; 2]| {
             let mut batch = Batch::new();
             batch.call(name, nr, [args[0].into(), args[1].into()]);
             shells.run(actor, &batch).map(drop)
@@ -252,11 +300,20 @@ impl Builder<'_> {
                 let parent = find(tasks, from)?;
                 let pid = if child > 0 { child } else { self.free_pid()? };
                 let exit_signal = process(child).map_or(libc::SIGCHLD, |p| p.exit_signal);
-                let options = ForkOptions { exit_signal, ..ForkOptions::pids(&[pid]) };
+                let options = ForkOptions {
+                    exit_signal,
+                    ..ForkOptions::pids(&[pid])
+                };
                 tasks.insert(child, shells.fork(parent, &options)?);
                 Ok(())
             }
-            Step::Setsid(who) => call(shells, find(tasks, who)?, "setsid", libc::SYS_setsid, [0, 0]),
+            Step::Setsid(who) => call(
+                shells,
+                find(tasks, who)?,
+                "setsid",
+                libc::SYS_setsid,
+                [0, 0],
+            ),
             Step::Subreaper(who) => call(
                 shells,
                 find(tasks, who)?,
@@ -264,9 +321,13 @@ impl Builder<'_> {
                 libc::SYS_prctl,
                 [libc::PR_SET_CHILD_SUBREAPER, 1],
             ),
-            Step::JoinGroup { who, group } => {
-                call(shells, find(tasks, who)?, "setpgid", libc::SYS_setpgid, [0, group])
-            }
+            Step::JoinGroup { who, group } => call(
+                shells,
+                find(tasks, who)?,
+                "setpgid",
+                libc::SYS_setpgid,
+                [0, group],
+            ),
             Step::Memory(who) => {
                 let memory = Memory {
                     loaded: self.loaded,
@@ -275,8 +336,14 @@ impl Builder<'_> {
                     objects,
                 };
                 let me = process(who)?;
-                let parent = if self.cow.contains(&who) { Some(process(me.ppid)?) } else { None };
-                memory.build(shells, find(tasks, who)?, me, parent).in_phase(Phase::Rebuild)
+                let parent = if self.cow.contains(&who) {
+                    Some(process(me.ppid)?)
+                } else {
+                    None
+                };
+                memory
+                    .build(shells, find(tasks, who)?, me, parent)
+                    .in_phase(Phase::Rebuild)
             }
             Step::End { who, .. } => {
                 shells.vanish(find(tasks, who)?)?;
@@ -284,7 +351,9 @@ impl Builder<'_> {
                 Ok(())
             }
             Step::Zombie(who) => {
-                let Life::Zombie(status) = process(who)?.life else { return Ok(()) };
+                let Life::Zombie(status) = process(who)?.life else {
+                    return Ok(());
+                };
                 shells.exit(find(tasks, who)?, status)?;
                 tasks.remove(&who);
                 Ok(())
@@ -294,8 +363,12 @@ impl Builder<'_> {
 
     /// A PID that neither the image nor anybody here uses, for a temporary process.
     fn free_pid(&self) -> Result<i32> {
-        let used: HashSet<i32> =
-            self.loaded.procs.iter().flat_map(|p| p.threads.iter().copied().chain([p.pid(), p.sid, p.pgid])).collect();
+        let used: HashSet<i32> = self
+            .loaded
+            .procs
+            .iter()
+            .flat_map(|p| p.threads.iter().copied().chain([p.pid(), p.sid, p.pgid]))
+            .collect();
         (300..32_000)
             .rev()
             .find(|pid| !used.contains(pid) && ProcDir::open(Pid(*pid)).is_err())
@@ -308,9 +381,13 @@ impl Builder<'_> {
         let inside: HashSet<i32> = self.loaded.procs.iter().map(Process::pid).collect();
         for p in &self.loaded.procs {
             let stat = ProcDir::open(Pid(p.pid()))?.stat().on_task(p.pid())?;
-            let same = |what: &str, want: i32, is: i32| match want == is || !inside.contains(&want) {
+            let same = |what: &str, want: i32, is: i32| match want == is || !inside.contains(&want)
+            {
                 true => Ok(()),
-                false => Err(Error::unsupported(format!("its {what} would be {is} instead of {want}")).on_task(p.pid())),
+                false => Err(Error::unsupported(format!(
+                    "its {what} would be {is} instead of {want}"
+                ))
+                .on_task(p.pid())),
             };
             if p.pid() != root.pid() {
                 same("parent", p.ppid, stat.ppid)?;

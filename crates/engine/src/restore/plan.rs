@@ -69,7 +69,9 @@ struct Planner<'a> {
 /// The steps that recreate `procs` (parents before children). `cow` are those
 /// whose page index refers to their parent's pages.
 pub fn plan(procs: &[Process], cow: &HashSet<i32>) -> Result<Vec<Step>> {
-    let root = procs.first().ok_or_else(|| Error::corrupt("the image has no process"))?;
+    let root = procs
+        .first()
+        .ok_or_else(|| Error::corrupt("the image has no process"))?;
     let by_pid: HashMap<_, _> = procs.iter().map(|p| (p.pid(), p)).collect();
     if by_pid.len() != procs.len() {
         return Err(Error::corrupt("two processes have the same PID"));
@@ -78,7 +80,10 @@ pub fn plan(procs: &[Process], cow: &HashSet<i32>) -> Result<Vec<Step>> {
     let mut seen = HashSet::from([root.pid()]);
     for p in &procs[1..] {
         if !seen.contains(&p.ppid) || !by_pid[&p.ppid].is_alive() {
-            return Err(Error::corrupt(format!("process {} has no parent in the image", p.pid())));
+            return Err(Error::corrupt(format!(
+                "process {} has no parent in the image",
+                p.pid()
+            )));
         }
         seen.insert(p.pid());
         children.entry(p.ppid).or_default().push(p);
@@ -99,7 +104,12 @@ pub fn plan(procs: &[Process], cow: &HashSet<i32>) -> Result<Vec<Step>> {
     let outside = if root.sid == root.pid() { 0 } else { root.sid };
     planner.process(root, outside)?;
     planner.groups()?;
-    planner.steps.extend(procs.iter().filter(|p| !p.is_alive()).map(|p| Step::Zombie(p.pid())));
+    planner.steps.extend(
+        procs
+            .iter()
+            .filter(|p| !p.is_alive())
+            .map(|p| Step::Zombie(p.pid())),
+    );
     Ok(planner.steps)
 }
 
@@ -108,14 +118,16 @@ impl<'a> Planner<'a> {
     fn process(&mut self, p: &'a Process, birth: i32) -> Result<()> {
         let children = self.children.remove(&p.pid()).unwrap_or_default();
         let leads = p.sid == p.pid();
-        let (early, rest): (Vec<_>, Vec<_>) =
-            children.into_iter().partition(|c| leads && c.sid == birth && c.sid != c.pid());
+        let (early, rest): (Vec<_>, Vec<_>) = children
+            .into_iter()
+            .partition(|c| leads && c.sid == birth && c.sid != c.pid());
         self.batch_of_children(p, early, birth)?;
         if leads {
             self.steps.push(Step::Setsid(p.pid()));
         }
-        let (own, orphans): (Vec<_>, Vec<_>) =
-            rest.into_iter().partition(|c| c.sid == c.pid() || c.sid == p.sid);
+        let (own, orphans): (Vec<_>, Vec<_>) = rest
+            .into_iter()
+            .partition(|c| c.sid == c.pid() || c.sid == p.sid);
         self.batch_of_children(p, own, p.sid)?;
         self.orphans(p, orphans)?;
         if p.is_alive() {
@@ -132,15 +144,28 @@ impl<'a> Planner<'a> {
 
     /// Children forked by `p` itself while it is in session `sid`: those that
     /// share no pages first, then memory, then the others.
-    fn batch_of_children(&mut self, p: &Process, children: Vec<&'a Process>, sid: i32) -> Result<()> {
-        let (cow, plain): (Vec<_>, Vec<_>) = children.into_iter().partition(|c| self.cow.contains(&c.pid()));
+    fn batch_of_children(
+        &mut self,
+        p: &Process,
+        children: Vec<&'a Process>,
+        sid: i32,
+    ) -> Result<()> {
+        let (cow, plain): (Vec<_>, Vec<_>) = children
+            .into_iter()
+            .partition(|c| self.cow.contains(&c.pid()));
         for c in plain {
-            self.steps.push(Step::Fork { from: p.pid(), child: c.pid() });
+            self.steps.push(Step::Fork {
+                from: p.pid(),
+                child: c.pid(),
+            });
             self.process(c, sid)?;
         }
         for c in cow {
             self.memory(p.pid());
-            self.steps.push(Step::Fork { from: p.pid(), child: c.pid() });
+            self.steps.push(Step::Fork {
+                from: p.pid(),
+                child: c.pid(),
+            });
             self.process(c, sid)?;
         }
         Ok(())
@@ -154,22 +179,34 @@ impl<'a> Planner<'a> {
         }
         for (sid, members) in by_session {
             self.steps.push(Step::Subreaper(p.pid()));
-            let alive_leader = self.by_pid.get(&sid).filter(|l| l.is_alive() && l.sid == sid);
+            let alive_leader = self
+                .by_pid
+                .get(&sid)
+                .filter(|l| l.is_alive() && l.sid == sid);
             let (temp, parent) = match alive_leader {
                 Some(leader) => {
                     self.temps -= 1;
-                    self.steps.push(Step::Fork { from: leader.pid(), child: self.temps });
+                    self.steps.push(Step::Fork {
+                        from: leader.pid(),
+                        child: self.temps,
+                    });
                     (self.temps, leader.pid())
                 }
                 None => {
                     // The leader is dead: nobody else may have its number.
-                    self.steps.push(Step::Fork { from: p.pid(), child: sid });
+                    self.steps.push(Step::Fork {
+                        from: p.pid(),
+                        child: sid,
+                    });
                     self.steps.push(Step::Setsid(sid));
                     (sid, p.pid())
                 }
             };
             for c in &members {
-                self.steps.push(Step::Fork { from: temp, child: c.pid() });
+                self.steps.push(Step::Fork {
+                    from: temp,
+                    child: c.pid(),
+                });
             }
             self.steps.push(Step::End { who: temp, parent });
             for c in members {
@@ -189,9 +226,18 @@ impl<'a> Planner<'a> {
                 continue; // setsid made its group
             }
             if p.pgid == p.pid() {
-                joins.insert(0, Step::JoinGroup { who: p.pid(), group: p.pgid });
+                joins.insert(
+                    0,
+                    Step::JoinGroup {
+                        who: p.pid(),
+                        group: p.pgid,
+                    },
+                );
             } else if !outside(p) {
-                joins.push(Step::JoinGroup { who: p.pid(), group: p.pgid });
+                joins.push(Step::JoinGroup {
+                    who: p.pid(),
+                    group: p.pgid,
+                });
             } else if p.pgid != root.pgid || root.sid == root.pid() {
                 dead.entry(p.pgid).or_default().push(p);
             }
@@ -200,12 +246,21 @@ impl<'a> Planner<'a> {
         for (group, members) in dead {
             // setpgid(2) needs a process with that PID in the session, just long enough.
             let by = members[0].pid();
-            self.steps.push(Step::Fork { from: by, child: group });
+            self.steps.push(Step::Fork {
+                from: by,
+                child: group,
+            });
             self.steps.push(Step::JoinGroup { who: group, group });
             for m in members {
-                self.steps.push(Step::JoinGroup { who: m.pid(), group });
+                self.steps.push(Step::JoinGroup {
+                    who: m.pid(),
+                    group,
+                });
             }
-            self.steps.push(Step::End { who: group, parent: by });
+            self.steps.push(Step::End {
+                who: group,
+                parent: by,
+            });
         }
         Ok(())
     }
@@ -232,20 +287,49 @@ mod tests {
     }
 
     fn at(steps: &[Step], step: Step) -> usize {
-        steps.iter().position(|s| *s == step).unwrap_or_else(|| panic!("{step:?} not in {steps:?}"))
+        steps
+            .iter()
+            .position(|s| *s == step)
+            .unwrap_or_else(|| panic!("{step:?} not in {steps:?}"))
     }
 
     #[test]
     fn a_child_without_shared_pages_is_forked_before_the_memory() {
         let steps = plan(&[p(10, 1, 10, 10), p(11, 10, 10, 10)], &HashSet::new()).unwrap();
-        assert!(at(&steps, Step::Fork { from: 10, child: 11 }) < at(&steps, Step::Memory(10)));
-        assert!(at(&steps, Step::Setsid(10)) < at(&steps, Step::Fork { from: 10, child: 11 }));
+        assert!(
+            at(
+                &steps,
+                Step::Fork {
+                    from: 10,
+                    child: 11
+                }
+            ) < at(&steps, Step::Memory(10))
+        );
+        assert!(
+            at(&steps, Step::Setsid(10))
+                < at(
+                    &steps,
+                    Step::Fork {
+                        from: 10,
+                        child: 11
+                    }
+                )
+        );
     }
 
     #[test]
     fn a_child_that_shares_pages_is_forked_after_the_memory() {
         let steps = plan(&[p(10, 1, 10, 10), p(11, 10, 10, 10)], &HashSet::from([11])).unwrap();
-        assert!(at(&steps, Step::Memory(10)) < at(&steps, Step::Fork { from: 10, child: 11 }));
+        assert!(
+            at(&steps, Step::Memory(10))
+                < at(
+                    &steps,
+                    Step::Fork {
+                        from: 10,
+                        child: 11
+                    }
+                )
+        );
         assert_eq!(steps.iter().filter(|s| **s == Step::Memory(10)).count(), 1);
     }
 
@@ -253,22 +337,62 @@ mod tests {
     fn a_child_left_in_the_former_session_is_forked_before_setsid() {
         let procs = [p(10, 1, 10, 10), p(11, 10, 11, 11), p(12, 11, 10, 10)];
         let steps = plan(&procs, &HashSet::new()).unwrap();
-        assert!(at(&steps, Step::Fork { from: 11, child: 12 }) < at(&steps, Step::Setsid(11)));
+        assert!(
+            at(
+                &steps,
+                Step::Fork {
+                    from: 11,
+                    child: 12
+                }
+            ) < at(&steps, Step::Setsid(11))
+        );
     }
 
     #[test]
     fn an_orphan_of_a_dead_session_leader_gets_one_for_its_birth() {
         let procs = [p(10, 1, 10, 10), p(13, 10, 12, 12)];
         let steps = plan(&procs, &HashSet::new()).unwrap();
-        assert!(at(&steps, Step::Subreaper(10)) < at(&steps, Step::End { who: 12, parent: 10 }));
-        assert!(at(&steps, Step::Setsid(12)) < at(&steps, Step::Fork { from: 12, child: 13 }));
+        assert!(
+            at(&steps, Step::Subreaper(10))
+                < at(
+                    &steps,
+                    Step::End {
+                        who: 12,
+                        parent: 10
+                    }
+                )
+        );
+        assert!(
+            at(&steps, Step::Setsid(12))
+                < at(
+                    &steps,
+                    Step::Fork {
+                        from: 12,
+                        child: 13
+                    }
+                )
+        );
     }
 
     #[test]
     fn an_orphan_of_a_living_session_leader_is_forked_by_its_temporary_child() {
         let procs = [p(10, 1, 10, 10), p(11, 10, 11, 11), p(12, 10, 11, 11)];
         let steps = plan(&procs, &HashSet::new()).unwrap();
-        assert!(at(&steps, Step::Fork { from: 11, child: -1 }) < at(&steps, Step::Fork { from: -1, child: 12 }));
+        assert!(
+            at(
+                &steps,
+                Step::Fork {
+                    from: 11,
+                    child: -1
+                }
+            ) < at(
+                &steps,
+                Step::Fork {
+                    from: -1,
+                    child: 12
+                }
+            )
+        );
     }
 
     #[test]

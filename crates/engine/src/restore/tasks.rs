@@ -36,8 +36,13 @@ pub(super) fn restore(
             let mut batch = Batch::new();
             let mut last = FinalState::default();
             let is_leader = *tid == pid;
-            for kind in kinds.iter().filter(|k| is_leader || k.scope() == Scope::Thread) {
-                let Some(record) = loaded.record(kind.about().tag, *tid as u64) else { continue };
+            for kind in kinds
+                .iter()
+                .filter(|k| is_leader || k.scope() == Scope::Thread)
+            {
+                let Some(record) = loaded.record(kind.about().tag, *tid as u64) else {
+                    continue;
+                };
                 let mut cx = RestoreTask {
                     pid: Pid(pid),
                     tid: Tid(*tid),
@@ -50,7 +55,9 @@ pub(super) fn restore(
                     warnings,
                     elapsed_ns,
                 };
-                kind.restore(&mut cx, record).on(kind.about().name).on_task(*tid)?;
+                kind.restore(&mut cx, record)
+                    .on(kind.about().name)
+                    .on_task(*tid)?;
             }
             let stop = match process.life {
                 Life::Stopped(signal) if is_leader => Some(signal),
@@ -68,7 +75,9 @@ pub(super) fn restore(
         shells.finish(task, &batch).on_task(tid.0)?;
         finals.push(Final {
             task,
-            regs: last.regs.ok_or_else(|| Error::corrupt("a thread has no registers in the image").on_task(tid.0))?,
+            regs: last.regs.ok_or_else(|| {
+                Error::corrupt("a thread has no registers in the image").on_task(tid.0)
+            })?,
             xstate: last.xstate,
             sigmask: last.sigmask,
             stop,

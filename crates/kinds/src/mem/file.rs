@@ -11,8 +11,8 @@ use std::os::unix::ffi::OsStrExt;
 use freezeframe_error::{Error, Kind, Result, SysExt};
 use freezeframe_image::{RawRecord, Tag};
 use freezeframe_inject::Arg;
-use freezeframe_sys::proc::VmFlags;
 use freezeframe_sys::fd::fstat;
+use freezeframe_sys::proc::VmFlags;
 use serde::{Deserialize, Serialize};
 
 use crate::about::{About, show};

@@ -68,9 +68,18 @@ impl TaskKind for MmLayout {
     }
     fn ask(&self, _task: &TaskView<'_>, batch: &mut Batch) -> Result<Asked> {
         let brk = batch.call("brk(0)", libc::SYS_brk, [Arg::Imm(0)]);
-        Ok(Asked { ops: vec![brk], data: Vec::new() })
+        Ok(Asked {
+            ops: vec![brk],
+            data: Vec::new(),
+        })
     }
-    fn dump(&self, _cx: &mut DumpCx<'_>, task: &TaskView<'_>, asked: &Asked, replies: &Replies) -> Result<Option<RawRecord>> {
+    fn dump(
+        &self,
+        _cx: &mut DumpCx<'_>,
+        task: &TaskView<'_>,
+        asked: &Asked,
+        replies: &Replies,
+    ) -> Result<Option<RawRecord>> {
         let proc = task.proc;
         let exe = proc.dir.link("exe").on_task(proc.pid.0)?;
         if exe.ends_with(b" (deleted)") {
@@ -104,33 +113,58 @@ impl TaskKind for MmLayout {
         if r.auxv.len() > 4096 {
             return Err(Error::corrupt("the auxiliary vector is too long").on_task(task.pid.0));
         }
-        crate::mem::file::check_unchanged(&r.exe, r.exe_size, Some(r.exe_mtime_ns)).map_err(|e| e.on_task(task.pid.0))?;
+        crate::mem::file::check_unchanged(&r.exe, r.exe_size, Some(r.exe_mtime_ns))
+            .map_err(|e| e.on_task(task.pid.0))?;
         let path = task.batch.cstr(&r.exe);
         let label = format!("open({})", String::from_utf8_lossy(&r.exe));
         let exe = task.batch.call(
             label,
             libc::SYS_openat,
-            [libc::AT_FDCWD.into(), path.into(), (libc::O_RDONLY | libc::O_CLOEXEC).into()],
+            [
+                libc::AT_FDCWD.into(),
+                path.into(),
+                (libc::O_RDONLY | libc::O_CLOEXEC).into(),
+            ],
         );
         let auxv = task.batch.data(&r.auxv);
         let map = task.batch.room(MAP_SIZE);
         let words = [
-            r.start_code, r.end_code, r.start_data, r.end_data, r.start_brk, r.brk, r.start_stack,
-            r.arg_start, r.arg_end, r.env_start, r.env_end,
+            r.start_code,
+            r.end_code,
+            r.start_data,
+            r.end_data,
+            r.start_brk,
+            r.brk,
+            r.start_stack,
+            r.arg_start,
+            r.arg_end,
+            r.env_start,
+            r.env_end,
         ];
         let bytes: Vec<u8> = words.iter().flat_map(|w| w.to_le_bytes()).collect();
         task.batch.set(map, &bytes);
         task.batch.pointer(map.at(88), auxv);
-        task.batch.set(map.at(96), &(r.auxv.len() as u32).to_le_bytes());
+        task.batch
+            .set(map.at(96), &(r.auxv.len() as u32).to_le_bytes());
         // The descriptor's number is known only when the batch runs, and the map
         // must name it: so it goes to a number of our choice.
         let number = task.spare_fd;
-        task.batch.call("dup3", libc::SYS_dup3, [exe.into(), number.into(), libc::O_CLOEXEC.into()]);
+        task.batch.call(
+            "dup3",
+            libc::SYS_dup3,
+            [exe.into(), number.into(), libc::O_CLOEXEC.into()],
+        );
         task.batch.set(map.at(100), &number.to_le_bytes());
         task.batch.call(
             "prctl(PR_SET_MM_MAP)",
             libc::SYS_prctl,
-            [PR_SET_MM.into(), PR_SET_MM_MAP.into(), map.into(), MAP_SIZE.into(), 0.into()],
+            [
+                PR_SET_MM.into(),
+                PR_SET_MM_MAP.into(),
+                map.into(),
+                MAP_SIZE.into(),
+                0.into(),
+            ],
         );
         task.batch.call("close", libc::SYS_close, [number.into()]);
         task.batch.call("close", libc::SYS_close, [exe.into()]);
