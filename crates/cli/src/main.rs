@@ -1,3 +1,83 @@
 //! The freezeframe command.
+//!
+//! [`options`] has a row for each option, [`actions`] a row and a file for each
+//! action; [`grammar`] reads the command line by them. What an operation says
+//! goes through [`ears`] to the [`log`]; [`guard`] runs the engine in a process
+//! of its own.
 
-fn main() {}
+mod actions;
+mod ears;
+mod grammar;
+mod guard;
+mod log;
+mod options;
+mod outcome;
+mod progress;
+mod words;
+
+use std::ffi::OsString;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+use actions::Act;
+use grammar::{Stop, Usage};
+
+fn main() {
+    let args: Vec<OsString> = std::env::args_os().collect();
+    // No thread may exist before the engine's process is forked.
+    let code = match grammar::parse(&args).and_then(|line| run(&line)) {
+        Ok(code) => code,
+        Err(Stop::Version) => {
+            version(&args);
+            outcome::DONE
+        }
+        Err(Stop::Clap(e)) => {
+            let _ = e.print();
+            if e.use_stderr() {
+                outcome::USAGE
+            } else {
+                outcome::DONE
+            }
+        }
+        Err(Stop::Usage(Usage(text))) => usage(&args, &text),
+    };
+    std::process::exit(code);
+}
+
+fn run(line: &grammar::Line) -> Result<i32, Stop> {
+    match line.act {
+        Act::Dump => actions::dump::run(line),
+        Act::Restore => actions::restore::run(line),
+        Act::Inspect => actions::inspect::run(line),
+        Act::Verify => actions::verify::run(line),
+        Act::Check => actions::check::run(line),
+        Act::Support => actions::support::run(line),
+        Act::Completions => actions::completions::run(line),
+        Act::Man => actions::man::run(line),
+        later => Err(Usage(format!("the action {} is not carried yet", later.name())).into()),
+    }
+}
+
+/// Says what is wrong with the command line.
+fn usage(args: &[OsString], text: &str) -> i32 {
+    eprintln!("Error (options): {text}\nkind=usage target=untouched exit=2");
+    if args.iter().any(|a| a == "--json") {
+        let e = freezeframe::Error::new(freezeframe::Kind::Usage, text.to_owned())
+            .leaving(freezeframe::Target::Untouched);
+        outcome::print(&outcome::failure(&e));
+    }
+    outcome::USAGE
+}
+
+/// Called as `criu`, in the form that CRIU's users read.
+fn version(args: &[OsString]) {
+    let name = args.first().and_then(|a| Path::new(a).file_name());
+    if name.is_some_and(|n| n.as_bytes() == b"criu") {
+        println!(
+            "Version: 4.2\nGitID: freezeframe-{}",
+            env!("CARGO_PKG_VERSION")
+        );
+    } else {
+        println!("freezeframe {}", env!("CARGO_PKG_VERSION"));
+    }
+}

@@ -1,7 +1,7 @@
 //! Restoring, as callers see it.
 
 use std::fmt;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::process::ExitStatus;
@@ -70,11 +70,14 @@ impl Restore {
     /// Gives the tree a descriptor of the caller's for a resource that was
     /// outside of it, by CRIU's name (`pipe:[123]`). The descriptor must stay
     /// open until [`run`](Restore::run) returns.
-    pub fn inherit_fd(mut self, name: impl Into<String>, fd: BorrowedFd<'_>) -> Restore {
-        self.request
-            .options
-            .inherit
-            .insert(name.into(), fd.as_raw_fd());
+    pub fn inherit_fd(self, name: impl Into<String>, fd: BorrowedFd<'_>) -> Restore {
+        self.inherit_raw_fd(name, fd.as_raw_fd())
+    }
+
+    /// As [`inherit_fd`](Restore::inherit_fd), for a descriptor known by its
+    /// number, as those that are named on a command line.
+    pub fn inherit_raw_fd(mut self, name: impl Into<String>, fd: RawFd) -> Restore {
+        self.request.options.inherit.insert(name.into(), fd);
         self
     }
 

@@ -1,0 +1,186 @@
+//! `dump`: freeze a tree and write its image.
+
+use std::io::IsTerminal;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use freezeframe::{Dump, DumpReport, Error, Kind, Phase, Result, Target};
+use serde_json::json;
+
+use crate::ears::Ears;
+use crate::grammar::{Line, Stop, Usage};
+use crate::guard::{self, Link};
+use crate::log::Log;
+use crate::outcome;
+
+/// Runs it; the exit code.
+pub(crate) fn run(line: &Line) -> Result<i32, Stop> {
+    let pid: i32 = line
+        .number("tree")?
+        .ok_or_else(|| Usage("dump needs -t PID, the root of the tree".to_owned()))?;
+    if pid <= 0 {
+        return Err(Usage(format!("--tree: {pid} is not a PID")).into());
+    }
+    if line.has("leave-running") && line.has("leave-stopped") {
+        return Err(
+            Usage("--leave-running and --leave-stopped exclude each other".to_owned()).into(),
+        );
+    }
+    let deadline = line.number::<u64>("timeout")?.filter(|s| *s > 0);
+    let mut external = Vec::new();
+    for name in line.values("external") {
+        external.push(external_name(name.to_str())?);
+    }
+    let dir = line.images_dir();
+    make_dir(&dir).map_err(|e| Usage(format!("--images-dir: {}: {e}", dir.display())))?;
+    let log = Arc::new(Log::open(line)?);
+    super::say_ignored(line, &log);
+    super::close_fds(line)?;
+
+    let json = line.has("json");
+    let stats = line.has("display-stats");
+    let after = After {
+        running: line.has("leave-running"),
+        stopped: line.has("leave-stopped"),
+    };
+    let work = |link: Link| {
+        let ears = Arc::new(Ears::of_dump(Arc::clone(&log), link));
+        let mut dump = Dump::new(pid)
+            .images_dir(&dir)
+            .leave_running(after.running)
+            .leave_stopped(after.stopped)
+            .sync(!line.has("no-sync"))
+            .shell_job(line.has("shell-job"))
+            .events(ears);
+        for name in external {
+            dump = dump.external(name);
+        }
+        if let Some(seconds) = deadline {
+            dump = dump.deadline(Duration::from_secs(seconds));
+        }
+        let result = own_kin(pid)
+            .and_then(|()| dump.run())
+            .map_err(outcome::settled);
+        match result {
+            Ok(report) => {
+                for warning in &report.warnings {
+                    log.line(
+                        freezeframe::Level::Warning,
+                        "dump",
+                        format_args!("{warning}"),
+                    );
+                }
+                log.success();
+                if json {
+                    outcome::print(&result_json(pid, &dir, &report));
+                } else {
+                    tell(pid, &dir, after, &report, stats);
+                }
+                outcome::DONE
+            }
+            Err(e) => super::failed(&log, json, &e),
+        }
+    };
+    let ended = guard::in_child(work);
+    Ok(match ended {
+        Ok(ended) => ended.code,
+        Err(e) => super::failed(&log, json, &e),
+    })
+}
+
+#[derive(Clone, Copy)]
+struct After {
+    running: bool,
+    stopped: bool,
+}
+
+/// The image directory, private unless it is there already.
+fn make_dir(dir: &Path) -> std::io::Result<()> {
+    use std::os::unix::fs::DirBuilderExt;
+    match std::fs::DirBuilder::new().mode(0o700).create(dir) {
+        Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => Ok(()),
+        result => result,
+    }
+}
+
+/// Refuses to dump ourselves or one that we live under: the engine knows its
+/// own process only, and this command has two.
+fn own_kin(pid: i32) -> Result<()> {
+    let me = std::process::id() as i32;
+    if pid == me || pid == std::os::unix::process::parent_id() as i32 {
+        let e = Error::new(
+            Kind::Usage,
+            "this is the dumper itself, which cannot freeze itself",
+        )
+        .on_task(pid);
+        return Err(e
+            .with_kind(Kind::Unsupported)
+            .in_phase(Phase::Plan)
+            .leaving(Target::Untouched));
+    }
+    Ok(())
+}
+
+/// An external resource's name that we carry.
+fn external_name(name: Option<&str>) -> Result<String, Usage> {
+    let name = name.ok_or_else(|| Usage("--external: the name is not text".to_owned()))?;
+    let kind = name.split(['[', ':']).next().unwrap_or_default();
+    match kind {
+        "file" | "unix" | "pipe" | "tty" | "socket" => Ok(name.to_owned()),
+        "mnt" | "dev" | "veth" | "macvlan" | "net" | "pid" | "netdev" => {
+            Err(Usage(format!("--external {kind}[...] is not carried yet")))
+        }
+        _ => Err(Usage(format!(
+            "--external: '{name}' is not of the form TYPE[ID]:VALUE"
+        ))),
+    }
+}
+
+fn result_json(pid: i32, dir: &Path, r: &DumpReport) -> serde_json::Value {
+    let dir: PathBuf = std::path::absolute(dir).unwrap_or_else(|_| dir.to_owned());
+    json!({
+        "ok": true,
+        "action": "dump",
+        "pid": pid,
+        "images_dir": dir.to_string_lossy(),
+        "processes": r.processes,
+        "threads": r.threads,
+        "pages": {"scanned": r.pages_scanned, "written": r.pages_written, "shared": r.pages_shared, "zero": r.pages_zero},
+        "microseconds": {
+            "freezing": r.freezing.as_micros() as u64,
+            "frozen": r.frozen.as_micros() as u64,
+            "memory": r.memory.as_micros() as u64,
+        },
+        "warnings": r.warnings,
+    })
+}
+
+fn tell(pid: i32, dir: &Path, after: After, r: &DumpReport, stats: bool) {
+    use crate::words::{bytes, count, time};
+    if std::io::stdout().is_terminal() {
+        let now = match after {
+            After { running: true, .. } => "it runs on",
+            After { stopped: true, .. } => "it is stopped",
+            _ => "it has been ended",
+        };
+        println!(
+            "Dumped {} with {} under PID {pid} to {}: {} of memory, frozen for {}; {now}.",
+            count(r.processes, "process"),
+            count(r.threads, "thread"),
+            dir.display(),
+            bytes(r.pages_written * 4096),
+            time(r.frozen),
+        );
+    }
+    if stats {
+        println!("Displaying dump stats:");
+        println!("Freezing time: {} us", r.freezing.as_micros());
+        println!("Frozen time: {} us", r.frozen.as_micros());
+        println!("Memory dump time: {} us", r.memory.as_micros());
+        println!("Memory pages scanned: {}", r.pages_scanned);
+        println!("Memory pages zero: {}", r.pages_zero);
+        println!("Memory pages equal to a relative's: {}", r.pages_shared);
+        println!("Memory pages written: {}", r.pages_written);
+    }
+}

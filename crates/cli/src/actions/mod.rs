@@ -1,0 +1,190 @@
+//! The actions: one file each.
+
+pub(crate) mod check;
+pub(crate) mod completions;
+pub(crate) mod dump;
+pub(crate) mod inspect;
+pub(crate) mod man;
+pub(crate) mod restore;
+pub(crate) mod support;
+pub(crate) mod verify;
+
+use freezeframe::{Error, Level};
+
+use crate::grammar::{Line, Usage};
+use crate::log::Log;
+use crate::outcome;
+
+/// What the command is asked to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Act {
+    Dump,
+    PreDump,
+    Restore,
+    Check,
+    Inspect,
+    Verify,
+    Core,
+    Swrk,
+    Service,
+    PageServer,
+    LazyPages,
+    Dedup,
+    Cpuinfo,
+    Support,
+    Completions,
+    Man,
+}
+
+/// An action's row: its name, its line in the help, what follows it.
+pub(crate) struct About {
+    pub(crate) act: Act,
+    pub(crate) name: &'static str,
+    pub(crate) help: &'static str,
+    /// Words after the action: name, how many.
+    pub(crate) words: Option<(&'static str, usize)>,
+    pub(crate) carried: bool,
+}
+
+const fn about(act: Act, name: &'static str, help: &'static str) -> About {
+    About {
+        act,
+        name,
+        help,
+        words: None,
+        carried: true,
+    }
+}
+
+const fn later(act: Act, name: &'static str, help: &'static str) -> About {
+    About {
+        act,
+        name,
+        help,
+        words: None,
+        carried: false,
+    }
+}
+
+impl About {
+    const fn words(mut self, name: &'static str, most: usize) -> About {
+        self.words = Some((name, most));
+        self
+    }
+}
+
+/// All actions, in the order of the help.
+pub(crate) static ACTIONS: &[About] = &[
+    about(
+        Act::Dump,
+        "dump",
+        "Freeze a process tree and write it to an image",
+    ),
+    about(
+        Act::Restore,
+        "restore",
+        "Rebuild the tree of an image and let it go on",
+    ),
+    about(Act::Inspect, "inspect", "Show what is in an image").words("DIR", 1),
+    about(
+        Act::Verify,
+        "verify",
+        "Check an image's checksums and structure",
+    )
+    .words("DIR", 1),
+    about(
+        Act::Check,
+        "check",
+        "Tell what this kernel and our rights allow",
+    ),
+    about(
+        Act::Support,
+        "support",
+        "Print what is carried, as SUPPORT.md has it",
+    ),
+    about(
+        Act::Completions,
+        "completions",
+        "Print completions for a shell",
+    )
+    .words("SHELL", 1),
+    about(Act::Man, "man", "Print the manual page"),
+    later(
+        Act::PreDump,
+        "pre-dump",
+        "Write changed memory ahead of a dump",
+    ),
+    later(
+        Act::Core,
+        "core",
+        "Write an ELF core file for each process of an image",
+    )
+    .words("DIR", 1),
+    later(Act::Swrk, "swrk", "Serve one request on a socket").words("FD", 1),
+    later(Act::Service, "service", "Serve requests"),
+    later(
+        Act::PageServer,
+        "page-server",
+        "Receive pages from another machine",
+    ),
+    later(
+        Act::LazyPages,
+        "lazy-pages",
+        "Give a restored tree its memory when it asks",
+    ),
+    later(Act::Dedup, "dedup", "Drop what a newer image has again"),
+    later(Act::Cpuinfo, "cpuinfo", "Write or compare CPU features").words("WHAT", 1),
+];
+
+impl Act {
+    /// Its row.
+    pub(crate) fn about(self) -> &'static About {
+        ACTIONS
+            .iter()
+            .find(|a| a.act == self)
+            .expect("every action has a row: tested")
+    }
+    /// The action of this name.
+    pub(crate) fn named(name: &str) -> Option<Act> {
+        ACTIONS.iter().find(|a| a.name == name).map(|a| a.act)
+    }
+    /// Its name.
+    pub(crate) fn name(self) -> &'static str {
+        self.about().name
+    }
+}
+
+/// Logs the options that mean nothing here.
+fn say_ignored(line: &Line, log: &Log) {
+    for text in &line.ignored {
+        log.line(Level::Info, line.act.name(), format_args!("{text}"));
+    }
+}
+
+/// `--close FD`.
+fn close_fds(line: &Line) -> Result<(), Usage> {
+    for value in line.values("close") {
+        let fd: i32 = value
+            .to_str()
+            .and_then(|v| v.parse().ok())
+            .filter(|fd| *fd >= 0)
+            .ok_or_else(|| {
+                Usage(format!(
+                    "--close: '{}' is not a descriptor",
+                    value.to_string_lossy()
+                ))
+            })?;
+        nix::unistd::close(fd).map_err(|e| Usage(format!("--close: descriptor {fd}: {e}")))?;
+    }
+    Ok(())
+}
+
+/// Tells a failure to people and machines; the exit code.
+fn failed(log: &Log, json: bool, e: &Error) -> i32 {
+    let code = outcome::exit_code(e);
+    log.failure(e, code);
+    if json {
+        outcome::print(&outcome::failure(e));
+    }
+    code
+}
