@@ -194,10 +194,7 @@ impl Shells<'_> {
         let mut round = 0u32;
         while !pids.is_empty() {
             for index in 0..self.tasks.len() {
-                if !self.tasks[index].dead
-                    && tracer::is_dead(self.tasks[index].tid)
-                    && self.tracer.reap(self.tasks[index].tid)
-                {
+                if !self.tasks[index].dead && self.tracer.reap(self.tasks[index].tid) {
                     self.bury(index);
                 }
             }

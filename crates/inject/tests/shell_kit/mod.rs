@@ -5,10 +5,10 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 /// A hole in every process of these tests.
-pub const BASE: u64 = 0x1000_0000_0000;
+pub(crate) const BASE: u64 = 0x1000_0000_0000;
 
 /// PIDs that nobody has, different from those other tests running now choose.
-pub fn free_pids(n: usize) -> Vec<i32> {
+pub(crate) fn free_pids(n: usize) -> Vec<i32> {
     let mut pid = 2000
         + (std::process::id() as i32)
             .wrapping_mul(97)
@@ -27,12 +27,12 @@ pub fn free_pids(n: usize) -> Vec<i32> {
 }
 
 /// Whether a process or thread has this id (a zombie counts).
-pub fn alive(pid: i32) -> bool {
+pub(crate) fn alive(pid: i32) -> bool {
     Path::new(&format!("/proc/{pid}")).exists()
 }
 
 /// The state letter of a process.
-pub fn state(pid: i32) -> char {
+pub(crate) fn state(pid: i32) -> char {
     std::fs::read_to_string(format!("/proc/{pid}/stat"))
         .ok()
         .and_then(|s| s.rsplit(')').next()?.trim().chars().next())
@@ -40,7 +40,7 @@ pub fn state(pid: i32) -> char {
 }
 
 /// Polls until `f` holds.
-pub fn until(what: &str, mut f: impl FnMut() -> bool) {
+pub(crate) fn until(what: &str, mut f: impl FnMut() -> bool) {
     let end = Instant::now() + Duration::from_secs(10);
     while !f() {
         assert!(Instant::now() < end, "{what}");

@@ -1,0 +1,82 @@
+//! What restore shells cost. Prints; the bounds are generous, since tests run
+//! beside each other.
+
+use std::time::{Duration, Instant};
+
+use freezeframe_inject::Batch;
+use freezeframe_inject::shell::{ForkOptions, Shells, SpawnOptions};
+use freezeframe_inject::tracer::Tracer;
+
+mod shell_kit;
+use shell_kit::BASE;
+
+fn median(mut times: Vec<Duration>) -> Duration {
+    times.sort_unstable();
+    times[times.len() / 2]
+}
+
+#[test]
+fn costs() {
+    let tracer = Tracer::new();
+    let mut one = Batch::new();
+    one.call("getpid", libc::SYS_getpid, []);
+    let (mut spawn, mut drops) = (Vec::new(), Vec::new());
+    for _ in 0..9 {
+        let start = Instant::now();
+        let (mut shells, root) = Shells::spawn_root(&tracer, SpawnOptions::at(BASE)).unwrap();
+        shells.run(root, &one).unwrap();
+        spawn.push(start.elapsed());
+        let start = Instant::now();
+        drop(shells);
+        drops.push(start.elapsed());
+    }
+    println!(
+        "spawn_root to first batch done: {:?}",
+        median(spawn.clone())
+    );
+    println!("drop: {:?}", median(drops));
+    assert!(median(spawn) < Duration::from_millis(20));
+
+    let (mut shells, root) = Shells::spawn_root(&tracer, SpawnOptions::at(BASE)).unwrap();
+    for calls in [1, 10, 100, 1000] {
+        let mut batch = Batch::new();
+        for _ in 0..calls {
+            batch.call("getpid", libc::SYS_getpid, []);
+        }
+        let trips = (0..200)
+            .map(|_| {
+                let start = Instant::now();
+                shells.run(root, &batch).unwrap();
+                start.elapsed()
+            })
+            .collect();
+        let trip = median(trips);
+        println!("batch of {calls}: {trip:?}, {:?} a call", trip / calls);
+        assert!(trip < Duration::from_millis(10));
+    }
+    let forks = (0..20)
+        .map(|_| {
+            let start = Instant::now();
+            shells.fork(root, &ForkOptions::default()).unwrap();
+            start.elapsed()
+        })
+        .collect();
+    println!("fork: {:?}", median(forks));
+    let start = Instant::now();
+    let made = shells.threads(root, &vec![Vec::new(); 1000]).unwrap();
+    let took = start.elapsed();
+    println!("1000 threads: {took:?}");
+    assert_eq!(made.len(), 1000);
+    assert!(took < Duration::from_secs(1));
+    let start = Instant::now();
+    for &task in &made {
+        shells.start(task, &one).unwrap();
+    }
+    for &task in &made {
+        shells.finish(task, &one).unwrap();
+    }
+    println!("a batch in each of 1000 threads: {:?}", start.elapsed());
+    let start = Instant::now();
+    drop(shells);
+    println!("drop of 1000 threads and 20 forks: {:?}", start.elapsed());
+}
