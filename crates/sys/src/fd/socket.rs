@@ -39,11 +39,16 @@ pub struct Message {
     pub credentials: Option<Credentials>,
 }
 
-/// Reads a socket option, at most `room` bytes of it.
+/// Reads a socket option, at most `room` bytes of it. Not SO_GET_FILTER: that
+/// is [`socket_filter`].
 pub fn getsockopt(fd: impl AsFd, level: i32, option: i32, room: usize) -> Result<Vec<u8>> {
+    if (level, option) == (libc::SOL_SOCKET, libc::SO_GET_FILTER) {
+        return Err(Error::bug("SO_GET_FILTER counts in instructions"));
+    }
     let mut value = vec![0u8; room];
     let mut len = libc::socklen_t::try_from(room).map_err(|_| Error::bug("option too long"))?;
-    // SAFETY: the kernel writes at most `len` bytes, for which `value` has room.
+    // SAFETY: the kernel writes at most `len` bytes, for which `value` has
+    // room; the one option that it counts otherwise is refused above.
     let done = unsafe {
         libc::getsockopt(
             fd.as_fd().as_raw_fd(),
@@ -83,17 +88,45 @@ pub fn getsockopt_linger(fd: impl AsFd) -> Result<(bool, i32)> {
     }
 }
 
+/// The classic BPF program attached to a socket (SO_GET_FILTER): its
+/// instructions, each a `struct sock_filter`, as it is. Empty: none is.
+/// EACCES: it is not a classic one.
+pub fn socket_filter(fd: impl AsFd) -> Result<Vec<[u8; 8]>> {
+    // The kernel counts in instructions here, not in bytes; BPF_MAXINSNS.
+    let mut program = vec![[0u8; 8]; 4096];
+    let mut count = program.len() as libc::socklen_t;
+    // SAFETY: the kernel writes at most `count` instructions of 8 bytes, for
+    // which `program` has room.
+    let done = unsafe {
+        libc::getsockopt(
+            fd.as_fd().as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_GET_FILTER,
+            program.as_mut_ptr().cast(),
+            &raw mut count,
+        )
+    };
+    if done < 0 {
+        return Err(Error::last_os("getsockopt(SO_GET_FILTER)"));
+    }
+    program.truncate(count as usize);
+    Ok(program)
+}
+
 /// Sets a socket option whose value holds no addresses of memory: those that
-/// do (`SO_ATTACH_FILTER`, `SO_ATTACH_REUSEPORT_CBPF`, and the tables of
-/// netfilter) are refused.
+/// do (`SO_ATTACH_FILTER`, `SO_ATTACH_REUSEPORT_CBPF`, `PACKET_FANOUT_DATA`, and
+/// the tables of netfilter) are refused.
 pub fn setsockopt(fd: impl AsFd, level: i32, option: i32, value: &[u8]) -> Result<()> {
+    const PACKET_FANOUT_DATA: i32 = 22;
     let holds_pointer = match level {
         libc::SOL_SOCKET => matches!(
             option,
             libc::SO_ATTACH_FILTER | libc::SO_ATTACH_REUSEPORT_CBPF
         ),
-        // IPT_SO_SET_*, ARPT_SO_SET_*, EBT_SO_SET_* and their IPv6 kin.
-        libc::IPPROTO_IP | libc::IPPROTO_IPV6 => (64..=192).contains(&option),
+        // SET_REPLACE and SET_ADD_COUNTERS of iptables, arptables, ebtables.
+        libc::IPPROTO_IP => matches!(option, 64 | 65 | 96 | 97 | 128 | 129),
+        libc::IPPROTO_IPV6 => matches!(option, 64 | 65),
+        libc::SOL_PACKET => option == PACKET_FANOUT_DATA,
         _ => false,
     };
     if holds_pointer {
