@@ -308,6 +308,20 @@ fn options() {
     );
     let e = setsockopt(&a, libc::SOL_SOCKET, libc::SO_ATTACH_FILTER, &[0; 16]).unwrap_err();
     assert_eq!(e.kind(), Kind::Bug);
+    assert!(getsockopt(&a, libc::SOL_SOCKET, libc::SO_GET_FILTER, 64).is_err());
+    assert!(socket_filter(&a).unwrap().is_empty());
+    let program = [[6u8, 0, 0, 0, 1, 0, 0, 0]; 3]; // BPF_RET of 1, thrice
+    let attach = libc::sock_fprog {
+        len: 3,
+        filter: program.as_ptr().cast_mut().cast(),
+    };
+    // SAFETY: the kernel reads `attach` and the three instructions it points to.
+    let done = unsafe {
+        let (level, option) = (libc::SOL_SOCKET, libc::SO_ATTACH_FILTER);
+        libc::setsockopt(a.as_raw_fd(), level, option, (&raw const attach).cast(), 16)
+    };
+    assert_eq!(done, 0);
+    assert_eq!(socket_filter(&a).unwrap(), program);
     assert!(getsockopt(File::open("/dev/null").unwrap(), 1, 3, 4).is_err());
 }
 

@@ -517,7 +517,9 @@ fn own_fdinfo(fd: impl AsFd) -> Result<crate::proc::FdInfo, String> {
 
 pub(super) fn fdinfo_lock() -> Answer {
     let file = File::from(fd::memfd_create(c"probe", libc::MFD_CLOEXEC).map_err(said)?);
-    file.try_lock().map_err(|e| format!("flock: {e}"))?;
+    // SAFETY: takes two integers; the lock goes with the file.
+    let done = unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) };
+    answer("flock", done.into())?;
     match own_fdinfo(&file)?.get("lock") {
         Some(_) => fine(),
         None => Err("a lock is not in fdinfo".into()),
@@ -717,10 +719,11 @@ pub(super) fn tun() -> Answer {
     answer("ioctl(TUNGETFEATURES)", done.into())
 }
 
-/// Asks a netlink family something and reads the answer: 0, or the errno it gives.
+/// Asks a netlink family something, and reads whether it answers with an error.
 fn netlink(family: i32, kind: u16, flags: u16, body: &[u8]) -> Answer {
     const NLM_F_REQUEST: u16 = 1;
     const NLMSG_ERROR: u16 = 2;
+    const NLMSG_DONE: u16 = 3;
     let flags = flags | NLM_F_REQUEST;
     let (domain, kind_of) = (libc::AF_NETLINK, libc::SOCK_RAW | libc::SOCK_CLOEXEC);
     // SAFETY: takes integers, makes a descriptor.
@@ -761,9 +764,11 @@ fn netlink(family: i32, kind: u16, flags: u16, body: &[u8]) -> Answer {
         bytes.copy_from_slice(&reply[at..at + 4]);
         i32::from_ne_bytes(bytes)
     };
-    match reply[4..6] == NLMSG_ERROR.to_ne_bytes() {
-        true if word(16) != 0 => Err(Errno::from_raw(-word(16)).desc().into()),
-        _ => fine(),
+    // The end of a list holds an error too, where the list could not be made.
+    let kind = u16::from_ne_bytes([reply[4], reply[5]]);
+    match matches!(kind, NLMSG_ERROR | NLMSG_DONE) && word(16) < 0 {
+        true => Err(Errno::from_raw(-word(16)).desc().into()),
+        false => fine(),
     }
 }
 
