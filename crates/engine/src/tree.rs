@@ -1,7 +1,7 @@
 //! Which tasks there are, and whether they may be touched at all.
 
 use freezeframe_error::{Error, Kind, Phase, Result, Target};
-use freezeframe_sys::ids::Pid;
+use freezeframe_sys::ids::{Pid, Tid};
 use freezeframe_sys::proc::ProcDir;
 
 /// Looks at the root of a tree before anything is touched: it must be there, a
@@ -61,7 +61,8 @@ fn look(pid: i32) -> Result<()> {
 
 /// Refuses a task that somebody traces, and says who.
 pub fn check_untraced(tracer: i32) -> Result<()> {
-    if tracer == 0 || tracer == Pid::this().0 {
+    // The kernel names the tracing thread, which need not be our first.
+    if tracer == 0 || tracer == Tid::this().0 {
         return Ok(());
     }
     let comm = ProcDir::open(Pid(tracer))

@@ -10,10 +10,10 @@ use std::time::Duration;
 
 use freezeframe_error::{Error, Kind, Phase, Result, SysExt, Target};
 
-use crate::engine::dump::{After, DumpReport, DumpRequest, run};
-use crate::engine::events::NoEvents;
-use crate::engine::kinds::DumpOptions;
 use crate::{DEFAULT_DEADLINE, SharedEvents, thread};
+use freezeframe_engine::dump::{After, DumpReport, DumpRequest, run};
+use freezeframe_engine::events::NoEvents;
+use freezeframe_kinds::DumpOptions;
 
 /// A dump of the process tree under one process: set up, then [`run`](Dump::run).
 ///

@@ -43,15 +43,10 @@ mod dump;
 mod restore;
 mod thread;
 
-// Until the engine crate compiles, its interface as agreed stands in for it.
-#[doc(hidden)]
-pub mod pending;
-use pending as engine;
-
 pub use dump::Dump;
-pub use engine::dump::DumpReport;
-pub use engine::events::{Events, Level, NoEvents, Step};
-pub use engine::restore::RestoreReport;
+pub use freezeframe_engine::dump::DumpReport;
+pub use freezeframe_engine::events::{Events, Level, NoEvents, Step};
+pub use freezeframe_engine::restore::RestoreReport;
 pub use freezeframe_error::{Error, Kind, Phase, Result, Target};
 pub use restore::{Restore, Restored};
 

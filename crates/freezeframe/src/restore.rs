@@ -14,10 +14,10 @@ use nix::errno::Errno;
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 
-use crate::engine::events::NoEvents;
-use crate::engine::kinds::RestoreOptions;
-use crate::engine::restore::{RestoreReport, RestoreRequest, run};
 use crate::{DEFAULT_DEADLINE, SharedEvents, thread};
+use freezeframe_engine::events::NoEvents;
+use freezeframe_engine::restore::{RestoreReport, RestoreRequest, run};
+use freezeframe_kinds::RestoreOptions;
 
 /// A restore of the process tree in an image: set up, then [`run`](Restore::run).
 #[must_use = "nothing happens before run()"]

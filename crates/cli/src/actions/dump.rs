@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use freezeframe::{Dump, DumpReport, Error, Kind, Phase, Result, Target};
+use freezeframe::{Dump, DumpReport, Result};
 use serde_json::json;
 
 use crate::ears::Ears;
@@ -59,18 +59,9 @@ pub(crate) fn run(line: &Line) -> Result<i32, Stop> {
         if let Some(seconds) = deadline {
             dump = dump.deadline(Duration::from_secs(seconds));
         }
-        let result = own_kin(pid)
-            .and_then(|()| dump.run())
-            .map_err(outcome::settled);
+        let result = dump.run().map_err(outcome::settled);
         match result {
             Ok(report) => {
-                for warning in &report.warnings {
-                    log.line(
-                        freezeframe::Level::Warning,
-                        "dump",
-                        format_args!("{warning}"),
-                    );
-                }
                 log.success();
                 if json {
                     outcome::print(&result_json(pid, &dir, &report));
@@ -102,24 +93,6 @@ fn make_dir(dir: &Path) -> std::io::Result<()> {
         Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => Ok(()),
         result => result,
     }
-}
-
-/// Refuses to dump ourselves or one that we live under: the engine knows its
-/// own process only, and this command has two.
-fn own_kin(pid: i32) -> Result<()> {
-    let me = std::process::id() as i32;
-    if pid == me || pid == std::os::unix::process::parent_id() as i32 {
-        let e = Error::new(
-            Kind::Usage,
-            "this is the dumper itself, which cannot freeze itself",
-        )
-        .on_task(pid);
-        return Err(e
-            .with_kind(Kind::Unsupported)
-            .in_phase(Phase::Plan)
-            .leaving(Target::Untouched));
-    }
-    Ok(())
 }
 
 /// An external resource's name that we carry.

@@ -69,9 +69,6 @@ pub(crate) fn run(line: &Line) -> Result<i32, Stop> {
         match restore.run().map_err(outcome::settled) {
             Ok(restored) => {
                 ears.root(restored.pid());
-                for warning in &restored.report().warnings {
-                    log.line(Level::Warning, "restore", format_args!("{warning}"));
-                }
                 log.success();
                 if json {
                     outcome::print(&result_json(&dir, restored.report()));
