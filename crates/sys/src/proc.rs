@@ -481,12 +481,13 @@ fn gone(id: i32) -> Error {
 /// Reads a file to its end. Files of `/proc` give at most a page a call and
 /// tell no size.
 fn read_whole(file: &OwnedFd, text: &mut Vec<u8>) -> nix::Result<()> {
-    const STEP: usize = 16 << 10;
+    // Most files are small, and thousands of them (fdinfo) are read in a row.
+    const FIRST: usize = 4 << 10;
     text.clear();
     let mut len = 0;
     loop {
-        if text.len() - len < STEP / 2 {
-            text.resize((text.len() * 2).max(STEP), 0);
+        if text.len() - len < FIRST / 4 {
+            text.resize((text.len() * 2).max(FIRST), 0);
         }
         match nix::unistd::read(file, &mut text[len..]) {
             Ok(0) => break,
