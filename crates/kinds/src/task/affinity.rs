@@ -1,0 +1,113 @@
+//! The CPUs a thread may run on.
+//!
+//! Read from outside by sched_getaffinity(2), set by sched_setaffinity(2) in the thread.
+//! A mask that names every CPU of the dumping machine is restored as "every CPU", so that a
+//! program that never chose its CPUs is not bound to them on a larger machine.
+
+use freezeframe_error::{Error, Result};
+use freezeframe_image::{RawRecord, Tag};
+use freezeframe_inject::{Arg, Batch, Replies};
+use freezeframe_sys::sched::sched_getaffinity;
+use serde::{Deserialize, Serialize};
+
+use crate::about::{About, show};
+use crate::cx::{Asked, DumpCx, RestoreTask, Scope, Stage, TaskKind, TaskView};
+
+/// See the module.
+#[derive(Debug)]
+pub struct Affinity;
+
+static ABOUT: About = About {
+    tag: Tag::new(*b"AFFI"),
+    version: 1,
+    name: "affinity",
+    title: "CPU affinity",
+    manual: "sched_setaffinity(2)",
+    since: "",
+    carried: "the mask of each thread",
+    refused: "",
+    programs: &["affinity"],
+    show: show::<Record>,
+};
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Record {
+    /// Bit n of word n/64 for CPU n; empty for all there are.
+    mask: Vec<u64>,
+}
+
+/// A mask of more words than this is not believed (the kernel's largest NR_CPUS is 8192).
+const MAX_WORDS: usize = 128;
+
+/// How many bits are set.
+fn bits(mask: &[u64]) -> usize {
+    mask.iter().map(|w| w.count_ones() as usize).sum()
+}
+
+/// How many CPUs a list like `0-3,6` names.
+fn count(list: &[u8]) -> usize {
+    let text = String::from_utf8_lossy(list);
+    let number = |s: &str| s.parse::<usize>().ok();
+    let parts = text.trim().split(',');
+    parts
+        .filter_map(|part| match part.split_once('-') {
+            Some((a, b)) => Some(number(b)?.checked_sub(number(a)?)? + 1),
+            None => number(part).map(|_| 1),
+        })
+        .sum()
+}
+
+impl TaskKind for Affinity {
+    fn about(&self) -> &'static About {
+        &ABOUT
+    }
+    fn scope(&self) -> Scope {
+        Scope::Thread
+    }
+    fn stage(&self) -> Stage {
+        Stage::Attributes
+    }
+    fn ask(&self, _task: &TaskView<'_>, _batch: &mut Batch) -> Result<Asked> {
+        Ok(Asked::default())
+    }
+    fn dump(
+        &self,
+        _cx: &mut DumpCx<'_>,
+        task: &TaskView<'_>,
+        _asked: &Asked,
+        _replies: &Replies,
+    ) -> Result<Option<RawRecord>> {
+        let mut mask = sched_getaffinity(task.tid)?;
+        let online = std::fs::read("/sys/devices/system/cpu/online").map_or(0, |text| count(&text));
+        if online != 0 && bits(&mask) >= online {
+            mask.clear();
+        }
+        Ok(Some(ABOUT.record(task.subject(), &Record { mask })?))
+    }
+    fn restore(&self, task: &mut RestoreTask<'_>, record: &RawRecord) -> Result<()> {
+        let mut record: Record = ABOUT.decode(record)?;
+        if record.mask.len() > MAX_WORDS {
+            return Err(Error::corrupt("an affinity mask is too long").on_task(task.tid.0));
+        }
+        if record.mask.is_empty() {
+            record.mask = vec![u64::MAX; MAX_WORDS];
+        }
+        let bytes: Vec<u8> = record.mask.iter().flat_map(|w| w.to_le_bytes()).collect();
+        let mask = task.batch.data(&bytes);
+        task.batch.call("sched_setaffinity", libc::SYS_sched_setaffinity, [Arg::Imm(0), bytes.len().into(), mask.into()]);
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lists_of_cpus() {
+        assert_eq!(count(b"0-1\n"), 2);
+        assert_eq!(count(b"0-3,6,8-9\n"), 7);
+        assert_eq!(count(b"\n"), 0);
+        assert_eq!(count(b"9-0\n"), 0);
+    }
+}

@@ -1,0 +1,67 @@
+//! The execution domain of a thread (personality(2)): ADDR_NO_RANDOMIZE and the like.
+//!
+//! Read from /proc/PID/task/TID/personality, set by personality(2). Set when the memory is mapped
+//! already, so READ_IMPLIES_EXEC changes no mapping.
+
+use freezeframe_error::{Error, Result};
+use freezeframe_image::{RawRecord, Tag};
+use freezeframe_inject::{Batch, Replies};
+use serde::{Deserialize, Serialize};
+
+use crate::about::{About, show};
+use crate::cx::{Asked, DumpCx, RestoreTask, Scope, Stage, TaskKind, TaskView};
+
+/// See the module.
+#[derive(Debug)]
+pub struct Personality;
+
+static ABOUT: About = About {
+    tag: Tag::new(*b"PERS"),
+    version: 1,
+    name: "personality",
+    title: "Personality",
+    manual: "personality(2)",
+    since: "",
+    carried: "the flags of each thread",
+    refused: "",
+    programs: &["personality"],
+    show: show::<Record>,
+};
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Record {
+    persona: u32,
+}
+
+impl TaskKind for Personality {
+    fn about(&self) -> &'static About {
+        &ABOUT
+    }
+    fn scope(&self) -> Scope {
+        Scope::Thread
+    }
+    fn stage(&self) -> Stage {
+        Stage::Attributes
+    }
+    fn ask(&self, _task: &TaskView<'_>, _batch: &mut Batch) -> Result<Asked> {
+        Ok(Asked::default())
+    }
+    fn dump(
+        &self,
+        _cx: &mut DumpCx<'_>,
+        task: &TaskView<'_>,
+        _asked: &Asked,
+        _replies: &Replies,
+    ) -> Result<Option<RawRecord>> {
+        let persona = task.dir.personality()?;
+        Ok(Some(ABOUT.record(task.subject(), &Record { persona })?))
+    }
+    fn restore(&self, task: &mut RestoreTask<'_>, record: &RawRecord) -> Result<()> {
+        let record: Record = ABOUT.decode(record)?;
+        if record.persona == u32::MAX {
+            return Err(Error::corrupt("a personality of all ones").on_task(task.tid.0));
+        }
+        task.batch.call("personality", libc::SYS_personality, [record.persona.into()]);
+        Ok(())
+    }
+}
