@@ -72,11 +72,13 @@ pub struct ProcView {
 pub struct BeforeStop {
     /// /proc/PID/task/TID/syscall.
     pub syscall: Option<SyscallState>,
-    /// For a blocked call with a relative timeout: how long it had been blocked, in ns.
-    pub blocked_ns: Option<u64>,
-    /// The relative timeout as the call's arguments had it, in ns (read before the
-    /// stop, because nanosleep(&t, &t) overwrites it at the stop).
-    pub timeout_ns: Option<u64>,
+    /// For a blocked call whose timeout counts from its start: when it went to
+    /// sleep, on CLOCK_MONOTONIC, in ns.
+    pub blocked_since_ns: Option<u64>,
+    /// Its voluntary context switches then; the stop makes one more.
+    pub switches: u64,
+    /// For restart_syscall(2), which says nothing of the call: the kernel function it slept in.
+    pub wchan: String,
 }
 
 /// One frozen thread.

@@ -18,10 +18,46 @@ pub static MEMORY: &[&dyn MemKind] = &[
 
 /// Attributes of threads and processes. Within a stage they are restored in this order.
 pub static TASKS: &[&dyn TaskKind] = &[
+    // Stage::Fs. The login UID is written through /proc, which a new root may not have.
+    &task::login_uid::LoginUid,
+    &task::fs::Fs,
+    // Stage::Attributes. The timer slack behind the policy, which resets it.
     &task::mm_layout::MmLayout,
-    &task::registers::Registers,
-    &task::sigmask::SigMask,
+    &task::comm::Comm,
+    &task::personality::Personality,
+    &task::cpu_flags::CpuFlags,
+    &task::oom_score_adj::OomScoreAdj,
+    &task::affinity::Affinity,
+    &task::scheduler::Scheduler,
+    &task::timer_slack::TimerSlack,
+    &task::io_priority::IoPriority,
+    // Stage::Signals
     &task::sigaction::SigActions,
+    &task::altstack::AltStack,
+    // Stage::Pending
+    &task::pending::Pending,
+    // Stage::Timers
+    &task::itimers::ITimers,
+    &task::posix_timers::PosixTimers,
+    // Stage::Thread. Limits behind the signals and timers that count against them.
+    &task::registers::Registers,
+    &task::restart::Restart,
+    &task::sigmask::SigMask,
+    &task::rlimits::Rlimits,
+    &task::membarrier::Membarrier,
+    &task::robust_list::RobustList,
+    &task::tid_address::TidAddress,
+    &task::syscall_user_dispatch::SyscallUserDispatch,
+    &task::rseq::Rseq,
+    // Stage::Seccomp
+    &task::seccomp::Seccomp,
+    // Stage::Credentials
+    &task::credentials::Credentials,
+    // Stage::AfterCredentials
+    &task::dumpable::Dumpable,
+    &task::parent_death::ParentDeath,
+    &task::subreaper::Subreaper,
+    &task::mm_flags::MmFlags,
 ];
 
 /// The file kind with this tag.

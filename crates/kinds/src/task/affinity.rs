@@ -94,7 +94,11 @@ impl TaskKind for Affinity {
         }
         let bytes: Vec<u8> = record.mask.iter().flat_map(|w| w.to_le_bytes()).collect();
         let mask = task.batch.data(&bytes);
-        task.batch.call("sched_setaffinity", libc::SYS_sched_setaffinity, [Arg::Imm(0), bytes.len().into(), mask.into()]);
+        task.batch.call(
+            "sched_setaffinity",
+            libc::SYS_sched_setaffinity,
+            [Arg::Imm(0), bytes.len().into(), mask.into()],
+        );
         Ok(())
     }
 }

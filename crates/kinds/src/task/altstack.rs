@@ -5,7 +5,7 @@
 //! With `SS_AUTODISARM` the stack is disarmed while a handler runs, and armed again by
 //! the frame it returns through: both are in registers and memory.
 
-use freezeframe_error::{Result};
+use freezeframe_error::Result;
 use freezeframe_image::{RawRecord, Tag};
 use freezeframe_inject::{Arg, Batch, Replies};
 use serde::{Deserialize, Serialize};
@@ -78,8 +78,15 @@ impl TaskKind for AltStack {
     }
     fn ask(&self, _task: &TaskView<'_>, batch: &mut Batch) -> Result<Asked> {
         let room = batch.room(SIZE);
-        batch.call("sigaltstack", libc::SYS_sigaltstack, [Arg::Imm(0), room.into()]);
-        Ok(Asked { ops: Vec::new(), data: vec![room] })
+        batch.call(
+            "sigaltstack",
+            libc::SYS_sigaltstack,
+            [Arg::Imm(0), room.into()],
+        );
+        Ok(Asked {
+            ops: Vec::new(),
+            data: vec![room],
+        })
     }
     fn dump(
         &self,
@@ -97,7 +104,11 @@ impl TaskKind for AltStack {
     fn restore(&self, task: &mut RestoreTask<'_>, record: &RawRecord) -> Result<()> {
         let record: Record = ABOUT.decode(record)?;
         let stack = task.batch.data(&record.to_stack());
-        task.batch.call("sigaltstack", libc::SYS_sigaltstack, [stack.into(), Arg::Imm(0)]);
+        task.batch.call(
+            "sigaltstack",
+            libc::SYS_sigaltstack,
+            [stack.into(), Arg::Imm(0)],
+        );
         Ok(())
     }
 }
@@ -108,13 +119,21 @@ mod tests {
 
     #[test]
     fn a_stack_comes_back_as_it_was() {
-        let record = Record { address: 0x7000_1234_5000, size: 65536, autodisarm: true };
+        let record = Record {
+            address: 0x7000_1234_5000,
+            size: 65536,
+            autodisarm: true,
+        };
         assert_eq!(Record::of_stack(&record.to_stack()), Some(record));
     }
 
     #[test]
     fn being_on_it_is_not_recorded() {
-        let record = Record { address: 4096, size: 8192, autodisarm: false };
+        let record = Record {
+            address: 4096,
+            size: 8192,
+            autodisarm: false,
+        };
         let mut bytes = record.to_stack();
         bytes[8] |= 1; // SS_ONSTACK
         assert_eq!(Record::of_stack(&bytes), Some(record));

@@ -58,10 +58,16 @@ impl TaskKind for Comm {
     fn restore(&self, task: &mut RestoreTask<'_>, record: &RawRecord) -> Result<()> {
         let record: Record = ABOUT.decode(record)?;
         if record.name.len() > 15 || record.name.contains(&0) {
-            return Err(Error::corrupt("a thread name has a NUL or more than 15 bytes").on_task(task.tid.0));
+            return Err(
+                Error::corrupt("a thread name has a NUL or more than 15 bytes").on_task(task.tid.0),
+            );
         }
         let name = task.batch.cstr(&record.name);
-        task.batch.call("prctl(PR_SET_NAME)", libc::SYS_prctl, [libc::PR_SET_NAME.into(), name.into()]);
+        task.batch.call(
+            "prctl(PR_SET_NAME)",
+            libc::SYS_prctl,
+            [libc::PR_SET_NAME.into(), name.into()],
+        );
         Ok(())
     }
 }

@@ -19,7 +19,7 @@ pub struct CpuFlags;
 static ABOUT: About = About {
     tag: Tag::new(*b"CPUF"),
     version: 1,
-    name: "cpu_flags",
+    name: "cpu-flags",
     title: "TSC, CPUID, speculation and memory-error flags",
     manual: "PR_SET_TSC(2const), PR_SET_SPECULATION_CTRL(2const), PR_MCE_KILL(2const), arch_prctl(2)",
     since: "",
@@ -65,9 +65,21 @@ impl TaskKind for CpuFlags {
     fn ask(&self, _task: &TaskView<'_>, batch: &mut Batch) -> Result<Asked> {
         let tsc = batch.room(8);
         let mut ops = vec![
-            batch.call("prctl(PR_GET_TSC)", libc::SYS_prctl, [libc::PR_GET_TSC.into(), tsc.into()]),
-            batch.call("prctl(PR_MCE_KILL_GET)", libc::SYS_prctl, [libc::PR_MCE_KILL_GET, 0, 0, 0, 0].map(Arg::from)),
-            batch.call("arch_prctl(ARCH_GET_CPUID)", libc::SYS_arch_prctl, [ARCH_GET_CPUID, 0].map(Arg::from)),
+            batch.call(
+                "prctl(PR_GET_TSC)",
+                libc::SYS_prctl,
+                [libc::PR_GET_TSC.into(), tsc.into()],
+            ),
+            batch.call(
+                "prctl(PR_MCE_KILL_GET)",
+                libc::SYS_prctl,
+                [libc::PR_MCE_KILL_GET, 0, 0, 0, 0].map(Arg::from),
+            ),
+            batch.call(
+                "arch_prctl(ARCH_GET_CPUID)",
+                libc::SYS_arch_prctl,
+                [ARCH_GET_CPUID, 0].map(Arg::from),
+            ),
         ];
         for control in CONTROLS {
             let args = [libc::PR_GET_SPECULATION_CTRL as u32, control, 0, 0, 0].map(Arg::from);
@@ -76,7 +88,10 @@ impl TaskKind for CpuFlags {
         for op in &ops {
             batch.may_fail(*op);
         }
-        Ok(Asked { ops, data: vec![tsc] })
+        Ok(Asked {
+            ops,
+            data: vec![tsc],
+        })
     }
     fn dump(
         &self,
@@ -93,20 +108,35 @@ impl TaskKind for CpuFlags {
         let record = Record {
             tsc: set(0).map(|_| replies.i32(asked.data[0])),
             mce: set(1).map(|v| v as i32),
-            speculation: CONTROLS.iter().filter_map(|c| Some((*c, set(3 + *c as usize)?))).collect(),
+            speculation: CONTROLS
+                .iter()
+                .filter_map(|c| Some((*c, set(3 + *c as usize)?)))
+                .collect(),
         };
         Ok(Some(ABOUT.record(task.subject(), &record)?))
     }
     fn restore(&self, task: &mut RestoreTask<'_>, record: &RawRecord) -> Result<()> {
         let record: Record = ABOUT.decode(record)?;
-        let mut prctl = |label: String, args: [u32; 5]| task.batch.call(label, libc::SYS_prctl, args.map(Arg::from));
+        let mut prctl = |label: String, args: [u32; 5]| {
+            task.batch.call(label, libc::SYS_prctl, args.map(Arg::from))
+        };
         if let Some(tsc) = record.tsc {
-            prctl("prctl(PR_SET_TSC)".to_string(), [libc::PR_SET_TSC as u32, tsc as u32, 0, 0, 0]);
+            prctl(
+                "prctl(PR_SET_TSC)".to_string(),
+                [libc::PR_SET_TSC as u32, tsc as u32, 0, 0, 0],
+            );
         }
         if let Some(policy) = record.mce {
-            let set = if policy == MCE_DEFAULT { MCE_CLEAR } else { MCE_SET };
+            let set = if policy == MCE_DEFAULT {
+                MCE_CLEAR
+            } else {
+                MCE_SET
+            };
             let policy = if policy == MCE_DEFAULT { 0 } else { policy };
-            prctl("prctl(PR_MCE_KILL)".to_string(), [libc::PR_MCE_KILL as u32, set as u32, policy as u32, 0, 0]);
+            prctl(
+                "prctl(PR_MCE_KILL)".to_string(),
+                [libc::PR_MCE_KILL as u32, set as u32, policy as u32, 0, 0],
+            );
         }
         for (control, state) in record.speculation {
             // A thread of a process made now has the restorer's, which may not be the strictest: set what is not the default.

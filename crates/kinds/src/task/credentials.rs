@@ -30,7 +30,13 @@ static ABOUT: About = About {
     since: "",
     carried: "real, effective, saved and filesystem ids, groups, five capability sets, securebits, no_new_privs, per thread",
     refused: "capabilities the restorer itself lacks (named); keyrings",
-    programs: &["credentials", "capabilities", "securebits", "no_new_privs", "credentials_thread"],
+    programs: &[
+        "credentials",
+        "capabilities",
+        "securebits",
+        "no_new_privs",
+        "credentials_thread",
+    ],
     show: show::<Record>,
 };
 
@@ -52,11 +58,46 @@ struct Record {
 
 /// Names by bit, without `CAP_`.
 const CAPS: [&str; 41] = [
-    "CHOWN", "DAC_OVERRIDE", "DAC_READ_SEARCH", "FOWNER", "FSETID", "KILL", "SETGID", "SETUID", "SETPCAP",
-    "LINUX_IMMUTABLE", "NET_BIND_SERVICE", "NET_BROADCAST", "NET_ADMIN", "NET_RAW", "IPC_LOCK", "IPC_OWNER",
-    "SYS_MODULE", "SYS_RAWIO", "SYS_CHROOT", "SYS_PTRACE", "SYS_PACCT", "SYS_ADMIN", "SYS_BOOT", "SYS_NICE",
-    "SYS_RESOURCE", "SYS_TIME", "SYS_TTY_CONFIG", "MKNOD", "LEASE", "AUDIT_WRITE", "AUDIT_CONTROL", "SETFCAP",
-    "MAC_OVERRIDE", "MAC_ADMIN", "SYSLOG", "WAKE_ALARM", "BLOCK_SUSPEND", "AUDIT_READ", "PERFMON", "BPF",
+    "CHOWN",
+    "DAC_OVERRIDE",
+    "DAC_READ_SEARCH",
+    "FOWNER",
+    "FSETID",
+    "KILL",
+    "SETGID",
+    "SETUID",
+    "SETPCAP",
+    "LINUX_IMMUTABLE",
+    "NET_BIND_SERVICE",
+    "NET_BROADCAST",
+    "NET_ADMIN",
+    "NET_RAW",
+    "IPC_LOCK",
+    "IPC_OWNER",
+    "SYS_MODULE",
+    "SYS_RAWIO",
+    "SYS_CHROOT",
+    "SYS_PTRACE",
+    "SYS_PACCT",
+    "SYS_ADMIN",
+    "SYS_BOOT",
+    "SYS_NICE",
+    "SYS_RESOURCE",
+    "SYS_TIME",
+    "SYS_TTY_CONFIG",
+    "MKNOD",
+    "LEASE",
+    "AUDIT_WRITE",
+    "AUDIT_CONTROL",
+    "SETFCAP",
+    "MAC_OVERRIDE",
+    "MAC_ADMIN",
+    "SYSLOG",
+    "WAKE_ALARM",
+    "BLOCK_SUSPEND",
+    "AUDIT_READ",
+    "PERFMON",
+    "BPF",
     "CHECKPOINT_RESTORE",
 ];
 /// `SECBIT_NO_SETUID_FIXUP`
@@ -78,14 +119,22 @@ struct Own {
 
 /// The capabilities of a set, for people.
 fn names(set: u64) -> String {
-    let names = (0..64).filter(|i| set & (1 << i) != 0).map(|i| match CAPS.get(i) {
-        Some(name) => format!("CAP_{name}"),
-        None => format!("capability {i}"),
-    });
+    let names = (0..64)
+        .filter(|i| set & (1 << i) != 0)
+        .map(|i| match CAPS.get(i) {
+            Some(name) => format!("CAP_{name}"),
+            None => format!("capability {i}"),
+        });
     names.collect::<Vec<_>>().join(", ")
 }
 
-fn capset(batch: &mut Batch, label: &'static str, effective: u64, permitted: u64, inheritable: u64) {
+fn capset(
+    batch: &mut Batch,
+    label: &'static str,
+    effective: u64,
+    permitted: u64,
+    inheritable: u64,
+) {
     let mut header = CAP_VERSION.to_le_bytes().to_vec();
     header.extend(0u32.to_le_bytes());
     let header = batch.data(&header);
@@ -104,7 +153,13 @@ impl Record {
     /// The calls that set it, in their order.
     fn set(&self, batch: &mut Batch, own: Option<&Own>) {
         let prctl = |batch: &mut Batch, label: String, option: i32, args: [u64; 4]| {
-            let args = [option.into(), args[0].into(), args[1].into(), args[2].into(), args[3].into()];
+            let args = [
+                option.into(),
+                args[0].into(),
+                args[1].into(),
+                args[2].into(),
+                args[3].into(),
+            ];
             batch.call(label, libc::SYS_prctl, args)
         };
         prctl(
@@ -117,33 +172,81 @@ impl Record {
             && (self.inheritable & !self.bounding != 0 || self.ambient != 0)
         {
             // What is raised in inheritable must be in the bounding set; ambient ones in both.
-            capset(batch, "capset(inheritable)", own.effective, own.permitted, self.inheritable);
+            capset(
+                batch,
+                "capset(inheritable)",
+                own.effective,
+                own.permitted,
+                self.inheritable,
+            );
         }
-        for (cap, name) in CAPS.iter().enumerate().filter(|(i, _)| self.bounding & (1 << i) == 0) {
-            prctl(batch, format!("prctl(PR_CAPBSET_DROP, CAP_{name})"), libc::PR_CAPBSET_DROP, [cap as u64, 0, 0, 0]);
+        for (cap, name) in CAPS
+            .iter()
+            .enumerate()
+            .filter(|(i, _)| self.bounding & (1 << i) == 0)
+        {
+            prctl(
+                batch,
+                format!("prctl(PR_CAPBSET_DROP, CAP_{name})"),
+                libc::PR_CAPBSET_DROP,
+                [cap as u64, 0, 0, 0],
+            );
         }
         let groups: Vec<u8> = self.groups.iter().flat_map(|g| g.to_le_bytes()).collect();
         let groups = batch.data(&groups);
-        batch.call("setgroups", libc::SYS_setgroups, [self.groups.len().into(), groups.into()]);
+        batch.call(
+            "setgroups",
+            libc::SYS_setgroups,
+            [self.groups.len().into(), groups.into()],
+        );
         let [real, effective, saved, fs] = self.gids;
-        batch.call("setresgid", libc::SYS_setresgid, [real, effective, saved].map(Arg::from));
+        batch.call(
+            "setresgid",
+            libc::SYS_setresgid,
+            [real, effective, saved].map(Arg::from),
+        );
         set_fs_id(batch, "setfsgid", libc::SYS_setfsgid, fs);
         let bits = |batch: &mut Batch, bits: u32| {
-            prctl(batch, format!("prctl(PR_SET_SECUREBITS, {bits:#x})"), libc::PR_SET_SECUREBITS, [bits.into(), 0, 0, 0]);
+            prctl(
+                batch,
+                format!("prctl(PR_SET_SECUREBITS, {bits:#x})"),
+                libc::PR_SET_SECUREBITS,
+                [bits.into(), 0, 0, 0],
+            );
         };
         bits(batch, NO_SETUID_FIXUP);
         let [real, effective, saved, fs] = self.uids;
-        batch.call("setresuid", libc::SYS_setresuid, [real, effective, saved].map(Arg::from));
+        batch.call(
+            "setresuid",
+            libc::SYS_setresuid,
+            [real, effective, saved].map(Arg::from),
+        );
         set_fs_id(batch, "setfsuid", libc::SYS_setfsuid, fs);
         for cap in (0..64).filter(|i| self.ambient & (1 << i) != 0) {
             let args = [AMBIENT_RAISE, cap, 0, 0];
-            prctl(batch, format!("prctl(PR_CAP_AMBIENT_RAISE, {cap})"), libc::PR_CAP_AMBIENT, args);
+            prctl(
+                batch,
+                format!("prctl(PR_CAP_AMBIENT_RAISE, {cap})"),
+                libc::PR_CAP_AMBIENT,
+                args,
+            );
         }
         bits(batch, self.securebits);
-        capset(batch, "capset", self.effective, self.permitted, self.inheritable);
+        capset(
+            batch,
+            "capset",
+            self.effective,
+            self.permitted,
+            self.inheritable,
+        );
         if self.no_new_privs {
             let args = [1, 0, 0, 0];
-            prctl(batch, "prctl(PR_SET_NO_NEW_PRIVS)".to_string(), libc::PR_SET_NO_NEW_PRIVS, args);
+            prctl(
+                batch,
+                "prctl(PR_SET_NO_NEW_PRIVS)".to_string(),
+                libc::PR_SET_NO_NEW_PRIVS,
+                args,
+            );
         }
     }
 }
@@ -167,8 +270,15 @@ impl TaskKind for Credentials {
         Stage::Credentials
     }
     fn ask(&self, _task: &TaskView<'_>, batch: &mut Batch) -> Result<Asked> {
-        let op = batch.call("prctl(PR_GET_SECUREBITS)", libc::SYS_prctl, [libc::PR_GET_SECUREBITS.into()]);
-        Ok(Asked { ops: vec![op], data: Vec::new() })
+        let op = batch.call(
+            "prctl(PR_GET_SECUREBITS)",
+            libc::SYS_prctl,
+            [libc::PR_GET_SECUREBITS.into()],
+        );
+        Ok(Asked {
+            ops: vec![op],
+            data: Vec::new(),
+        })
     }
     fn dump(
         &self,
@@ -201,12 +311,22 @@ impl TaskKind for Credentials {
         let mut own = None;
         if task.leader || record.inheritable & !record.bounding != 0 || record.ambient != 0 {
             let status = ProcDir::open(task.pid)?.task(task.tid)?.status()?;
-            own = Some(Own { permitted: status.cap_prm, effective: status.cap_eff, bounding: status.cap_bnd });
+            own = Some(Own {
+                permitted: status.cap_prm,
+                effective: status.cap_eff,
+                bounding: status.cap_bnd,
+            });
         }
         if let (Some(own), true) = (&own, task.leader) {
-            let lacking = (record.permitted | record.effective | record.inheritable | record.ambient) & !own.permitted;
+            let lacking =
+                (record.permitted | record.effective | record.inheritable | record.ambient)
+                    & !own.permitted;
             if lacking != 0 {
-                return Err(Error::new(Kind::Permission, format!("the restorer lacks {}", names(lacking))).on_task(task.pid.0));
+                return Err(Error::new(
+                    Kind::Permission,
+                    format!("the restorer lacks {}", names(lacking)),
+                )
+                .on_task(task.pid.0));
             }
             let lacking = record.bounding & !own.bounding;
             if lacking != 0 {
@@ -249,7 +369,10 @@ mod tests {
 
     #[test]
     fn each_step_keeps_the_rights_of_the_next() {
-        let record = Record { bounding: !(1 << 21), ..nobody() };
+        let record = Record {
+            bounding: !(1 << 21),
+            ..nobody()
+        };
         let labels = labels(&record, None);
         let at = |what: &str| labels.iter().position(|l| l.starts_with(what)).expect(what);
         assert!(at("prctl(PR_CAPBSET_DROP, CAP_SYS_ADMIN)") < at("setresuid"));
@@ -263,8 +386,18 @@ mod tests {
 
     #[test]
     fn what_the_bounding_set_loses_is_made_inheritable_before() {
-        let record = Record { inheritable: 1 << 12, bounding: 0, ambient: 1 << 12, permitted: 1 << 12, ..nobody() };
-        let own = Own { permitted: u64::MAX, effective: u64::MAX, bounding: u64::MAX };
+        let record = Record {
+            inheritable: 1 << 12,
+            bounding: 0,
+            ambient: 1 << 12,
+            permitted: 1 << 12,
+            ..nobody()
+        };
+        let own = Own {
+            permitted: u64::MAX,
+            effective: u64::MAX,
+            bounding: u64::MAX,
+        };
         let labels = labels(&record, Some(&own));
         let at = |what: &str| labels.iter().position(|l| l == what).expect(what);
         assert!(at("capset(inheritable)") < at("prctl(PR_CAPBSET_DROP, CAP_NET_ADMIN)"));
@@ -273,7 +406,10 @@ mod tests {
 
     #[test]
     fn capabilities_have_names() {
-        assert_eq!(names(1 | 1 << 21 | 1 << 40), "CAP_CHOWN, CAP_SYS_ADMIN, CAP_CHECKPOINT_RESTORE");
+        assert_eq!(
+            names(1 | 1 << 21 | 1 << 40),
+            "CAP_CHOWN, CAP_SYS_ADMIN, CAP_CHECKPOINT_RESTORE"
+        );
         assert_eq!(names(1 << 50), "capability 50");
     }
 }

@@ -4,7 +4,7 @@
 //! that each change of credentials resets, so every thread sets it again behind its own.
 //! The value 2 (`fs.suid_dumpable`) cannot be set by a program: 0 takes its place, with a warning.
 
-use freezeframe_error::{Result};
+use freezeframe_error::Result;
 use freezeframe_image::{RawRecord, Tag};
 use freezeframe_inject::{Batch, Replies};
 use serde::{Deserialize, Serialize};
@@ -45,8 +45,15 @@ impl TaskKind for Dumpable {
         Stage::AfterCredentials
     }
     fn ask(&self, _task: &TaskView<'_>, batch: &mut Batch) -> Result<Asked> {
-        let op = batch.call("prctl(PR_GET_DUMPABLE)", libc::SYS_prctl, [libc::PR_GET_DUMPABLE.into()]);
-        Ok(Asked { ops: vec![op], data: Vec::new() })
+        let op = batch.call(
+            "prctl(PR_GET_DUMPABLE)",
+            libc::SYS_prctl,
+            [libc::PR_GET_DUMPABLE.into()],
+        );
+        Ok(Asked {
+            ops: vec![op],
+            data: Vec::new(),
+        })
     }
     fn dump(
         &self,
@@ -64,10 +71,17 @@ impl TaskKind for Dumpable {
         if value > 1 {
             value = 0;
             if task.leader {
-                task.warnings.push(format!("pid {}: dumpable was {}, is set to 0", task.pid, record.value));
+                task.warnings.push(format!(
+                    "pid {}: dumpable was {}, is set to 0",
+                    task.pid, record.value
+                ));
             }
         }
-        task.batch.call("prctl(PR_SET_DUMPABLE)", libc::SYS_prctl, [libc::PR_SET_DUMPABLE.into(), value.into()]);
+        task.batch.call(
+            "prctl(PR_SET_DUMPABLE)",
+            libc::SYS_prctl,
+            [libc::PR_SET_DUMPABLE.into(), value.into()],
+        );
         Ok(())
     }
 }

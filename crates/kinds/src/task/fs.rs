@@ -84,9 +84,12 @@ impl TaskKind for Fs {
         let cwd = directory(task, "cwd", "the working directory")?;
         let root = Some(directory(task, "root", "the root directory")?).filter(|root| root != b"/");
         let umask = task.proc.status.umask.ok_or_else(|| {
-            Error::new(Kind::KernelLacks, "/proc/PID/status shows no umask").on_task(task.proc.pid.0)
+            Error::new(Kind::KernelLacks, "/proc/PID/status shows no umask")
+                .on_task(task.proc.pid.0)
         })?;
-        Ok(Some(ABOUT.record(task.subject(), &Record { cwd, root, umask })?))
+        Ok(Some(
+            ABOUT.record(task.subject(), &Record { cwd, root, umask })?,
+        ))
     }
     fn restore(&self, task: &mut RestoreTask<'_>, record: &RawRecord) -> Result<()> {
         let record: Record = ABOUT.decode(record)?;
@@ -97,12 +100,21 @@ impl TaskKind for Fs {
         }
         // Both paths are seen from our root, and chroot does not move the working directory.
         let path = task.batch.cstr(&record.cwd);
-        task.batch.call(format!("chdir({})", String::from_utf8_lossy(&record.cwd)), libc::SYS_chdir, [path.into()]);
+        task.batch.call(
+            format!("chdir({})", String::from_utf8_lossy(&record.cwd)),
+            libc::SYS_chdir,
+            [path.into()],
+        );
         if let Some(root) = &record.root {
             let path = task.batch.cstr(root);
-            task.batch.call(format!("chroot({})", String::from_utf8_lossy(root)), libc::SYS_chroot, [path.into()]);
+            task.batch.call(
+                format!("chroot({})", String::from_utf8_lossy(root)),
+                libc::SYS_chroot,
+                [path.into()],
+            );
         }
-        task.batch.call("umask", libc::SYS_umask, [record.umask.into()]);
+        task.batch
+            .call("umask", libc::SYS_umask, [record.umask.into()]);
         Ok(())
     }
 }

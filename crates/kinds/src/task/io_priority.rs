@@ -3,7 +3,7 @@
 //! Read from outside by ioprio_get(2), set by ioprio_set(2) in the thread. Threads that
 //! share one I/O context (`CLONE_IO`) have one each afterwards.
 
-use freezeframe_error::{Result};
+use freezeframe_error::Result;
 use freezeframe_image::{RawRecord, Tag};
 use freezeframe_inject::{Arg, Batch, Replies};
 use freezeframe_sys::ioprio::ioprio_get;
@@ -19,7 +19,7 @@ pub struct IoPriority;
 static ABOUT: About = About {
     tag: Tag::new(*b"IOPR"),
     version: 1,
-    name: "io_priority",
+    name: "io-priority",
     title: "I/O priority",
     manual: "ioprio_set(2)",
     since: "",
@@ -63,7 +63,11 @@ impl TaskKind for IoPriority {
     }
     fn restore(&self, task: &mut RestoreTask<'_>, record: &RawRecord) -> Result<()> {
         let record: Record = ABOUT.decode(record)?;
-        task.batch.call("ioprio_set", libc::SYS_ioprio_set, [WHO_PROCESS.into(), Arg::Imm(0), record.priority.into()]);
+        task.batch.call(
+            "ioprio_set",
+            libc::SYS_ioprio_set,
+            [WHO_PROCESS.into(), Arg::Imm(0), record.priority.into()],
+        );
         Ok(())
     }
 }

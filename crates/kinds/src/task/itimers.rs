@@ -58,7 +58,11 @@ impl ITimer {
         if value == (0, 0) {
             value = interval;
         }
-        (value != (0, 0)).then_some(ITimer { which, interval, value })
+        (value != (0, 0)).then_some(ITimer {
+            which,
+            interval,
+            value,
+        })
     }
 
     fn to_kernel(self) -> [u8; SIZE] {
@@ -85,7 +89,11 @@ impl TaskKind for ITimers {
         let mut asked = Asked::default();
         for (which, name) in NAMES.iter().enumerate() {
             let room = batch.room(SIZE);
-            batch.call(format!("getitimer({name})"), libc::SYS_getitimer, [which.into(), room.into()]);
+            batch.call(
+                format!("getitimer({name})"),
+                libc::SYS_getitimer,
+                [which.into(), room.into()],
+            );
             asked.data.push(room);
         }
         Ok(asked)
@@ -97,8 +105,9 @@ impl TaskKind for ITimers {
         asked: &Asked,
         replies: &Replies,
     ) -> Result<Option<RawRecord>> {
-        let timers: Vec<ITimer> =
-            (0..3).filter_map(|which| ITimer::of_kernel(which, replies.bytes(asked.data[which as usize]))).collect();
+        let timers: Vec<ITimer> = (0..3)
+            .filter_map(|which| ITimer::of_kernel(which, replies.bytes(asked.data[which as usize])))
+            .collect();
         // A fresh process has none: fork clears them.
         if timers.is_empty() {
             return Ok(None);
@@ -129,9 +138,19 @@ mod tests {
 
     #[test]
     fn one_that_waits_for_its_signal_is_armed_again() {
-        let waiting = ITimer { which: 0, interval: (0, 50_000), value: (0, 0) };
+        let waiting = ITimer {
+            which: 0,
+            interval: (0, 50_000),
+            value: (0, 0),
+        };
         let armed = ITimer::of_kernel(0, &waiting.to_kernel());
-        assert_eq!(armed, Some(ITimer { value: (0, 50_000), ..waiting }));
+        assert_eq!(
+            armed,
+            Some(ITimer {
+                value: (0, 50_000),
+                ..waiting
+            })
+        );
     }
 
     #[test]

@@ -5,7 +5,7 @@
 //! changes, and only where it differs from the restorer's. Without the right it stays the
 //! restorer's, with a warning.
 
-use freezeframe_error::{Result};
+use freezeframe_error::Result;
 use freezeframe_image::{RawRecord, Tag};
 use freezeframe_inject::{Arg, Batch, Replies};
 use freezeframe_sys::proc::ProcDir;
@@ -21,7 +21,7 @@ pub struct LoginUid;
 static ABOUT: About = About {
     tag: Tag::new(*b"LUID"),
     version: 1,
-    name: "login_uid",
+    name: "login-uid",
     title: "Audit login UID",
     manual: "proc_pid_loginuid(5)",
     since: "",
@@ -74,8 +74,15 @@ impl TaskKind for LoginUid {
         }
         if now.is_none() || dir.status()?.cap_eff & CAP_AUDIT_CONTROL == 0 {
             if task.leader {
-                let why = if now.is_none() { "this kernel keeps none" } else { "to change it takes CAP_AUDIT_CONTROL" };
-                task.warnings.push(format!("pid {}: loginuid was {}, is not restored: {why}", task.pid, record.uid));
+                let why = if now.is_none() {
+                    "this kernel keeps none"
+                } else {
+                    "to change it takes CAP_AUDIT_CONTROL"
+                };
+                task.warnings.push(format!(
+                    "pid {}: loginuid was {}, is not restored: {why}",
+                    task.pid, record.uid
+                ));
             }
             return Ok(());
         }
@@ -85,9 +92,18 @@ impl TaskKind for LoginUid {
         let fd = task.batch.call(
             "open(/proc/thread-self/loginuid)",
             libc::SYS_openat,
-            [libc::AT_FDCWD.into(), path.into(), (libc::O_WRONLY | libc::O_CLOEXEC).into(), Arg::Imm(0)],
+            [
+                libc::AT_FDCWD.into(),
+                path.into(),
+                (libc::O_WRONLY | libc::O_CLOEXEC).into(),
+                Arg::Imm(0),
+            ],
         );
-        task.batch.call("write(loginuid)", libc::SYS_write, [fd.into(), bytes.into(), text.len().into()]);
+        task.batch.call(
+            "write(loginuid)",
+            libc::SYS_write,
+            [fd.into(), bytes.into(), text.len().into()],
+        );
         task.batch.call("close", libc::SYS_close, [fd.into()]);
         Ok(())
     }

@@ -2,7 +2,7 @@
 //!
 //! Only the process itself can ask (`MEMBARRIER_CMD_GET_REGISTRATIONS`, since Linux 6.3).
 
-use freezeframe_error::{Result};
+use freezeframe_error::Result;
 use freezeframe_image::{RawRecord, Tag};
 use freezeframe_inject::{Arg, Batch, Replies};
 use serde::{Deserialize, Serialize};
@@ -53,7 +53,10 @@ impl TaskKind for Membarrier {
             [GET_REGISTRATIONS.into(), Arg::Imm(0), Arg::Imm(0)],
         );
         batch.may_fail(op);
-        Ok(Asked { ops: vec![op], data: Vec::new() })
+        Ok(Asked {
+            ops: vec![op],
+            data: Vec::new(),
+        })
     }
     fn dump(
         &self,
@@ -65,7 +68,9 @@ impl TaskKind for Membarrier {
         // A fresh address space has none. Where the kernel cannot tell, or has no membarrier, neither.
         match replies.result(asked.ops[0]) {
             Ok(commands) if commands != 0 => {
-                let record = Record { commands: commands as u32 };
+                let record = Record {
+                    commands: commands as u32,
+                };
                 Ok(Some(ABOUT.record(task.subject(), &record)?))
             }
             _ => Ok(None),
@@ -73,7 +78,10 @@ impl TaskKind for Membarrier {
     }
     fn restore(&self, task: &mut RestoreTask<'_>, record: &RawRecord) -> Result<()> {
         let record: Record = ABOUT.decode(record)?;
-        for bit in (0..32).map(|i| 1u32 << i).filter(|bit| record.commands & bit != 0) {
+        for bit in (0..32)
+            .map(|i| 1u32 << i)
+            .filter(|bit| record.commands & bit != 0)
+        {
             task.batch.call(
                 format!("membarrier({bit:#x})"),
                 libc::SYS_membarrier,

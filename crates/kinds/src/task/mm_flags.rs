@@ -4,7 +4,7 @@
 //!
 //! The first three only the process can ask. They are set when the memory is in place.
 
-use freezeframe_error::{Result};
+use freezeframe_error::Result;
 use freezeframe_image::{RawRecord, Tag};
 use freezeframe_inject::{Arg, Batch, Replies};
 use freezeframe_sys::proc::ProcDir;
@@ -20,7 +20,7 @@ pub struct MmFlags;
 static ABOUT: About = About {
     tag: Tag::new(*b"MMFL"),
     version: 1,
-    name: "mm_flags",
+    name: "mm-flags",
     title: "Address space flags",
     manual: "PR_SET_THP_DISABLE(2const), PR_SET_MDWE(2const), PR_SET_MEMORY_MERGE(2const), core(5)",
     since: "",
@@ -60,11 +60,20 @@ impl TaskKind for MmFlags {
     }
     fn ask(&self, _task: &TaskView<'_>, batch: &mut Batch) -> Result<Asked> {
         let ops = GETTERS.map(|(label, option)| {
-            let args = [option.into(), Arg::Imm(0), Arg::Imm(0), Arg::Imm(0), Arg::Imm(0)];
+            let args = [
+                option.into(),
+                Arg::Imm(0),
+                Arg::Imm(0),
+                Arg::Imm(0),
+                Arg::Imm(0),
+            ];
             let op = batch.call(label, libc::SYS_prctl, args);
             batch.may_fail(op)
         });
-        Ok(Asked { ops: ops.to_vec(), data: Vec::new() })
+        Ok(Asked {
+            ops: ops.to_vec(),
+            data: Vec::new(),
+        })
     }
     fn dump(
         &self,
@@ -95,13 +104,27 @@ impl TaskKind for MmFlags {
             task.batch.call(
                 label,
                 libc::SYS_prctl,
-                [option.into(), args[0].into(), args[1].into(), Arg::Imm(0), Arg::Imm(0)],
+                [
+                    option.into(),
+                    args[0].into(),
+                    args[1].into(),
+                    Arg::Imm(0),
+                    Arg::Imm(0),
+                ],
             )
         };
         // The restorer's own are inherited, so these are cleared too.
         let thp = record.thp_disable;
-        prctl("prctl(PR_SET_THP_DISABLE)", libc::PR_SET_THP_DISABLE, [thp & 1, thp & !1]);
-        let merge = prctl("prctl(PR_SET_MEMORY_MERGE)", libc::PR_SET_MEMORY_MERGE, [u32::from(record.merge), 0]);
+        prctl(
+            "prctl(PR_SET_THP_DISABLE)",
+            libc::PR_SET_THP_DISABLE,
+            [thp & 1, thp & !1],
+        );
+        let merge = prctl(
+            "prctl(PR_SET_MEMORY_MERGE)",
+            libc::PR_SET_MEMORY_MERGE,
+            [u32::from(record.merge), 0],
+        );
         if record.mdwe != 0 {
             prctl("prctl(PR_SET_MDWE)", libc::PR_SET_MDWE, [record.mdwe, 0]);
         }

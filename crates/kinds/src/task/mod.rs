@@ -19,6 +19,7 @@ pub mod pending;
 pub mod personality;
 pub mod posix_timers;
 pub mod registers;
+pub mod restart;
 pub mod rlimits;
 pub mod robust_list;
 pub mod rseq;
@@ -30,3 +31,5 @@ pub mod subreaper;
 pub mod syscall_user_dispatch;
 pub mod tid_address;
 pub mod timer_slack;
+
+pub use restart::before_stop;

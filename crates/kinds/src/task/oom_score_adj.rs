@@ -3,7 +3,7 @@
 //! Read and written through /proc/PID/oom_score_adj, from outside. To go below what the
 //! restorer has takes CAP_SYS_RESOURCE; without it the value stays and a warning says so.
 
-use freezeframe_error::{Result};
+use freezeframe_error::Result;
 use freezeframe_image::{RawRecord, Tag};
 use freezeframe_inject::{Batch, Replies};
 use freezeframe_sys::proc::ProcDir;
@@ -19,7 +19,7 @@ pub struct OomScoreAdj;
 static ABOUT: About = About {
     tag: Tag::new(*b"OOMA"),
     version: 1,
-    name: "oom_score_adj",
+    name: "oom-score-adj",
     title: "OOM score adjustment",
     manual: "proc_pid_oom_score_adj(5)",
     since: "",

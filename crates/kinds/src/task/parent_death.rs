@@ -4,7 +4,7 @@
 //! change of which clears it. The parent of a restored root task is the
 //! restorer, or whoever it was made a sibling of.
 
-use freezeframe_error::{Result};
+use freezeframe_error::Result;
 use freezeframe_image::{RawRecord, Tag};
 use freezeframe_inject::{Batch, Replies};
 use serde::{Deserialize, Serialize};
@@ -19,7 +19,7 @@ pub struct ParentDeath;
 static ABOUT: About = About {
     tag: Tag::new(*b"PDSG"),
     version: 1,
-    name: "parent_death",
+    name: "parent-death",
     title: "Parent-death signal",
     manual: "PR_SET_PDEATHSIG(2const)",
     since: "",
@@ -46,8 +46,15 @@ impl TaskKind for ParentDeath {
     }
     fn ask(&self, _task: &TaskView<'_>, batch: &mut Batch) -> Result<Asked> {
         let room = batch.room(8);
-        batch.call("prctl(PR_GET_PDEATHSIG)", libc::SYS_prctl, [libc::PR_GET_PDEATHSIG.into(), room.into()]);
-        Ok(Asked { ops: Vec::new(), data: vec![room] })
+        batch.call(
+            "prctl(PR_GET_PDEATHSIG)",
+            libc::SYS_prctl,
+            [libc::PR_GET_PDEATHSIG.into(), room.into()],
+        );
+        Ok(Asked {
+            ops: Vec::new(),
+            data: vec![room],
+        })
     }
     fn dump(
         &self,
@@ -71,7 +78,11 @@ impl TaskKind for ParentDeath {
                 task.pid, record.signal
             ));
         }
-        task.batch.call("prctl(PR_SET_PDEATHSIG)", libc::SYS_prctl, [libc::PR_SET_PDEATHSIG.into(), record.signal.into()]);
+        task.batch.call(
+            "prctl(PR_SET_PDEATHSIG)",
+            libc::SYS_prctl,
+            [libc::PR_SET_PDEATHSIG.into(), record.signal.into()],
+        );
         Ok(())
     }
 }

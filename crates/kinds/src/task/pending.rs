@@ -59,13 +59,19 @@ fn queue(task: &TaskView<'_>, shared: bool, set: u64) -> Result<Vec<Vec<u8>>> {
             queue.push(made_up(signo));
         }
     }
-    match queue.iter().map(|info| signo(info)).find(|s| matches!(*s, libc::SIGSTOP | libc::SIGKILL)) {
+    match queue
+        .iter()
+        .map(|info| signo(info))
+        .find(|s| matches!(*s, libc::SIGSTOP | libc::SIGKILL))
+    {
         Some(libc::SIGKILL) => {
             Err(Error::new(Kind::TargetGone, "it is being killed").on_task(task.tid.0))
         }
-        Some(_) => {
-            Err(Error::new(Kind::TargetBusy, "it is being stopped by SIGSTOP: try again").on_task(task.tid.0))
-        }
+        Some(_) => Err(Error::new(
+            Kind::TargetBusy,
+            "it is being stopped by SIGSTOP: try again",
+        )
+        .on_task(task.tid.0)),
         None => Ok(queue),
     }
 }
@@ -90,7 +96,10 @@ fn made_up(signo: i32) -> Vec<u8> {
 
 /// A siginfo of the image: its signal, and where it is in the batch.
 fn checked(task: &mut RestoreTask<'_>, info: &[u8]) -> Result<(i32, DataRef)> {
-    if info.len() != SIZE || !matches!(signo(info), 1..=64) || matches!(signo(info), libc::SIGSTOP | libc::SIGKILL) {
+    if info.len() != SIZE
+        || !matches!(signo(info), 1..=64)
+        || matches!(signo(info), libc::SIGSTOP | libc::SIGKILL)
+    {
         return Err(Error::corrupt("a pending signal is none").on_task(task.tid.0));
     }
     Ok((signo(info), task.batch.data(info)))
@@ -119,11 +128,17 @@ impl TaskKind for Pending {
         // A fresh process has none.
         let status = task.status;
         let thread = queue(task, false, status.sig_pnd)?;
-        let process = if task.leader { queue(task, true, status.shd_pnd)? } else { Vec::new() };
+        let process = if task.leader {
+            queue(task, true, status.shd_pnd)?
+        } else {
+            Vec::new()
+        };
         if thread.is_empty() && process.is_empty() {
             return Ok(None);
         }
-        Ok(Some(ABOUT.record(task.subject(), &Record { thread, process })?))
+        Ok(Some(
+            ABOUT.record(task.subject(), &Record { thread, process })?,
+        ))
     }
     fn restore(&self, task: &mut RestoreTask<'_>, record: &RawRecord) -> Result<()> {
         let record: Record = ABOUT.decode(record)?;

@@ -61,7 +61,11 @@ impl TaskKind for Personality {
         if record.persona == u32::MAX {
             return Err(Error::corrupt("a personality of all ones").on_task(task.tid.0));
         }
-        task.batch.call("personality", libc::SYS_personality, [record.persona.into()]);
+        task.batch.call(
+            "personality",
+            libc::SYS_personality,
+            [record.persona.into()],
+        );
         Ok(())
     }
 }

@@ -25,7 +25,7 @@ pub struct PosixTimers;
 static ABOUT: About = About {
     tag: Tag::new(*b"PTMR"),
     version: 1,
-    name: "posix_timers",
+    name: "posix-timers",
     title: "POSIX timers",
     manual: "timer_create(2)",
     since: "6.15",
@@ -74,7 +74,8 @@ const MAX: usize = 1 << 20;
 /// Whether it is the CPU time of whichever thread made the timer: the constant, or the kernel's encoding
 /// (`~pid << 3 | 4 for a thread | 2`) of no PID, which the C library uses.
 fn of_calling_thread(clock: i32) -> bool {
-    clock == libc::CLOCK_THREAD_CPUTIME_ID || (clock < 0 && !of_device(clock) && clock & 4 != 0 && !(clock >> 3) == 0)
+    clock == libc::CLOCK_THREAD_CPUTIME_ID
+        || (clock < 0 && !of_device(clock) && clock & 4 != 0 && !(clock >> 3) == 0)
 }
 
 /// Whether it is a clock named by a descriptor (`~fd << 3 | 3`).
@@ -118,16 +119,24 @@ impl TaskKind for PosixTimers {
         let mut asked = Asked::default();
         for info in task.proc.dir.timers()? {
             let refused = |why| {
-                Err(Error::unsupported(why).on(format!("POSIX timer {}", info.id)).on_task(task.proc.pid.0))
+                Err(Error::unsupported(why)
+                    .on(format!("POSIX timer {}", info.id))
+                    .on_task(task.proc.pid.0))
             };
             if of_calling_thread(info.clock) && task.proc.tids.len() > 1 {
-                return refused("a timer on the CPU time of one of several threads is not supported");
+                return refused(
+                    "a timer on the CPU time of one of several threads is not supported",
+                );
             }
             if of_device(info.clock) {
                 return refused("a timer on a clock device is not supported");
             }
             let room = batch.room(SPEC);
-            batch.call(format!("timer_gettime({})", info.id), libc::SYS_timer_gettime, [info.id.into(), room.into()]);
+            batch.call(
+                format!("timer_gettime({})", info.id),
+                libc::SYS_timer_gettime,
+                [info.id.into(), room.into()],
+            );
             asked.data.push(room);
         }
         Ok(asked)
@@ -141,7 +150,9 @@ impl TaskKind for PosixTimers {
     ) -> Result<Option<RawRecord>> {
         let infos = task.proc.dir.timers()?;
         if infos.len() != asked.data.len() {
-            return Err(Error::bug("the POSIX timers of a frozen process changed").on_task(task.proc.pid.0));
+            return Err(
+                Error::bug("the POSIX timers of a frozen process changed").on_task(task.proc.pid.0)
+            );
         }
         // A fresh process has none: fork does not copy them.
         if infos.is_empty() {
@@ -150,7 +161,8 @@ impl TaskKind for PosixTimers {
         let mut timers = Vec::with_capacity(infos.len());
         for (info, room) in infos.iter().zip(&asked.data) {
             let spec = replies.bytes(*room);
-            let word = |at: usize| i64::from_le_bytes(spec[at..at + 8].try_into().expect("8 bytes"));
+            let word =
+                |at: usize| i64::from_le_bytes(spec[at..at + 8].try_into().expect("8 bytes"));
             let mut notify = match info.notify {
                 TimerNotify::Signal => SIGEV_SIGNAL,
                 TimerNotify::None => SIGEV_NONE,
@@ -186,7 +198,13 @@ impl TaskKind for PosixTimers {
             return Err(Error::corrupt("there are too many POSIX timers").on_task(task.pid.0));
         }
         let restore_ids = |batch: &mut Batch, on: i32| {
-            let args = [RESTORE_IDS.into(), on.into(), Arg::Imm(0), Arg::Imm(0), Arg::Imm(0)];
+            let args = [
+                RESTORE_IDS.into(),
+                on.into(),
+                Arg::Imm(0),
+                Arg::Imm(0),
+                Arg::Imm(0),
+            ];
             batch.call("prctl(PR_TIMER_CREATE_RESTORE_IDS)", libc::SYS_prctl, args);
         };
         let batch = &mut *task.batch;

@@ -38,8 +38,22 @@ struct Record {
 }
 
 const NAMES: [&str; 16] = [
-    "CPU", "FSIZE", "DATA", "STACK", "CORE", "RSS", "NPROC", "NOFILE", "MEMLOCK", "AS", "LOCKS", "SIGPENDING",
-    "MSGQUEUE", "NICE", "RTPRIO", "RTTIME",
+    "CPU",
+    "FSIZE",
+    "DATA",
+    "STACK",
+    "CORE",
+    "RSS",
+    "NPROC",
+    "NOFILE",
+    "MEMLOCK",
+    "AS",
+    "LOCKS",
+    "SIGPENDING",
+    "MSGQUEUE",
+    "NICE",
+    "RTPRIO",
+    "RTTIME",
 ];
 
 /// The bit of `CAP_SYS_RESOURCE`.
@@ -74,12 +88,16 @@ impl TaskKind for Rlimits {
         _replies: &Replies,
     ) -> Result<Option<RawRecord>> {
         let limits = task.proc.dir.limits()?;
-        let record = Record { limits: limits.iter().map(|l| (l.soft, l.hard)).collect() };
+        let record = Record {
+            limits: limits.iter().map(|l| (l.soft, l.hard)).collect(),
+        };
         Ok(Some(ABOUT.record(task.subject(), &record)?))
     }
     fn restore(&self, task: &mut RestoreTask<'_>, record: &RawRecord) -> Result<()> {
         let record: Record = ABOUT.decode(record)?;
-        if record.limits.len() != NAMES.len() || record.limits.iter().any(|(soft, hard)| soft > hard) {
+        if record.limits.len() != NAMES.len()
+            || record.limits.iter().any(|(soft, hard)| soft > hard)
+        {
             return Err(Error::corrupt("the limits make no sense").on_task(task.pid.0));
         }
         let dir = ProcDir::open(task.pid)?;
@@ -90,7 +108,11 @@ impl TaskKind for Rlimits {
                 continue;
             }
             let name = NAMES[i];
-            let reached = if may_raise { hard } else { hard.min(now[i].hard) };
+            let reached = if may_raise {
+                hard
+            } else {
+                hard.min(now[i].hard)
+            };
             if soft > reached {
                 return Err(Error::new(
                     Kind::Permission,

@@ -3,7 +3,7 @@
 //! Read from outside by get_robust_list(2), set by set_robust_list(2) in the thread.
 //! The list itself is in the program's memory.
 
-use freezeframe_error::{Result};
+use freezeframe_error::Result;
 use freezeframe_image::{RawRecord, Tag};
 use freezeframe_inject::{Arg, Batch, Replies};
 use freezeframe_sys::robust_list::get_robust_list;
@@ -19,7 +19,7 @@ pub struct RobustList;
 static ABOUT: About = About {
     tag: Tag::new(*b"RBST"),
     version: 1,
-    name: "robust_list",
+    name: "robust-list",
     title: "Robust futex list",
     manual: "get_robust_list(2)",
     since: "",
@@ -66,7 +66,11 @@ impl TaskKind for RobustList {
     }
     fn restore(&self, task: &mut RestoreTask<'_>, record: &RawRecord) -> Result<()> {
         let record: Record = ABOUT.decode(record)?;
-        task.batch.call("set_robust_list", libc::SYS_set_robust_list, [record.head, record.size].map(Arg::from));
+        task.batch.call(
+            "set_robust_list",
+            libc::SYS_set_robust_list,
+            [record.head, record.size].map(Arg::from),
+        );
         Ok(())
     }
 }

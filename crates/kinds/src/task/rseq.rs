@@ -58,12 +58,12 @@ pub fn leave_critical_section(pid: Pid, tid: Tid, regs: &mut Regs) -> Result<boo
         return Ok(false);
     }
     let mut word = [0u8; 8];
-    if vm_read(pid, config.address.wrapping_add(RSEQ_CS), &mut word).is_err() {
+    if !vm_read(pid, config.address.wrapping_add(RSEQ_CS), &mut word).is_ok_and(|n| n == 8) {
         return Ok(false);
     }
     let section = u64::from_le_bytes(word);
     let mut bytes = [0u8; 32];
-    if section == 0 || vm_read(pid, section, &mut bytes).is_err() {
+    if section == 0 || !vm_read(pid, section, &mut bytes).is_ok_and(|n| n == 32) {
         return Ok(false);
     }
     match abort_address(&bytes, regs.rip) {
@@ -108,7 +108,11 @@ impl TaskKind for Rseq {
         if config.address == 0 {
             return Ok(None);
         }
-        let record = Record { address: config.address, size: config.size, signature: config.signature };
+        let record = Record {
+            address: config.address,
+            size: config.size,
+            signature: config.signature,
+        };
         Ok(Some(ABOUT.record(task.subject(), &record)?))
     }
     fn restore(&self, task: &mut RestoreTask<'_>, record: &RawRecord) -> Result<()> {
@@ -116,7 +120,12 @@ impl TaskKind for Rseq {
         task.batch.call(
             "rseq",
             libc::SYS_rseq,
-            [record.address.into(), record.size.into(), Arg::Imm(0), record.signature.into()],
+            [
+                record.address.into(),
+                record.size.into(),
+                Arg::Imm(0),
+                record.signature.into(),
+            ],
         );
         Ok(())
     }

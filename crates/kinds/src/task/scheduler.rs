@@ -4,7 +4,7 @@
 //! Read from outside by sched_getattr(2), set by sched_setattr(2) in the thread. A
 //! real-time thread has a nice value, too (which it returns to): it is read from /proc/PID/task/TID/stat.
 
-use freezeframe_error::{Result};
+use freezeframe_error::Result;
 use freezeframe_image::{RawRecord, Tag};
 use freezeframe_inject::{Arg, Batch, Replies};
 use freezeframe_sys::ids::Tid;

@@ -63,12 +63,17 @@ const USER_NOTIF: u32 = 0x7fc0_0000;
 /// The filters of a frozen thread.
 fn filters(task: &TaskView<'_>) -> Result<Vec<Filter>> {
     let mut filters = Vec::new();
-    while let Some(program) = ptrace::seccomp_get_filter(task.tid, filters.len() as u64).on_task(task.tid.0)? {
+    while let Some(program) =
+        ptrace::seccomp_get_filter(task.tid, filters.len() as u64).on_task(task.tid.0)?
+    {
         if asks_listener(&program) {
-            return Err(Error::unsupported("a seccomp filter with a listener (SECCOMP_RET_USER_NOTIF) is not supported")
-                .on_task(task.tid.0));
+            return Err(Error::unsupported(
+                "a seccomp filter with a listener (SECCOMP_RET_USER_NOTIF) is not supported",
+            )
+            .on_task(task.tid.0));
         }
-        let flags = ptrace::seccomp_get_metadata(task.tid, filters.len() as u64).on_task(task.tid.0)?;
+        let flags =
+            ptrace::seccomp_get_metadata(task.tid, filters.len() as u64).on_task(task.tid.0)?;
         let program = program.iter().flat_map(bytes).collect();
         filters.push(Filter { flags, program });
     }
@@ -76,7 +81,9 @@ fn filters(task: &TaskView<'_>) -> Result<Vec<Filter>> {
 }
 
 fn asks_listener(program: &[SockFilter]) -> bool {
-    program.iter().any(|i| i.code == RETURN_CONSTANT && i.k & ACTION == USER_NOTIF)
+    program
+        .iter()
+        .any(|i| i.code == RETURN_CONSTANT && i.k & ACTION == USER_NOTIF)
 }
 
 /// A `struct sock_filter`.
@@ -121,7 +128,11 @@ impl TaskKind for Seccomp {
                 task.batch.call(
                     "prctl(PR_SET_SECCOMP, SECCOMP_MODE_STRICT)",
                     libc::SYS_prctl,
-                    [libc::PR_SET_SECCOMP.into(), libc::SECCOMP_MODE_STRICT.into(), Arg::Imm(0)],
+                    [
+                        libc::PR_SET_SECCOMP.into(),
+                        libc::SECCOMP_MODE_STRICT.into(),
+                        Arg::Imm(0),
+                    ],
                 );
                 return Ok(());
             }
@@ -133,7 +144,9 @@ impl TaskKind for Seccomp {
         for (i, filter) in filters.iter().enumerate() {
             let len = filter.program.len() / INSTRUCTION;
             if filter.program.len() % INSTRUCTION != 0 || len == 0 || len > MAX_INSTRUCTIONS {
-                return Err(Error::corrupt("a seccomp filter has a wrong length").on_task(task.tid.0));
+                return Err(
+                    Error::corrupt("a seccomp filter has a wrong length").on_task(task.tid.0)
+                );
             }
             let program = task.batch.data(&filter.program);
             // struct sock_fprog: a length in instructions, padding, a pointer.
@@ -144,7 +157,11 @@ impl TaskKind for Seccomp {
             task.batch.call(
                 format!("seccomp(SECCOMP_SET_MODE_FILTER), filter {i}"),
                 libc::SYS_seccomp,
-                [libc::SECCOMP_SET_MODE_FILTER.into(), filter.flags.into(), fprog.into()],
+                [
+                    libc::SECCOMP_SET_MODE_FILTER.into(),
+                    filter.flags.into(),
+                    fprog.into(),
+                ],
             );
         }
         Ok(())
@@ -157,14 +174,27 @@ mod tests {
 
     #[test]
     fn an_instruction_as_the_kernel_has_it() {
-        let i = SockFilter { code: 0x0015, jt: 1, jf: 2, k: 0xc000_003e };
+        let i = SockFilter {
+            code: 0x0015,
+            jt: 1,
+            jf: 2,
+            k: 0xc000_003e,
+        };
         assert_eq!(bytes(&i), [0x15, 0, 1, 2, 0x3e, 0, 0, 0xc0]);
     }
 
     #[test]
     fn a_listener_is_seen() {
-        let allow = SockFilter { code: 6, jt: 0, jf: 0, k: 0x7fff_0000 };
-        let notify = SockFilter { k: 0x7fc0_0000, ..allow };
+        let allow = SockFilter {
+            code: 6,
+            jt: 0,
+            jf: 0,
+            k: 0x7fff_0000,
+        };
+        let notify = SockFilter {
+            k: 0x7fc0_0000,
+            ..allow
+        };
         assert!(!asks_listener(&[allow]));
         assert!(asks_listener(&[allow, notify]));
     }

@@ -2,7 +2,7 @@
 //!
 //! Only the process itself can ask (`PR_GET_CHILD_SUBREAPER`).
 
-use freezeframe_error::{Result};
+use freezeframe_error::Result;
 use freezeframe_image::{RawRecord, Tag};
 use freezeframe_inject::{Batch, Replies};
 use serde::{Deserialize, Serialize};
@@ -44,8 +44,15 @@ impl TaskKind for Subreaper {
     }
     fn ask(&self, _task: &TaskView<'_>, batch: &mut Batch) -> Result<Asked> {
         let room = batch.room(8);
-        batch.call("prctl(PR_GET_CHILD_SUBREAPER)", libc::SYS_prctl, [libc::PR_GET_CHILD_SUBREAPER.into(), room.into()]);
-        Ok(Asked { ops: Vec::new(), data: vec![room] })
+        batch.call(
+            "prctl(PR_GET_CHILD_SUBREAPER)",
+            libc::SYS_prctl,
+            [libc::PR_GET_CHILD_SUBREAPER.into(), room.into()],
+        );
+        Ok(Asked {
+            ops: Vec::new(),
+            data: vec![room],
+        })
     }
     fn dump(
         &self,
@@ -62,7 +69,10 @@ impl TaskKind for Subreaper {
         task.batch.call(
             "prctl(PR_SET_CHILD_SUBREAPER)",
             libc::SYS_prctl,
-            [libc::PR_SET_CHILD_SUBREAPER.into(), i32::from(record.subreaper).into()],
+            [
+                libc::PR_SET_CHILD_SUBREAPER.into(),
+                i32::from(record.subreaper).into(),
+            ],
         );
         Ok(())
     }

@@ -19,7 +19,7 @@ pub struct SyscallUserDispatch;
 static ABOUT: About = About {
     tag: Tag::new(*b"SUDI"),
     version: 1,
-    name: "syscall_user_dispatch",
+    name: "syscall-user-dispatch",
     title: "Syscall user dispatch",
     manual: "PR_SET_SYSCALL_USER_DISPATCH(2const)",
     since: "6.4",
@@ -46,7 +46,8 @@ impl TaskKind for SyscallUserDispatch {
         // A kernel without the request (before 6.4) cannot be asked; such a thread is not seen.
         match ptrace::get_syscall_user_dispatch(task.tid) {
             Ok(config) if config.mode != 0 => {
-                Err(Error::unsupported("syscall user dispatch is not supported").on_task(task.tid.0))
+                Err(Error::unsupported("syscall user dispatch is not supported")
+                    .on_task(task.tid.0))
             }
             _ => Ok(Asked::default()),
         }
@@ -63,6 +64,9 @@ impl TaskKind for SyscallUserDispatch {
     }
     fn restore(&self, task: &mut RestoreTask<'_>, record: &RawRecord) -> Result<()> {
         let _: Record = ABOUT.decode(record)?;
-        Err(Error::corrupt("a record of syscall user dispatch, which is never written").on_task(task.tid.0))
+        Err(
+            Error::corrupt("a record of syscall user dispatch, which is never written")
+                .on_task(task.tid.0),
+        )
     }
 }

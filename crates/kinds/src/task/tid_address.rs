@@ -2,7 +2,7 @@
 //!
 //! Only the thread itself can ask (`PR_GET_TID_ADDRESS`); set by set_tid_address(2).
 
-use freezeframe_error::{Result};
+use freezeframe_error::Result;
 use freezeframe_image::{RawRecord, Tag};
 use freezeframe_inject::{Arg, Batch, Replies};
 use serde::{Deserialize, Serialize};
@@ -17,7 +17,7 @@ pub struct TidAddress;
 static ABOUT: About = About {
     tag: Tag::new(*b"TIDA"),
     version: 1,
-    name: "tid_address",
+    name: "tid-address",
     title: "Address cleared at thread exit",
     manual: "set_tid_address(2)",
     since: "",
@@ -44,8 +44,15 @@ impl TaskKind for TidAddress {
     }
     fn ask(&self, _task: &TaskView<'_>, batch: &mut Batch) -> Result<Asked> {
         let room = batch.room(8);
-        batch.call("prctl(PR_GET_TID_ADDRESS)", libc::SYS_prctl, [libc::PR_GET_TID_ADDRESS.into(), room.into()]);
-        Ok(Asked { ops: Vec::new(), data: vec![room] })
+        batch.call(
+            "prctl(PR_GET_TID_ADDRESS)",
+            libc::SYS_prctl,
+            [libc::PR_GET_TID_ADDRESS.into(), room.into()],
+        );
+        Ok(Asked {
+            ops: Vec::new(),
+            data: vec![room],
+        })
     }
     fn dump(
         &self,
@@ -55,12 +62,18 @@ impl TaskKind for TidAddress {
         replies: &Replies,
     ) -> Result<Option<RawRecord>> {
         // Recorded if 0, too: a shell's thread may have been cloned with CLONE_CHILD_CLEARTID.
-        let record = Record { address: replies.u64(asked.data[0]) };
+        let record = Record {
+            address: replies.u64(asked.data[0]),
+        };
         Ok(Some(ABOUT.record(task.subject(), &record)?))
     }
     fn restore(&self, task: &mut RestoreTask<'_>, record: &RawRecord) -> Result<()> {
         let record: Record = ABOUT.decode(record)?;
-        task.batch.call("set_tid_address", libc::SYS_set_tid_address, [Arg::Imm(record.address)]);
+        task.batch.call(
+            "set_tid_address",
+            libc::SYS_set_tid_address,
+            [Arg::Imm(record.address)],
+        );
         Ok(())
     }
 }

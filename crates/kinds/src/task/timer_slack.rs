@@ -4,7 +4,7 @@
 //! real-time policy have none. The default slack, to which a thread returns by setting 0, cannot be
 //! read and is the restorer's.
 
-use freezeframe_error::{Result};
+use freezeframe_error::Result;
 use freezeframe_image::{RawRecord, Tag};
 use freezeframe_inject::{Arg, Batch, Replies};
 use serde::{Deserialize, Serialize};
@@ -19,7 +19,7 @@ pub struct TimerSlack;
 static ABOUT: About = About {
     tag: Tag::new(*b"SLCK"),
     version: 1,
-    name: "timer_slack",
+    name: "timer-slack",
     title: "Timer slack",
     manual: "PR_SET_TIMERSLACK(2const)",
     since: "",
@@ -63,7 +63,11 @@ impl TaskKind for TimerSlack {
     }
     fn restore(&self, task: &mut RestoreTask<'_>, record: &RawRecord) -> Result<()> {
         let record: Record = ABOUT.decode(record)?;
-        task.batch.call("prctl(PR_SET_TIMERSLACK)", libc::SYS_prctl, [libc::PR_SET_TIMERSLACK.into(), Arg::Imm(record.ns)]);
+        task.batch.call(
+            "prctl(PR_SET_TIMERSLACK)",
+            libc::SYS_prctl,
+            [libc::PR_SET_TIMERSLACK.into(), Arg::Imm(record.ns)],
+        );
         Ok(())
     }
 }
