@@ -18,11 +18,11 @@ pub static MEMORY: &[&dyn MemKind] = &[
 
 /// Attributes of threads and processes. Within a stage they are restored in this order.
 pub static TASKS: &[&dyn TaskKind] = &[
-    // Stage::Fs. The login UID is written through /proc, which a new root may not have.
+    // Stage::Fs. The first two use paths of the old root.
+    &task::mm_layout::MmLayout,
     &task::login_uid::LoginUid,
     &task::fs::Fs,
     // Stage::Attributes. The timer slack behind the policy, which resets it.
-    &task::mm_layout::MmLayout,
     &task::comm::Comm,
     &task::personality::Personality,
     &task::cpu_flags::CpuFlags,
