@@ -64,6 +64,42 @@ fn zombies_keep_their_status_for_their_parent() {
 }
 
 #[test]
+fn a_leader_can_end_before_its_threads() {
+    let tracer = Tracer::new();
+    let (mut shells, root) = spawn(&tracer);
+    let child = shells.fork(root, &ForkOptions::default()).unwrap();
+    let threads = shells.threads(child, &[Vec::new(), Vec::new()]).unwrap();
+    let (pid, tid) = (shells.pid(child).0, shells.tid(threads[0]).0);
+    shells.exit_thread(threads[0], 0).unwrap();
+    assert!(!std::fs::exists(format!("/proc/{pid}/task/{tid}")).unwrap());
+    shells.exit_thread(child, 4).unwrap();
+    assert_eq!(state(pid), 'Z');
+    let mut batch = Batch::new();
+    let op = batch.call("getpid", libc::SYS_getpid, []);
+    assert_eq!(
+        shells.run(threads[1], &batch).unwrap().raw(op),
+        i64::from(pid)
+    );
+    shells
+        .get_fd(threads[1], shells.service_fd(threads[1]).unwrap())
+        .unwrap();
+    plant(&mut shells, threads[1], SPIN, b"");
+    plant(&mut shells, root, SPIN, b"");
+    let finals = [root, threads[1]].map(|t| go_on(t, regs(PROGRAM, 0, 0, 0)));
+    let root_pid = shells.pid(root).0;
+    shells.resume_all(finals.to_vec()).unwrap();
+    for pid in [pid, root_pid] {
+        kill(pid);
+    }
+    wait(root_pid);
+}
+
+fn kill(pid: i32) {
+    let pid = nix::unistd::Pid::from_raw(pid);
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
+}
+
+#[test]
 fn helpers_vanish_and_their_children_move_up() {
     let tracer = Tracer::new();
     let (mut shells, root) = spawn(&tracer);

@@ -335,6 +335,49 @@ fn a_stopped_process_stays_stopped() {
 }
 
 #[test]
+fn seccomp_filters_and_lost_rights_are_in_force_afterwards_only() {
+    let tracer = Tracer::new();
+    let (mut shells, root) = spawn(&tracer);
+    let (mut read, write) = std::io::pipe().unwrap();
+    let fd = shells.send_fd(root, write.as_fd()).unwrap();
+    drop(write);
+    plant(&mut shells, root, WRITE_AND_EXIT, b"forbidden");
+    let mut batch = Batch::new();
+    // SECCOMP_SET_MODE_FILTER with "kill the process, whatever it calls"
+    let filter = batch.data(&[6, 0, 0, 0, 0, 0, 0, 0x80]);
+    let program = batch.data(&[1u64, 0].map(u64::to_le_bytes).concat());
+    batch.pointer(program.at(8), filter);
+    batch.call(
+        "seccomp",
+        libc::SYS_seccomp,
+        [1.into(), 0.into(), program.into()],
+    );
+    let id = 65_534;
+    batch.call(
+        "setresgid",
+        libc::SYS_setresgid,
+        [id.into(), id.into(), id.into()],
+    );
+    batch.call(
+        "setresuid",
+        libc::SYS_setresuid,
+        [id.into(), id.into(), id.into()],
+    );
+    shells.run(root, &batch).unwrap();
+    let pid = shells.pid(root).0;
+    shells
+        .resume_all(vec![go_on(root, regs(PROGRAM, fd, 9, 0))])
+        .unwrap();
+    let mut text = String::new();
+    read.read_to_string(&mut text).unwrap();
+    assert_eq!(text, "");
+    match wait(pid) {
+        WaitStatus::Signaled(_, Signal::SIGSYS, _) => {}
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
 fn an_error_at_the_last_moment_leaves_nothing() {
     let tracer = Tracer::new();
     let (mut shells, root) = spawn(&tracer);

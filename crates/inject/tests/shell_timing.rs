@@ -8,7 +8,7 @@ use freezeframe_inject::shell::{ForkOptions, Shells, SpawnOptions};
 use freezeframe_inject::tracer::Tracer;
 
 mod shell_kit;
-use shell_kit::BASE;
+use shell_kit::*;
 
 fn median(mut times: Vec<Duration>) -> Duration {
     times.sort_unstable();
@@ -79,4 +79,20 @@ fn costs() {
     let start = Instant::now();
     drop(shells);
     println!("drop of 1000 threads and 20 forks: {:?}", start.elapsed());
+
+    for threads in [0, 1000] {
+        let (mut shells, root) = Shells::spawn_root(&tracer, SpawnOptions::at(BASE)).unwrap();
+        let mut tasks = shells.threads(root, &vec![Vec::new(); threads]).unwrap();
+        tasks.push(root);
+        plant(&mut shells, root, WRITE_AND_END_THREAD, b"");
+        let finals = tasks
+            .iter()
+            .map(|&t| go_on(t, regs(PROGRAM, -1, 0, 0)))
+            .collect();
+        let pid = shells.pid(root).0;
+        let start = Instant::now();
+        shells.resume_all(finals).unwrap();
+        println!("resume_all of {} tasks: {:?}", tasks.len(), start.elapsed());
+        wait(pid);
+    }
 }

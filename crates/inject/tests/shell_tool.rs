@@ -52,7 +52,7 @@ fn be_the_tool() {
             }
             let _ = shells.threads(last, &[vec![pids[4]], vec![pids[5]]]);
             println!("tree");
-            for _ in 0..20 {
+            for _ in 0..100 {
                 shells.run(last, &one).unwrap();
             }
         },

@@ -8,7 +8,7 @@ use freezeframe_sys::pidfd::{pidfd_send_signal, poll_dead};
 use freezeframe_sys::proc::ProcDir;
 use freezeframe_sys::ptrace;
 
-use super::{Shells, TaskId, ignorable};
+use super::{Shells, TaskId, ignorable, pause};
 use crate::batch::{Arg, Batch};
 use crate::tracer::{self, Stop};
 
@@ -81,17 +81,42 @@ impl Shells<'_> {
             if Instant::now() >= end {
                 return Err(tracer::timeout(pid.leader(), "it did not end"));
             }
-            round += 1;
-            if round < 200 {
-                std::thread::yield_now();
-            } else {
-                std::thread::sleep(Duration::from_micros(100));
-            }
+            pause(&mut round);
         }
         if let Some(parent) = self.idle_parent(process) {
             self.drain_signal(parent, self.processes[process].exit_signal)?;
         }
         Ok(())
+    }
+
+    /// Ends one thread of a process that goes on with its others. A leader that
+    /// ends like this stays as a zombie leader; the kernel keeps it from its
+    /// parent until the thread that traces has ended or the process has.
+    pub fn exit_thread(&mut self, task: TaskId, code: i32) -> Result<()> {
+        let (tid, pid) = (self.tid(task), self.pid(task));
+        if self.of_process(self.tasks[task.0].process).count() < 2 {
+            return Err(Error::bug("the last thread of a process").on_task(tid.0));
+        }
+        let mut batch = Batch::new();
+        batch.call("exit", libc::SYS_exit, [Arg::from(code)]);
+        self.start(task, &batch)?;
+        let end = self.end();
+        let mut round = 0u32;
+        loop {
+            let gone = if tid == pid.leader() {
+                tracer::is_dead(tid)
+            } else {
+                self.tracer.reap(tid)
+            };
+            if gone {
+                self.bury(task.0);
+                return Ok(());
+            }
+            if Instant::now() >= end {
+                return Err(tracer::timeout(tid, "it did not end"));
+            }
+            pause(&mut round);
+        }
     }
 
     /// Ends a helper process and lets its parent, which must be one of these
@@ -208,12 +233,7 @@ impl Shells<'_> {
             if Instant::now() >= end {
                 return Err(tracer::timeout(pids[0].leader(), "it did not die"));
             }
-            round += 1;
-            if round < 50 {
-                std::thread::yield_now();
-            } else {
-                std::thread::sleep(Duration::from_micros(200));
-            }
+            pause(&mut round);
         }
         for task in &mut self.tasks {
             if !task.dead {

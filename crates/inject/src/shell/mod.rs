@@ -309,7 +309,13 @@ impl<'t> Shells<'t> {
 
     /// The memory of the task's process, writable.
     pub fn mem(&self, task: TaskId) -> Result<Mem> {
-        Mem::open(self.pid(task), true)
+        Mem::open(self.proc_pid(task), true)
+    }
+
+    /// Under which name `/proc` shows the task's process: a leader that has
+    /// ended before its threads has no memory and no maps any more.
+    fn proc_pid(&self, task: TaskId) -> Pid {
+        Pid(self.tid(task).0)
     }
 
     /// The region: address and length. Nothing else may be mapped there.
@@ -592,4 +598,14 @@ const TASK_SIZE: u64 = 0x7fff_ffff_f000;
 /// Signals that cannot be blocked and do a shell no harm if dropped.
 fn ignorable(signal: i32) -> bool {
     matches!(signal, libc::SIGSTOP | libc::SIGCONT)
+}
+
+/// Gives the CPU away; after a while, for longer.
+fn pause(round: &mut u32) {
+    *round += 1;
+    if *round < 200 {
+        std::thread::yield_now();
+    } else {
+        std::thread::sleep(Duration::from_micros(50));
+    }
 }

@@ -1,7 +1,7 @@
 //! The last switch: the stub out, the registers in, all let go together.
 
 use std::collections::BTreeMap;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use freezeframe_error::{Error, Kind, Phase, Result, ResultExt, Target};
 use freezeframe_stub::layout::{OP_SIZE, Op};
@@ -11,7 +11,7 @@ use freezeframe_sys::pidfd::pidfd_send_signal;
 use freezeframe_sys::proc::ProcDir;
 use freezeframe_sys::ptrace::{self, Options, Regs, SyscallInfo, nt};
 
-use super::{Shells, TaskId, slot_offset};
+use super::{Shells, TaskId, pause, slot_offset};
 use crate::batch::Batch;
 use crate::tracer::{self, Tracer};
 
@@ -97,7 +97,6 @@ impl Shells<'_> {
                 tables.push(files);
                 self.close_service_fds(f.task)?;
             }
-            self.spread(f.task)?;
         }
 
         let hows = self.stop_all(&finals)?;
@@ -114,6 +113,7 @@ impl Shells<'_> {
             }
             ptrace::setregs(tid, &f.regs)?;
             ptrace::setsigmask(tid, f.sigmask)?;
+            self.spread(f.task)?;
             ready(self.tracer, f)?;
         }
         for f in &finals {
@@ -295,7 +295,7 @@ impl Shells<'_> {
                 return Ok(Some(at));
             }
         }
-        let maps = ProcDir::open(self.pid(by.task))?.maps()?;
+        let maps = ProcDir::open(self.proc_pid(by.task))?.maps()?;
         for map in maps.iter().rev().filter(|m| m.exec && m.path == b"[vdso]") {
             let mut bytes = vec![0; (map.end - map.start) as usize];
             if mem.read_exact_at(map.start, &mut bytes).is_ok()
@@ -371,15 +371,5 @@ impl Poked {
 
     fn undo(&self, mem: &Mem) -> Result<()> {
         mem.write_all_at(self.at, &self.old)
-    }
-}
-
-/// Gives the CPU away; after a while, for longer.
-fn pause(round: &mut u32) {
-    *round += 1;
-    if *round < 200 {
-        std::thread::yield_now();
-    } else {
-        std::thread::sleep(Duration::from_micros(50));
     }
 }

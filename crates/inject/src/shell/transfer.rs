@@ -4,7 +4,7 @@ use std::io::IoSlice;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 use freezeframe_error::{Error, Kind, Result, ResultExt, SysExt};
-use freezeframe_sys::pidfd::pidfd_getfd;
+use freezeframe_sys::pidfd::{pidfd_getfd, pidfd_open_thread};
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 
 use super::{Shells, TaskId};
@@ -81,7 +81,15 @@ impl Shells<'_> {
 
     /// A duplicate, here, of descriptor `fd` of a task's process.
     pub fn get_fd(&self, task: TaskId, fd: i32) -> Result<OwnedFd> {
-        pidfd_getfd(self.pidfd(task), fd).on_task(self.tid(task).0)
+        let tid = self.tid(task);
+        match pidfd_getfd(self.pidfd(task), fd) {
+            // A leader that has ended before its threads has no descriptors.
+            Err(_) if tid != self.pid(task).leader() => {
+                pidfd_open_thread(tid).and_then(|pidfd| pidfd_getfd(pidfd, fd))
+            }
+            other => other,
+        }
+        .on_task(tid.0)
     }
 
     /// The number of the one descriptor a shell has for our own use, if it has
