@@ -178,6 +178,9 @@ fn write_image(
     let tables = files::collect(&mut cx, &mut blockers).in_phase(Phase::Collect)?;
     let mut spaces = memory::collect(&mut cx, &mut blockers).in_phase(Phase::Collect)?;
     tasks::collect(&mut cx, tracer, tasks, &processes, &mut blockers).in_phase(Phase::Collect)?;
+    if events.cancelled() {
+        return Err(freeze::cancelled());
+    }
     if !blockers.is_empty() {
         let first = blockers.remove(0);
         return Err(first.and_also(blockers).in_phase(Phase::Collect));

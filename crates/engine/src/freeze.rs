@@ -77,6 +77,9 @@ pub fn freeze(request: &DumpRequest, events: &dyn Events) -> Result<Frozen> {
             log!(events, Debug, "the tree is stopped after {round} rounds");
             break;
         }
+        if events.cancelled() {
+            return Err(cancelled());
+        }
         if round > MAX_ROUNDS || Instant::now() > deadline {
             return Err(Error::new(
                 Kind::Timeout,
@@ -87,6 +90,11 @@ pub fn freeze(request: &DumpRequest, events: &dyn Events) -> Result<Frozen> {
         stop(&tracer, fresh, &mut held, deadline)?;
     }
     details(tracer, found, order, held, request.timeout)
+}
+
+/// The caller wants the operation to stop.
+pub(crate) fn cancelled() -> Error {
+    Error::new(Kind::Cancelled, "stopped at the caller's request")
 }
 
 /// Threads of the tree that are not held yet, each with its process.

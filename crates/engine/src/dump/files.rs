@@ -83,6 +83,10 @@ pub(super) fn collect(
             )
         })
         .collect();
+    // Kinds look for the other end of a pipe and the like: all are known before any is dumped.
+    for view in &views {
+        cx.see(view);
+    }
     for view in &views {
         if let Err(e) = dump_file(cx, view) {
             if e.kind() != Kind::Unsupported {

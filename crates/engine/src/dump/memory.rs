@@ -104,6 +104,9 @@ pub(super) fn store(
                 .iter()
                 .map(|g| (g.start, g.end - g.start))
                 .collect();
+            if events.cancelled() {
+                return Err(crate::freeze::cancelled());
+            }
             events.progress(dumper.total().total().min(total), total);
         }
         sources.insert(view.pid.0, source);

@@ -224,6 +224,9 @@ impl Builder<'_> {
             .in_phase(Phase::Rebuild)?;
         let mut tasks: HashMap<i32, TaskId> = HashMap::from([(root.pid(), root_task)]);
         for step in steps {
+            if self.events.cancelled() {
+                return Err(crate::freeze::cancelled());
+            }
             self.step(*step, &mut shells, &mut tasks, &objects)?;
         }
         self.check_tree()?;
