@@ -18,7 +18,10 @@ mod files;
 mod mappings;
 mod memory;
 mod pipes;
+mod signals;
 mod sockets;
+mod threads;
+mod timers;
 mod tree;
 
 pub use cx::Cx;
@@ -132,6 +135,9 @@ const FAMILIES: &[(&str, &[Program])] = &[
     ("events", events::PROGRAMS),
     ("sockets", sockets::PROGRAMS),
     ("tree", tree::PROGRAMS),
+    ("threads", threads::PROGRAMS),
+    ("signals", signals::PROGRAMS),
+    ("timers", timers::PROGRAMS),
     ("memory", memory::PROGRAMS),
     ("mappings", mappings::PROGRAMS),
 ];
