@@ -1,5 +1,7 @@
 //! Restore shells: making a tree, running batches in it, passing descriptors.
 
+#![allow(clippy::unwrap_used)]
+
 use std::io::{Read, Write};
 use std::os::fd::AsFd;
 

@@ -242,6 +242,42 @@ fn a_call_that_has_ended_gives_its_result() {
 }
 
 #[test]
+fn a_call_the_stop_would_end_is_made_again() {
+    let tracer = Tracer::new();
+    let (mut shells, root) = spawn(&tracer);
+    let (mut read, write) = std::io::pipe().unwrap();
+    let fd = shells.send_fd(root, write.as_fd()).unwrap();
+    plant(&mut shells, root, CALL_AND_WRITE, b"");
+    let mut batch = Batch::new();
+    let epoll = batch.call("epoll_create1", libc::SYS_epoll_create1, [0.into()]);
+    let epoll = shells.run(root, &batch).unwrap().raw(epoll);
+    // In the middle of epoll_wait(epoll, DATA + 64, 1, 100).
+    let mut f = sleeper(root, fd, 0);
+    f.regs.orig_rax = libc::SYS_epoll_wait as u64;
+    f.regs.rax = -514i64 as u64;
+    f.regs.rdi = epoll as u64;
+    f.regs.rsi = DATA + 64;
+    f.regs.rdx = 1;
+    f.regs.r10 = 100;
+    let mut batch = Batch::new();
+    batch.call(
+        "epoll_wait",
+        libc::SYS_epoll_wait,
+        [epoll.into(), (DATA + 64).into(), 1.into(), 1_000_000.into()],
+    );
+    f.interrupt = Some(batch);
+    let pid = shells.pid(root).0;
+    let start = Instant::now();
+    let resumed = shells.resume_all(vec![f]).unwrap();
+    assert_eq!(resumed[0].how, How::Again);
+    let mut result = [0; 8];
+    read.read_exact(&mut result).unwrap();
+    assert_eq!(i64::from_le_bytes(result), 0);
+    assert!(start.elapsed() >= Duration::from_millis(100));
+    exited(pid, 5);
+}
+
+#[test]
 fn many_sleeping_threads_go_on() {
     let tracer = Tracer::new();
     let (mut shells, root) = spawn(&tracer);
@@ -257,7 +293,7 @@ fn many_sleeping_threads_go_on() {
         .iter()
         .chain([&root])
         .map(|&task| {
-            let mut f = sleeper(task, fd, 200_000_000);
+            let mut f = sleeper(task, fd, 700_000_000);
             f.regs.r14 = 1;
             f
         })
@@ -267,7 +303,7 @@ fn many_sleeping_threads_go_on() {
     assert!(resumed.iter().all(|r| r.how == How::Interrupted));
     let mut all = [0; 51];
     read.read_exact(&mut all).unwrap();
-    assert!(start.elapsed() >= Duration::from_millis(200));
+    assert!(start.elapsed() >= Duration::from_millis(700));
     exited(pid, 5);
 }
 

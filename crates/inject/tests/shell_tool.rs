@@ -1,6 +1,8 @@
 //! Restore shells: what becomes of them when the tool dies. The tool is this
 //! same program, run again with a variable set.
 
+#![allow(clippy::unwrap_used)]
+
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};

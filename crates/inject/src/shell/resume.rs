@@ -1,6 +1,7 @@
 //! The last switch: the stub out, the registers in, all let go together.
 
 use std::collections::BTreeMap;
+use std::mem::offset_of;
 use std::time::Instant;
 
 use freezeframe_error::{Error, Kind, Phase, Result, ResultExt, Target};
@@ -44,6 +45,9 @@ pub enum How {
     AsGiven,
     /// The call was interrupted and goes on.
     Interrupted,
+    /// The call is one the kernel ends with EINTR at any stop (signal(7));
+    /// it is made again with the arguments in the registers given.
+    Again,
     /// The call had ended with this result.
     Completed(i64),
 }
@@ -56,6 +60,9 @@ pub struct Resumed {
     /// How it goes on.
     pub how: How,
 }
+
+/// ERESTARTNOHAND: made again unless a handler runs.
+const RESTART_NO_HANDLER: i64 = -514;
 
 /// The kernel's own codes for a call to be made again: ERESTARTSYS,
 /// ERESTARTNOINTR, ERESTARTNOHAND, ERESTART_RESTARTBLOCK.
@@ -104,9 +111,13 @@ impl Shells<'_> {
 
         for (f, how) in finals.iter_mut().zip(&hows) {
             let tid = self.tid(f.task);
-            if let How::Completed(result) = how {
-                f.regs.rax = *result as u64;
-                f.regs.orig_rax = u64::MAX;
+            match how {
+                How::AsGiven | How::Interrupted => {}
+                How::Again => f.regs.rax = RESTART_NO_HANDLER as u64,
+                How::Completed(result) => {
+                    f.regs.rax = *result as u64;
+                    f.regs.orig_rax = u64::MAX;
+                }
             }
             if !f.xstate.is_empty() {
                 ptrace::setregset(tid, nt::X86_XSTATE, &f.xstate)?;
@@ -174,68 +185,91 @@ impl Shells<'_> {
                 None => ptrace::interrupt(self.tid(f.task))?,
             }
         }
-        let mut hows = Vec::with_capacity(finals.len());
-        for f in finals {
-            hows.push(match &f.interrupt {
-                Some(_) => self.interrupt_call(f.task)?,
-                None => {
-                    self.wait_event_stop(f.task, self.end())?;
-                    How::AsGiven
-                }
-            });
+        let mut hows = vec![How::AsGiven; finals.len()];
+        let mut pending: Vec<usize> = Vec::new();
+        for (i, f) in finals.iter().enumerate() {
+            match f.interrupt {
+                Some(_) => pending.push(i),
+                None => self.wait_event_stop(f.task, self.end())?,
+            }
         }
-        Ok(hows)
-    }
-
-    /// Stops a task inside the one call of the batch that was started in it.
-    fn interrupt_call(&mut self, task: TaskId) -> Result<How> {
-        let tid = self.tid(task);
-        let state = &self.tasks[task.0];
-        let slot = slot_offset(state.slot);
-        let Some(piece) = state.running else {
-            return Err(Error::bug("no call to interrupt").on_task(tid.0));
-        };
-        let mut op = [0; OP_SIZE];
         let end = self.end();
-        let inside = self.base + after_syscall() as u64;
         let mut round = 0u32;
-        loop {
+        while !pending.is_empty() {
             // The stub says 0 right before the call.
-            while self.map.load_u32(slot + Slot::POS)? == u32::MAX {
-                pause(&mut round);
-                if Instant::now() >= end {
-                    self.look(task, &|| "a call to be interrupted".to_owned())?;
-                    return Err(tracer::timeout(tid, "it did not start its last call"));
-                }
+            for &i in &pending {
+                self.wait_pos(finals[i].task, end)?;
             }
             pause(&mut round);
-            ptrace::interrupt(tid)?;
-            self.wait_event_stop(task, end)?;
-            let regs = ptrace::getregs(tid)?;
-            self.map.read_at(piece.at, &mut op)?;
-            let nr = u64::from_le_bytes(op[..8].try_into().expect("8 bytes"));
-            if regs.rip == inside && regs.orig_rax == nr {
-                self.tasks[task.0].running = None;
-                return Ok(if is_restart(regs.rax) {
-                    How::Interrupted
-                } else {
-                    How::Completed(regs.rax as i64)
-                });
+            for &i in &pending {
+                ptrace::interrupt(self.tid(finals[i].task))?;
             }
-            if self.is_done(task)? {
-                let at = std::mem::offset_of!(Op, result);
-                let result = i64::from_le_bytes(op[at..at + 8].try_into().expect("8 bytes"));
-                self.tasks[task.0].running = None;
-                return Ok(How::Completed(result));
+            let mut again = Vec::new();
+            for i in pending {
+                match self.interrupted(finals[i].task, end)? {
+                    Some(how) => hows[i] = how,
+                    None => again.push(i),
+                }
             }
-            ptrace::cont(tid, 0)?;
-            if Instant::now() >= end {
+            pending = again;
+            if let Some(&i) = pending.first()
+                && Instant::now() >= end
+            {
                 return Err(tracer::timeout(
-                    tid,
+                    self.tid(finals[i].task),
                     "its last call could not be interrupted",
                 ));
             }
         }
+        Ok(hows)
+    }
+
+    /// Waits until a task is about to make the first call of its batch.
+    fn wait_pos(&self, task: TaskId, end: Instant) -> Result<()> {
+        let at = slot_offset(self.tasks[task.0].slot) + Slot::POS;
+        let mut round = 0u32;
+        while self.map.load_u32(at)? == u32::MAX {
+            pause(&mut round);
+            if Instant::now() >= end {
+                let call = "a call to be interrupted";
+                self.look(task, &|| call.to_owned())?;
+                return Err(tracer::timeout(
+                    self.tid(task),
+                    "it did not start its last call",
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits for the stop of an interrupted task and says how its one call
+    /// ended; None, and it runs again, if it has not begun.
+    fn interrupted(&mut self, task: TaskId, end: Instant) -> Result<Option<How>> {
+        let tid = self.tid(task);
+        let Some(piece) = self.tasks[task.0].running else {
+            return Err(Error::bug("no call to interrupt").on_task(tid.0));
+        };
+        self.wait_event_stop(task, end)?;
+        let regs = ptrace::getregs(tid)?;
+        let mut op = [0; OP_SIZE];
+        self.map.read_at(piece.at, &mut op)?;
+        let word = |at: usize| u64::from_le_bytes(op[at..at + 8].try_into().expect("8 bytes"));
+        let how = if regs.rip == self.base + after_syscall() as u64
+            && regs.orig_rax == word(offset_of!(Op, nr))
+        {
+            match regs.rax as i64 {
+                _ if is_restart(regs.rax) => How::Interrupted,
+                result if result == -i64::from(libc::EINTR) => How::Again,
+                result => How::Completed(result),
+            }
+        } else if self.is_done(task)? {
+            How::Completed(word(offset_of!(Op, result)) as i64)
+        } else {
+            ptrace::cont(tid, 0)?;
+            return Ok(None);
+        };
+        self.tasks[task.0].running = None;
+        Ok(Some(how))
     }
 
     /// Unmaps the region from every address space, through a syscall
