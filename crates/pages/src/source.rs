@@ -8,6 +8,7 @@ use freezeframe_error::{Error, Result, ResultExt, SysExt};
 use freezeframe_sys::Pid;
 use freezeframe_sys::mem::{Mem, vm_readv};
 use freezeframe_sys::pagemap::{Pagemap, entry};
+use freezeframe_sys::proc::ProcDir;
 use nix::errno::Errno;
 use nix::unistd::{Whence, lseek64};
 
@@ -31,10 +32,18 @@ impl Source {
     /// # Errors
     /// `TargetGone`, `Permission`.
     pub fn open(pid: Pid) -> Result<Source> {
+        Source::of(&ProcDir::open(pid)?)
+    }
+
+    /// The same, of a process whose directory is open already.
+    ///
+    /// # Errors
+    /// As [`open`](Source::open).
+    pub fn of(proc: &ProcDir) -> Result<Source> {
         Ok(Source {
-            pid,
-            mem: Mem::open(pid, false)?,
-            pagemap: Pagemap::open(pid)?,
+            pid: proc.pid(),
+            mem: Mem::of(proc, false)?,
+            pagemap: Pagemap::of(proc)?,
         })
     }
 

@@ -4,6 +4,9 @@
 //! protection of the page is, and keeps meaning the same address space when
 //! the PID is reused; [`vm_read`] and its like are faster, gather many ranges in
 //! one call, but obey the protections (EFAULT on PROT_NONE and write-only pages).
+//! They pin the pages, for which the kernel first gives the target its own copy
+//! of each anonymous page it shares with a relative since a fork: large reads use
+//! them only where the pagemap says that a page is not shared. [`Mem`] copies nothing.
 //!
 //! # References
 //! proc_pid_mem(5), process_vm_readv(2)

@@ -19,10 +19,12 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::sync::OnceLock;
 
-use freezeframe_error::{Error, Kind, Result, ResultExt, SysExt};
+use freezeframe_error::{Error, Result, ResultExt, SysExt};
 use nix::errno::Errno;
+use nix::fcntl::OFlag;
 
 use crate::ids::Pid;
+use crate::proc::ProcDir;
 
 /// The size of a page in bytes.
 pub const PAGE: u64 = 4096;
@@ -187,21 +189,24 @@ pub struct Pagemap {
 }
 
 impl Pagemap {
-    /// Opens the pagemap of a process we may trace.
+    /// Opens the pagemap of a process we may trace. It stays that of the
+    /// address space it had then.
     ///
     /// # Errors
     /// `TargetGone` when there is no such process, `Permission`.
     pub fn open(pid: Pid) -> Result<Pagemap> {
-        let file = File::open(format!("/proc/{pid}/pagemap")).map_err(|e| {
-            let gone = e.raw_os_error() == Some(libc::ENOENT);
-            let e = Error::io("open", e).on("pagemap").on_task(pid.0);
-            if gone {
-                e.with_kind(Kind::TargetGone)
-            } else {
-                e
-            }
-        })?;
-        Ok(Pagemap { pid, file })
+        Pagemap::of(&ProcDir::open(pid)?)
+    }
+
+    /// The same, of a process whose directory is open already.
+    ///
+    /// # Errors
+    /// As [`open`](Pagemap::open).
+    pub fn of(proc: &ProcDir) -> Result<Pagemap> {
+        Ok(Pagemap {
+            pid: proc.pid(),
+            file: File::from(proc.open("pagemap", OFlag::O_RDONLY)?),
+        })
     }
 
     /// Whose page tables these are.
@@ -452,6 +457,7 @@ fn zero_pfn() -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use freezeframe_error::Kind;
     use std::io::Write;
     use std::os::unix::fs::OpenOptionsExt;
 
