@@ -2,13 +2,17 @@
 //!
 //! Each operation of the injection that changes anything is followed by
 //! [`step`]. With the feature `step-kill` (tests only) the process kills itself
-//! at the step whose number `FREEZEFRAME_KILL_AT` gives; without it the call is
-//! nothing.
+//! at the step whose number `FREEZEFRAME_KILL_AT` gives, having sent SIGUSR1 to
+//! the thread `FREEZEFRAME_KILL_SIGNAL` names, if it does; without the feature the
+//! call is nothing.
 
 #[cfg(feature = "step-kill")]
 mod armed {
     use std::sync::OnceLock;
     use std::sync::atomic::{AtomicU64, Ordering};
+
+    use freezeframe_sys::ids::Tid;
+    use freezeframe_sys::pidfd;
 
     static COUNT: AtomicU64 = AtomicU64::new(0);
 
@@ -25,6 +29,12 @@ mod armed {
         if n == *AT.get_or_init(|| setting("FREEZEFRAME_KILL_AT")) {
             // The harness reads where we died; one write, so that it is whole.
             let _ = nix::unistd::write(std::io::stderr(), format!("step {n} {name}\n").as_bytes());
+            let tid = setting("FREEZEFRAME_KILL_SIGNAL") as i32;
+            if tid != 0
+                && let Ok(thread) = pidfd::pidfd_open_thread(Tid(tid))
+            {
+                let _ = pidfd::pidfd_send_signal(&thread, libc::SIGUSR1);
+            }
             let _ = nix::sys::signal::kill(nix::unistd::getpid(), nix::sys::signal::SIGKILL);
             loop {
                 std::thread::park();

@@ -15,7 +15,7 @@ use std::process::ExitCode;
 
 fn main() -> ExitCode {
     if let Ok(page) = std::env::var("FREEZEFRAME_TEST_VICTIM") {
-        victim::main(&page);
+        victim::main(&page, std::env::var_os("FREEZEFRAME_TEST_QUIET").is_some());
         return ExitCode::SUCCESS;
     }
     if let Ok(job) = std::env::var("FREEZEFRAME_TEST_TOOL") {

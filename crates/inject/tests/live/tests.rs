@@ -10,9 +10,11 @@ use std::time::{Duration, Instant};
 use freezeframe_inject::live;
 use freezeframe_inject::tracer::{DEFAULT_WAIT, Tracer};
 
-use crate::check::{Said, Victim};
+use freezeframe_sys::ids::Tid;
+
+use crate::check::{Said, Victim, wait_until};
 use crate::tool::{How, Job, getters, stop};
-use crate::victim::CLASSES;
+use crate::victim::{CLASSES, PAUSE};
 
 /// Every test by name.
 pub(crate) const ALL: &[(&str, fn())] = &[
@@ -28,6 +30,7 @@ pub(crate) const ALL: &[(&str, fn())] = &[
         "killed_at_each_step_all_threads",
         killed_at_each_step_all_threads,
     ),
+    ("signal_at_the_kill", signal_at_the_kill),
     ("killed_at_random", killed_at_random),
 ];
 
@@ -75,11 +78,14 @@ fn every_class(n: u64) {
 struct Tool(Child);
 
 impl Tool {
-    fn start(job: &Job, kill_at: u64) -> Tool {
+    /// `signal`: who gets SIGUSR1 right before the tool kills itself.
+    fn start(job: &Job, kill_at: u64, signal: Option<Tid>) -> Tool {
+        let signal = signal.map_or(0, |t| t.0);
         Tool(
             Command::new(std::env::current_exe().unwrap())
                 .env("FREEZEFRAME_TEST_TOOL", job.to_string())
                 .env("FREEZEFRAME_KILL_AT", kill_at.to_string())
+                .env("FREEZEFRAME_KILL_SIGNAL", signal.to_string())
                 .stdin(Stdio::null())
                 .stdout(Stdio::piped())
                 .stderr(Stdio::piped())
@@ -122,7 +128,15 @@ impl Drop for Tool {
 
 /// Work for several victims at once: most of the time is spent waiting for
 /// their threads to come round.
+///
+/// A pause(2) that is stopped, by anybody, is begun again by the kernel when the
+/// thread goes on; a signal that comes just before the instruction is made again
+/// is handled, but pause has not seen it and sleeps on. This happens about once in
+/// 8000 plain SEIZE, INTERRUPT, DETACH, too (measured), so it is counted and must
+/// stay as rare. `signal_at_the_kill` proves that we add nothing to it.
 fn with_victims<T: Send>(count: usize, work: Vec<T>, f: impl Fn(&Victim, T) + Sync) {
+    let items = work.len() as u64;
+    let lost = AtomicU64::new(0);
     let queue = Mutex::new(work);
     std::thread::scope(|scope| {
         for _ in 0..count {
@@ -133,16 +147,20 @@ fn with_victims<T: Send>(count: usize, work: Vec<T>, f: impl Fn(&Victim, T) + Sy
                     let Some(item) = next else { break };
                     f(&victim, item);
                 }
+                lost.fetch_add(victim.said().lost, SeqCst);
             });
         }
     });
+    let lost = lost.load(SeqCst);
+    println!("{lost} signals that did not end their pause(2)");
+    assert!(lost <= 1 + items / 1000, "{lost} signals did not end their pause(2)");
 }
 
 /// Kills a tool at step 1, 2, ... until it comes to its end.
 fn step_kills(victim: &Victim, job: &Job, label: &str, eintr_steps: &[&str]) -> u64 {
     let mut eintr = victim.said().epoll_eintr;
     for step in 1.. {
-        let Some(at) = Tool::start(job, step).end() else {
+        let Some(at) = Tool::start(job, step, None).end() else {
             victim.check(label);
             return step - 1;
         };
@@ -215,9 +233,39 @@ fn killed_at_each_step_all_threads() {
     );
 }
 
+/// A signal for the thread in pause(2) at the very instant of the kill, at each
+/// step: its handler runs once and pause ends with EINTR, once.
+fn signal_at_the_kill() {
+    let kills = AtomicU64::new(0);
+    for how in [How::Stops, How::Socket] {
+        let victim = Victim::start_quiet();
+        let tid = victim.tid(PAUSE);
+        let job = Job {
+            pid: victim.pid(),
+            tid,
+            all: false,
+            how,
+            rounds: 1,
+        };
+        for step in 1.. {
+            wait_until("the thread is in pause", || victim.pausing());
+            let before = victim.said().progress[PAUSE];
+            let tool = Tool::start(&job, step, Some(tid));
+            let Some(at) = tool.end() else { break };
+            wait_until(&format!("pause has ended, {how:?}: {at}"), || {
+                victim.said().progress[PAUSE] == before + 1
+            });
+            let said = victim.said();
+            assert_eq!(said.errors, 0, "{how:?}: {at}: {}", said.which);
+            kills.fetch_add(1, SeqCst);
+        }
+    }
+    println!("{} kills, each signal ended its pause(2)", kills.load(SeqCst));
+}
+
 /// Kills the tool from outside, while it injects again and again.
 fn killed_at_random() {
-    let times = if long() { 3000 } else { 60 };
+    let times = if long() { 10_000 } else { 1000 };
     let begun = Instant::now();
     let seen = Mutex::new((0u64, 0u64));
     let work: Vec<usize> = (0..times).collect();
@@ -231,7 +279,7 @@ fn killed_at_random() {
             rounds: i32::MAX as u32,
         };
         let before = victim.said().epoll_eintr;
-        let mut tool = Tool::start(&job, 0);
+        let mut tool = Tool::start(&job, 0, None);
         let out = tool.0.stdout.as_mut().unwrap();
         let mut line = String::new();
         BufReader::new(out).read_line(&mut line).unwrap();
