@@ -786,7 +786,7 @@ impl<'a> LiveSession<'a> {
             // As if we had died: the stub undoes and leaves by itself.
             self.site.state = SiteState::Abandoned;
             self.socket = None;
-            let _ = self.tracer.release(self.tid);
+            let _ = self.tracer.release(&[self.tid], self.deadline());
             return Err(e);
         }
         Ok(())

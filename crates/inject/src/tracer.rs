@@ -36,6 +36,9 @@ use crate::step::step;
 /// How long a single wait may last unless the caller says otherwise.
 pub const DEFAULT_WAIT: Duration = Duration::from_secs(10);
 
+/// How long to wait for running tasks to stop in order to let them go.
+const LETTING_GO: Duration = Duration::from_millis(500);
+
 /// Why a task is stopped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stop {
@@ -122,7 +125,9 @@ struct Held {
     at_syscall: bool,
 }
 
-/// The tracer of one operation. Dropping it lets go of all it still holds.
+/// The tracer of one operation. Dropping it lets go of all it still holds, but
+/// for tasks that do not stop (a vfork parent, a frozen task): the kernel lets
+/// those go when the tracer's thread ends, so end it.
 #[derive(Debug, Default)]
 pub struct Tracer {
     held: RefCell<BTreeMap<Tid, Held>>,
@@ -241,9 +246,7 @@ impl Tracer {
         let mut taken = Vec::with_capacity(tids.len());
         let result = self.seize_and_stop_inner(tids, options, deadline, &mut taken);
         if result.is_err() {
-            for tid in taken {
-                let _ = self.release(tid);
-            }
+            let _ = self.release(&taken, Instant::now() + LETTING_GO);
         }
         result
     }
@@ -308,7 +311,7 @@ impl Tracer {
         loop {
             let stop = self.wait_stop(tid, deadline)?;
             if stop == Stop::Exited {
-                self.reap(tid);
+                self.let_die(tid);
                 self.forget(tid);
                 return Ok(None);
             }
@@ -432,7 +435,7 @@ impl Tracer {
     }
 
     pub(crate) fn died(&self, tid: Tid) -> Error {
-        self.reap(tid);
+        self.let_die(tid);
         self.forget(tid);
         Error::new(Kind::TargetGone, "it died while it was held").on_task(tid.0)
     }
@@ -458,37 +461,54 @@ impl Tracer {
         result
     }
 
-    /// Lets a task go, whether it is stopped or running.
-    pub fn release(&self, tid: Tid) -> Result<()> {
-        let deadline = Instant::now() + Duration::from_secs(2);
-        let mut interrupted = false;
+    /// Lets tasks go, whether they are stopped or running.
+    ///
+    /// # Errors
+    /// [`Kind::Timeout`] if one does not stop: a task can only be let go from a
+    /// stop, or by the end of the tracer's thread.
+    pub fn release(&self, tids: &[Tid], deadline: Instant) -> Result<()> {
+        let mut running: Vec<Tid> = tids.to_vec();
+        running.retain(|&tid| !self.try_detach(tid));
+        for &tid in &running {
+            let _ = ptrace::interrupt(tid);
+        }
+        let mut round = 0u32;
         loop {
-            match ptrace::try_siginfo(tid) {
-                Ok(Some(info)) => {
-                    let sig = match Stop::of(tid, &info) {
-                        Stop::SignalDelivery(info) => info.signo(),
-                        _ => 0,
-                    };
-                    let result = ptrace::detach(tid, sig);
-                    self.forget(tid);
-                    return result;
-                }
-                Ok(None) if !interrupted => {
-                    interrupted = true;
-                    if ptrace::interrupt(tid).is_err() {
-                        self.forget(tid);
-                        return Ok(()); // dead, or not ours
-                    }
-                }
-                _ => {
-                    if self.wait_stop(tid, deadline)? == Stop::Exited {
-                        self.reap(tid);
-                        self.forget(tid);
-                        return Ok(());
-                    }
-                }
+            running.retain(|&tid| !self.try_detach(tid));
+            let Some(&first) = running.first() else {
+                return Ok(());
+            };
+            if Instant::now() >= deadline {
+                return Err(timeout(first, "it did not stop, so it cannot be let go"));
+            }
+            round += 1;
+            if round < 100 {
+                std::thread::yield_now();
+            } else {
+                std::thread::sleep(Duration::from_micros(50));
             }
         }
+    }
+
+    /// Lets a task go if it is stopped or dead.
+    fn try_detach(&self, tid: Tid) -> bool {
+        let sig = match ptrace::try_siginfo(tid) {
+            Ok(Some(info)) => match Stop::of(tid, &info) {
+                Stop::SignalDelivery(info) => info.signo(),
+                _ => 0,
+            },
+            _ if is_dead(tid) => {
+                self.let_die(tid);
+                self.forget(tid);
+                return true;
+            }
+            _ => return false,
+        };
+        let detached = ptrace::detach(tid, sig).is_ok();
+        if detached {
+            self.forget(tid);
+        }
+        detached
     }
 
     /// Kills a process and waits until all its held tasks are dead and let go, so
@@ -510,7 +530,7 @@ impl Tracer {
         ours.sort_by_key(|&t| t == pid.leader());
         let mut round = 0u32;
         while !ours.is_empty() {
-            ours.retain(|&t| !self.reap(t));
+            ours.retain(|&t| !self.let_die(t));
             if ours.is_empty() {
                 break;
             }
@@ -531,6 +551,22 @@ impl Tracer {
             std::thread::sleep(Duration::from_micros(50));
         }
         Ok(())
+    }
+
+    /// Like [`Tracer::reap`], but leaves a child of our own process to whoever made
+    /// it: its exit status is theirs, and it is kept from nobody.
+    fn let_die(&self, tid: Tid) -> bool {
+        if let Some(status) = Status::read(tid)
+            && status.number("Tgid") == Some(i64::from(tid.0))
+            && status.number("PPid") == Some(i64::from(std::process::id()))
+        {
+            let dead = is_dead(tid);
+            if dead {
+                self.forget(tid);
+            }
+            return dead;
+        }
+        self.reap(tid)
     }
 
     /// Waits for a task that is dead or dying. True once it is out of our hands:
@@ -557,8 +593,9 @@ impl Tracer {
 
 impl Drop for Tracer {
     fn drop(&mut self) {
-        for tid in self.held() {
-            let _ = self.release(tid);
+        let held = self.held();
+        if !held.is_empty() {
+            let _ = self.release(&held, Instant::now() + LETTING_GO);
         }
     }
 }
@@ -584,6 +621,8 @@ fn refusal(tid: Tid) -> Option<Error> {
     match status.number("TracerPid") {
         Some(0) | None => None,
         Some(tracer) => {
+            // A TID; people know the process.
+            let tracer = tgid_of(Tid(tracer as i32)).map_or(tracer, |p| i64::from(p.0));
             let comm = std::fs::read_to_string(format!("/proc/{tracer}/comm")).unwrap_or_default();
             refuse(
                 Kind::TargetBusy,

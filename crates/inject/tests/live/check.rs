@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 use freezeframe_inject::tracer::DEFAULT_WAIT;
 use freezeframe_sys::ids::{Pid, Tid};
 
-use crate::victim::{CLASSES, PAUSE, EPOLL_EINTR, ERRORS, LAST_ERROR, LOST_SIGNALS, PROGRESS, TIDS, WORDS,
+use crate::victim::{
+    CLASSES, EPOLL_EINTR, ERRORS, LAST_ERROR, LOST_SIGNALS, PAUSE, PROGRESS, TIDS, WORDS,
 };
 
 /// What must be the same before and after: masks, descriptors, mappings,
@@ -91,7 +92,11 @@ impl Victim {
 
     /// Whether the pauser is in pause(2).
     pub(crate) fn pausing(&self) -> bool {
-        let state = text(&format!("/proc/{}/task/{}/syscall", self.pid(), self.tid(PAUSE)));
+        let state = text(&format!(
+            "/proc/{}/task/{}/syscall",
+            self.pid(),
+            self.tid(PAUSE)
+        ));
         state.starts_with("34 ")
     }
 
@@ -167,11 +172,6 @@ impl Victim {
             all.insert(format!("{tid} children"), children);
         }
         all
-    }
-
-    /// What [`Victim::check`] compares with, as it is now.
-    pub(crate) fn rebase(&mut self) {
-        self.before = self.snapshot();
     }
 
     /// Fails unless every thread goes on, without an error, and everything is as

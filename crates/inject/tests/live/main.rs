@@ -5,6 +5,7 @@
 //! The same executable is the victim, the tool and the tests, hence no libtest.
 //! `FREEZEFRAME_LONG=1` makes the sweeps long.
 
+mod behaviour;
 mod check;
 mod tests;
 mod tool;
@@ -20,6 +21,14 @@ fn main() -> ExitCode {
     }
     if let Ok(job) = std::env::var("FREEZEFRAME_TEST_TOOL") {
         return tool::main(&job);
+    }
+    if let Ok(threads) = std::env::var("FREEZEFRAME_TEST_CROWD") {
+        victim::crowd(threads.parse().unwrap());
+        return ExitCode::SUCCESS;
+    }
+    if std::env::var_os("FREEZEFRAME_TEST_VFORK").is_some() {
+        victim::vforker();
+        return ExitCode::SUCCESS;
     }
     run(tests::ALL)
 }

@@ -12,6 +12,7 @@ use freezeframe_inject::tracer::{DEFAULT_WAIT, Tracer};
 
 use freezeframe_sys::ids::Tid;
 
+use crate::behaviour;
 use crate::check::{Said, Victim, wait_until};
 use crate::tool::{How, Job, getters, stop};
 use crate::victim::{CLASSES, PAUSE};
@@ -20,6 +21,22 @@ use crate::victim::{CLASSES, PAUSE};
 pub(crate) const ALL: &[(&str, fn())] = &[
     ("every_class_by_stops", || every_class(4)),
     ("every_class_by_socket", || every_class(64)),
+    ("results_and_undo", behaviour::results_and_undo),
+    ("large_batches", behaviour::large_batches),
+    (
+        "sessions_follow_each_other",
+        behaviour::sessions_follow_each_other,
+    ),
+    ("stopped_by_job_control", behaviour::stopped_by_job_control),
+    ("stopped_while_inside", behaviour::stopped_while_inside),
+    ("target_dies", behaviour::target_dies),
+    ("kill_and_reap", behaviour::kill_and_reap),
+    ("refusals", behaviour::refusals),
+    ("timeout", behaviour::timeout),
+    ("a_thousand_threads", behaviour::a_thousand_threads),
+    ("killed_at_each_step_twice", || {
+        killed_at_each_step(How::Twice)
+    }),
     ("killed_at_each_step_by_stops", || {
         killed_at_each_step(How::Stops)
     }),
@@ -153,7 +170,10 @@ fn with_victims<T: Send>(count: usize, work: Vec<T>, f: impl Fn(&Victim, T) + Sy
     });
     let lost = lost.load(SeqCst);
     println!("{lost} signals that did not end their pause(2)");
-    assert!(lost <= 1 + items / 1000, "{lost} signals did not end their pause(2)");
+    assert!(
+        lost <= 1 + items / 1000,
+        "{lost} signals did not end their pause(2)"
+    );
 }
 
 /// Kills a tool at step 1, 2, ... until it comes to its end.
@@ -260,7 +280,10 @@ fn signal_at_the_kill() {
             kills.fetch_add(1, SeqCst);
         }
     }
-    println!("{} kills, each signal ended its pause(2)", kills.load(SeqCst));
+    println!(
+        "{} kills, each signal ended its pause(2)",
+        kills.load(SeqCst)
+    );
 }
 
 /// Kills the tool from outside, while it injects again and again.

@@ -35,6 +35,8 @@ pub(crate) enum How {
     Socket,
     /// Each thread, by both ways.
     Threads,
+    /// Two sessions, one after the other, in a thread that stays stopped.
+    Twice,
 }
 
 impl fmt::Display for Job {
@@ -59,7 +61,13 @@ impl FromStr for Job {
             pid: Pid(w[0]),
             tid: Tid(w[1]),
             all: w[2] == 1,
-            how: [How::Nothing, How::Stops, How::Socket, How::Threads][w[3] as usize],
+            how: [
+                How::Nothing,
+                How::Stops,
+                How::Socket,
+                How::Threads,
+                How::Twice,
+            ][w[3] as usize],
             rounds: w[4] as u32,
         })
     }
@@ -109,6 +117,12 @@ fn round(job: &Job) -> Result<()> {
     let chosen = |t: &&StoppedTask| job.how == How::Threads || t.tid == job.tid;
     if job.how != How::Nothing {
         for task in stopped.iter().filter(chosen) {
+            if job.how == How::Twice {
+                let short = getters(1).0;
+                live::collect_in_thread(&tracer, &mut site, task, &short, DEFAULT_WAIT)?;
+                live::collect_in_thread(&tracer, &mut site, task, &short, DEFAULT_WAIT)?;
+                continue;
+            }
             let mut session = LiveSession::enter(&tracer, &mut site, task, DEFAULT_WAIT)?;
             if job.how != How::Socket {
                 let (batch, checks) = changing(true);

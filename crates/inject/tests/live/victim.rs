@@ -406,3 +406,56 @@ pub(crate) fn main(page: &str, silent: bool) {
         }
     });
 }
+
+/// Dies with the test that started it.
+fn die_with_parent() {
+    // SAFETY: numbers only.
+    unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
+}
+
+/// A process with `threads` idle threads besides the first.
+pub(crate) fn crowd(threads: usize) {
+    die_with_parent();
+    for _ in 0..threads {
+        std::thread::Builder::new()
+            .stack_size(64 << 10)
+            .spawn(|| {
+                loop {
+                    std::thread::park();
+                }
+            })
+            .unwrap();
+    }
+    loop {
+        std::thread::park();
+    }
+}
+
+/// A process that waits for a vfork child which neither exits nor execs.
+pub(crate) fn vforker() {
+    die_with_parent();
+    // SAFETY: vfork by the bare call; the child touches no memory, it makes two
+    // calls with numbers as arguments and never returns from this block.
+    unsafe {
+        asm!(
+            "mov eax, 58", // vfork
+            "syscall",
+            "test eax, eax",
+            "jnz 3f",
+            "mov eax, 157", // prctl(PR_SET_PDEATHSIG, SIGKILL)
+            "mov edi, 1",
+            "mov esi, 9",
+            "syscall",
+            "2:",
+            "mov eax, 34", // pause
+            "syscall",
+            "jmp 2b",
+            "3:",
+            out("rax") _, out("rcx") _, out("rdx") _, out("rdi") _, out("rsi") _,
+            out("r11") _,
+        );
+    }
+    loop {
+        std::thread::park();
+    }
+}
