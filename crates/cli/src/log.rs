@@ -18,6 +18,7 @@ use freezeframe::{Error, Kind, Level, Phase, Result, Target};
 
 use crate::actions::Act;
 use crate::grammar::{Line, Stop, Usage};
+use crate::table::shown;
 
 /// More than this is not held while the target is frozen; lines beyond are counted.
 const HELD_LIMIT: usize = 16 << 20;
@@ -88,8 +89,8 @@ impl Log {
         } else {
             String::new()
         };
-        // A newline within would make a line that nobody wrote.
-        let text = text.to_string().replace('\n', "\\n");
+        // Names from an image or a process may hold anything.
+        let text = shown(&text.to_string());
         self.write(&format!("{stamp}{word}{text}\n"));
     }
 
@@ -162,7 +163,7 @@ impl Log {
         if let Some(path) = &self.path {
             let mut text = String::new();
             for (area, line) in story(e, self.act) {
-                text += &format!("{} ({area}): {line}\n", error_word());
+                text += &format!("{} ({area}): {}\n", error_word(), shown(&line));
             }
             text += &format!("{last}\nThe log is {}\n", path.display());
             let _ = std::io::stderr().write_all(text.as_bytes());

@@ -13,6 +13,7 @@ mod log;
 mod options;
 mod outcome;
 mod progress;
+mod table;
 mod words;
 
 use std::ffi::OsString;

@@ -148,7 +148,7 @@ pub(crate) static OPTIONS: &[Opt] = &[
     opt("feature", "Check for this one feature; 'list' lists them").takes("NAME").on(&[Check]).repeats(),
     opt("extra", "Check also what only some programs need").on(&[Check]),
     opt("experimental", "Check also what is not used yet").on(&[Check]),
-    opt("all", "Check everything").on(&[Check]),
+    opt("all", "Everything: every feature, every VMA and attribute").on(&[Check, Inspect]),
     opt("ms", "Skip checks of features that are not in mainline").on(&[Check]).moot("only features of the mainline kernel are used"),
     // support
     opt("check", "Compare FILE with what would be printed; exit 1 if it is stale").takes("FILE").on(&[Support]),

@@ -1,7 +1,11 @@
 //! `verify`: the checksums and structure of an image; restores nothing.
 
-use freezeframe::{Result, Target};
-use freezeframe_image::Image;
+use std::path::Path;
+
+use freezeframe::{Phase, Result, Target};
+use freezeframe_engine::restore::load::Loaded;
+use freezeframe_kinds::registry;
+use freezeframe_pages::PageReader;
 use serde_json::json;
 
 use crate::grammar::{Line, Stop};
@@ -18,35 +22,57 @@ pub(crate) fn run(line: &Line) -> Result<i32, Stop> {
     Ok(match check(&dir) {
         Ok(found) => {
             if json {
-                outcome::print(
-                    &json!({"ok": true, "action": "verify", "records": found.records, "page_bytes": found.page_bytes}),
-                );
+                outcome::print(&json!({
+                    "ok": true,
+                    "action": "verify",
+                    "image_id": found.id,
+                    "processes": found.processes,
+                    "records": found.records,
+                    "page_bytes": found.page_bytes,
+                }));
             } else {
                 println!(
-                    "{}: good ({}, {} of pages)",
+                    "{}: good ({}, {}, {} of pages; every checksum is right)",
                     dir.display(),
+                    count(found.processes, "process"),
                     count(found.records, "record"),
                     bytes(found.page_bytes)
                 );
             }
             outcome::DONE
         }
-        Err(e) => super::failed(&log, json, &e.leaving(Target::Untouched)),
+        Err(e) => {
+            let e = e.in_phase(Phase::Load).leaving(Target::Untouched);
+            super::failed(&log, json, &e)
+        }
     })
 }
 
 struct Found {
+    id: String,
+    processes: u64,
     records: u64,
     page_bytes: u64,
 }
 
-fn check(dir: &std::path::Path) -> Result<Found> {
-    let image = Image::open(dir)?;
-    let mut page_bytes = 0;
-    for n in 0..image.page_files() {
-        page_bytes += image.pages_len(n).unwrap_or_default();
+/// Everything a restore would believe: the envelope, that each record decodes
+/// and refers to what is there, that each page is as it was written.
+fn check(dir: &Path) -> Result<Found> {
+    let loaded = Loaded::open(dir)?;
+    let image = &loaded.image;
+    for record in image.records() {
+        if let Some(about) = registry::about(record.tag) {
+            (about.show)(record).map_err(|e| e.on(record))?;
+        }
     }
+    let reader = PageReader::open(image)?;
+    reader.verify_all(std::thread::available_parallelism().map_or(1, usize::from))?;
+    let page_bytes = (0..image.page_files())
+        .filter_map(|n| image.pages_len(n))
+        .sum();
     Ok(Found {
+        id: image.header().image_id.to_string(),
+        processes: loaded.procs.len() as u64,
         records: image.records().len() as u64,
         page_bytes,
     })
