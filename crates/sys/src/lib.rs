@@ -26,7 +26,6 @@ pub mod probe;
 pub mod proc;
 pub mod process;
 pub mod ptrace;
-pub mod queue;
 pub mod rlimit;
 pub mod robust_list;
 pub mod sched;

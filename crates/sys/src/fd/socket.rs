@@ -383,6 +383,15 @@ impl<'a> PeekOffset<'a> {
         Ok(offset)
     }
 
+    /// Takes it if the target uses it itself: any peek would move it on then.
+    fn take_if_used(socket: BorrowedFd<'a>) -> Result<Option<PeekOffset<'a>>> {
+        let before = getsockopt_i32(socket, libc::SOL_SOCKET, libc::SO_PEEK_OFF)?;
+        if before < 0 {
+            return Ok(None);
+        }
+        PeekOffset::take(socket).map(Some)
+    }
+
     fn set(&self, at: usize) -> Result<()> {
         let at = i32::try_from(at).map_err(|_| {
             Error::unsupported("a socket queue of more than 2 GiB is not supported")
@@ -432,6 +441,7 @@ pub fn peek_stream(socket: impl AsFd) -> Result<Vec<Message>> {
     if total == 0 {
         return Ok(Vec::new());
     }
+    let _used = PeekOffset::take_if_used(socket)?;
     let mut buf = vec![0u8; total];
     let first = receive(socket, &mut buf, PEEK)?;
     if first.copied == total && first.message.fds.is_empty() {
@@ -544,6 +554,7 @@ fn changed(seen: usize, total: usize) -> Error {
 /// of a seqpacket queue whose other side has shut down.
 pub fn peek_messages(socket: impl AsFd) -> Result<Vec<Message>> {
     let socket = socket.as_fd();
+    let _used = PeekOffset::take_if_used(socket)?;
     if is_queue_empty(socket)? {
         return Ok(Vec::new());
     }

@@ -369,3 +369,18 @@ fn ioctls() {
     );
     std::fs::remove_file(&path).unwrap();
 }
+
+#[test]
+fn a_peek_offset_of_the_target_stays() {
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+    for kind in [SockType::Stream, SockType::SeqPacket] {
+        let (a, b) = socketpair(AddressFamily::Unix, kind, None, SockFlag::SOCK_CLOEXEC).unwrap();
+        nix::unistd::write(&a, b"0123456789").unwrap();
+        setsockopt_i32(&b, libc::SOL_SOCKET, libc::SO_PEEK_OFF, 5).unwrap();
+        let seen = peek_queue(&b).unwrap();
+        assert_eq!(seen.len(), 1);
+        assert_eq!(seen[0].data, b"0123456789");
+        let now = getsockopt_i32(&b, libc::SOL_SOCKET, libc::SO_PEEK_OFF).unwrap();
+        assert_eq!(now, 5);
+    }
+}
