@@ -375,6 +375,21 @@ impl<'a> DumpCx<'a> {
         self.inodes.get(&(dev, ino)).map_or(&[], Vec::as_slice)
     }
 
+    /// The same by the inode number alone, where the device is not known.
+    pub fn files_by_ino(&self, ino: u64) -> Vec<InodeFile> {
+        let same = self.inodes.iter().filter(|((_, i), _)| *i == ino);
+        same.flat_map(|(_, files)| files.iter().copied()).collect()
+    }
+
+    /// A number that a file has in a process, if that holds it.
+    pub fn number_of(&self, id: FileId, pid: Pid) -> Option<i32> {
+        let mut all = self
+            .files
+            .iter()
+            .filter(|((p, _), f)| *p == pid.0 && **f == id);
+        all.next().map(|((_, fd), _)| *fd)
+    }
+
     /// All descriptors of the tree and the files they refer to.
     pub fn all_fds(&self) -> impl Iterator<Item = (Pid, i32, FileId)> + '_ {
         self.files

@@ -7,12 +7,33 @@ use crate::cx::{FileKind, MemKind, TaskKind};
 use crate::{file, mem, task};
 
 /// What a descriptor can refer to. The first that claims a file has it.
-pub static FILES: &[&dyn FileKind] = &[&file::device::Device, &file::regular::Regular];
+pub static FILES: &[&dyn FileKind] = &[
+    &file::eventfd::Eventfd,
+    &file::epoll::Epoll,
+    &file::signalfd::Signalfd,
+    &file::timerfd::Timerfd,
+    &file::inotify::Inotify,
+    &file::pidfd::Pidfd,
+    &file::pipe::Pipe,
+    &file::fifo::Fifo,
+    &file::unix_pair::UnixPair,
+    &file::memfd::Memfd,
+    &file::device::Device,
+    &file::terminal::Terminal,
+    &file::unlinked::Unlinked,
+    &file::regular::Regular,
+    &file::unsupported::Unsupported,
+];
 
 /// What a VMA can map. The first that claims a VMA has it.
 pub static MEMORY: &[&dyn MemKind] = &[
     &mem::vdso::Vdso,
     &mem::anonymous::Anonymous,
+    &mem::shared_anonymous::SharedAnonymous,
+    &mem::dev_zero::DevZero,
+    &mem::memfd::Memfd,
+    &mem::unsupported::Unsupported,
+    &mem::ghost::Ghost,
     &mem::file::MappedFile,
 ];
 

@@ -1,12 +1,17 @@
 //! Regular files and directories that still have their name, and O_PATH descriptors.
 
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
 use freezeframe_error::{Error, Kind, Result};
 use freezeframe_image::{RawRecord, Tag};
 use freezeframe_inject::Arg;
 use serde::{Deserialize, Serialize};
 
 use crate::about::{About, show};
-use crate::cx::{DumpCx, FileItem, FileKind, FileView, RestoreFiles};
+use crate::cx::{DumpCx, FileItem, FileKind, FileView, Provided, RestoreFiles};
+use crate::file::{check_locks, is_opath, shown};
 use crate::model::FileId;
 
 /// See the module.
@@ -21,8 +26,23 @@ static ABOUT: About = About {
     manual: "open(2)",
     since: "",
     carried: "path, access mode, status flags (O_APPEND, O_NONBLOCK, O_DIRECT, ...), position, owner and signal; directories with their position; O_PATH of anything with a name",
-    refused: "an unlinked file (\"an unlinked file is not supported\"), a file whose size changed between dump and restore",
-    programs: &["regular_file", "directory", "opath"],
+    refused: "a directory or O_PATH descriptor whose name is gone (\"a deleted file is not supported here\"), a path under which something else is mounted or lies (\"its path leads to another file\"), a file of /proc/PID (\"a file of /proc/12 is not supported\"), locks (\"file locks are not supported yet\"), a file that is gone or has another size than at the dump",
+    programs: &[
+        "files::regular",
+        "files::status_flags",
+        "files::owner",
+        "files::append",
+        "files::directory",
+        "files::o_path",
+        "files::shared_position",
+        "files::shared_with_child",
+        "files::cloexec",
+        "files::numbers",
+        "files::position_past_end",
+        "files::odd_names",
+        "files::read_only_file",
+        "files::locks",
+    ],
     show: show::<Record>,
 };
 
@@ -41,6 +61,45 @@ pub fn open_flags(flags: u32) -> i32 {
     (flags as i32 & !never) | libc::O_CLOEXEC | libc::O_NOCTTY
 }
 
+/// The bits of O_TMPFILE that O_DIRECTORY has not.
+const TMPFILE: i32 = libc::O_TMPFILE & !libc::O_DIRECTORY;
+
+/// Whether the name the file was opened by leads to it no more because it was
+/// taken away: the kernel says so behind the link.
+pub fn lost_its_name(file: &FileView<'_>) -> bool {
+    file.stat.nlink == 0 || (file.link.ends_with(b" (deleted)") && !leads_to(file))
+}
+
+/// Whether the path leads to this very file.
+fn leads_to(file: &FileView<'_>) -> bool {
+    let path = Path::new(std::ffi::OsStr::from_bytes(file.link));
+    let stat = path.symlink_metadata();
+    stat.is_ok_and(|s| (s.dev(), s.ino()) == (file.stat.dev, file.stat.ino))
+}
+
+/// Refuses a file that cannot be opened again by its name.
+pub fn check_name(file: &FileView<'_>) -> Result<()> {
+    if lost_its_name(file) {
+        return Err(file.refuse("a deleted file is not supported here"));
+    }
+    if !leads_to(file) {
+        return Err(file.refuse("its path leads to another file"));
+    }
+    Ok(())
+}
+
+/// Refuses what lies in the /proc directory of a process.
+fn check_proc(file: &FileView<'_>) -> Result<()> {
+    let Some(rest) = file.link.strip_prefix(b"/proc/") else {
+        return Ok(());
+    };
+    let pid: Vec<u8> = rest.iter().copied().take_while(|b| *b != b'/').collect();
+    if pid.first().is_some_and(u8::is_ascii_digit) {
+        return Err(file.refuse(format!("a file of /proc/{} is not supported", shown(&pid))));
+    }
+    Ok(())
+}
+
 impl FileKind for Regular {
     fn about(&self) -> &'static About {
         &ABOUT
@@ -48,18 +107,15 @@ impl FileKind for Regular {
     fn claims(&self, file: &FileView<'_>) -> bool {
         let kind = file.stat.mode & libc::S_IFMT;
         let named = file.link.starts_with(b"/");
-        named
-            && (kind == libc::S_IFREG
-                || kind == libc::S_IFDIR
-                || file.info.flags & libc::O_PATH as u32 != 0)
+        named && (kind == libc::S_IFREG || kind == libc::S_IFDIR || is_opath(file))
     }
     fn external_name(&self, file: &FileView<'_>) -> Option<String> {
         Some(format!("file[{:x}:{:x}]", file.info.mnt_id, file.stat.ino))
     }
-    fn dump(&self, _cx: &mut DumpCx<'_>, file: &FileView<'_>) -> Result<RawRecord> {
-        if file.stat.nlink == 0 || file.link.ends_with(b" (deleted)") {
-            return Err(file.refuse("an unlinked file is not supported"));
-        }
+    fn dump(&self, cx: &mut DumpCx<'_>, file: &FileView<'_>) -> Result<RawRecord> {
+        check_proc(file)?;
+        check_name(file)?;
+        check_locks(cx, file)?;
         let record = Record {
             path: file.link.to_vec(),
             mode: file.stat.mode,
@@ -76,39 +132,53 @@ impl FileKind for Regular {
     fn restore(&self, cx: &mut RestoreFiles<'_>, group: &[FileItem<'_>]) -> Result<()> {
         for item in group {
             let record: Record = ABOUT.decode(item.record)?;
-            let shown = String::from_utf8_lossy(&record.path).into_owned();
+            let name = shown(&record.path);
             let opath = item.common.flags & libc::O_PATH as u32 != 0;
-            if record.mode & libc::S_IFMT == libc::S_IFREG && !opath {
-                crate::mem::file::check_unchanged(&record.path, record.size, None)?;
-            } else if std::fs::symlink_metadata(std::path::Path::new(&shown)).is_err() {
-                return Err(Error::new(Kind::FileChanged, "the file is gone").on(shown));
-            }
-            let mut flags = open_flags(item.common.flags);
+            check_there(&record)?;
+            let mut flags = open_flags(item.common.flags) & !TMPFILE;
             if opath && record.mode & libc::S_IFMT == libc::S_IFLNK {
                 flags |= libc::O_NOFOLLOW;
             }
             let path = cx.path(&record.path);
-            let fd = cx.batch.call(
-                format!("open({shown})"),
-                libc::SYS_openat,
-                [
-                    libc::AT_FDCWD.into(),
-                    path.into(),
-                    flags.into(),
-                    Arg::Imm(0),
-                ],
-            );
-            if opath {
-                cx.provided.push(crate::cx::Provided {
-                    id: item.id,
-                    fd: fd.into(),
-                    pos_done: true,
-                    flags_done: true,
-                });
-            } else {
-                cx.provide(item.id, fd);
-            }
+            let args = [
+                libc::AT_FDCWD.into(),
+                path.into(),
+                flags.into(),
+                Arg::Imm(0),
+            ];
+            let fd = cx
+                .batch
+                .call(format!("open({name})"), libc::SYS_openat, args);
+            cx.provided.push(Provided {
+                id: item.id,
+                fd: fd.into(),
+                pos_done: opath,
+                // open(2) sets every status flag but O_ASYNC.
+                flags_done: opath || item.common.flags & libc::O_ASYNC as u32 == 0,
+            });
         }
         Ok(())
     }
+}
+
+/// Refuses a path that leads nowhere, to another type of file, or to a file of
+/// another size than at the dump: what the program knows of it would be wrong.
+fn check_there(record: &Record) -> Result<()> {
+    let gone = |what: &'static str| Error::new(Kind::FileChanged, what).on(shown(&record.path));
+    let path = Path::new(std::ffi::OsStr::from_bytes(&record.path));
+    let stat = path
+        .symlink_metadata()
+        .map_err(|_| gone("the file is gone"))?;
+    if stat.mode() & libc::S_IFMT != record.mode & libc::S_IFMT {
+        return Err(gone("the file is of another type than at the dump"));
+    }
+    if record.mode & libc::S_IFMT == libc::S_IFREG && stat.len() != record.size {
+        let what = format!(
+            "the file has changed since the dump: it had {} bytes, now {}",
+            record.size,
+            stat.len()
+        );
+        return Err(Error::new(Kind::FileChanged, what).on(shown(&record.path)));
+    }
+    Ok(())
 }

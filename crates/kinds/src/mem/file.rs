@@ -34,7 +34,15 @@ static ABOUT: About = About {
     since: "",
     carried: "private and shared mappings of files that still have their name; written pages of private ones; a file changed since the dump is found out and refused",
     refused: "a deleted file (\"a mapping of a deleted file is not supported\"), a device (\"a mapping of a device is not supported\"), hugetlbfs",
-    programs: &["map_file_private", "map_file_shared"],
+    programs: &[
+        "mappings::file_private",
+        "mappings::file_shared",
+        "mappings::file_read_only",
+        "mappings::file_past_end",
+        "mappings::file_offset",
+        "mappings::shm_file",
+        "mappings::own_text",
+    ],
     show: show::<Record>,
 };
 

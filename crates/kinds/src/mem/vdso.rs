@@ -29,7 +29,7 @@ static ABOUT: About = About {
     since: "",
     carried: "at their addresses, from the running kernel",
     refused: "an image whose vDSO differs from this kernel's (\"the vDSO of this kernel differs from the image's\")",
-    programs: &["vdso"],
+    programs: &["mappings::vdso"],
     show: show::<()>,
 };
 

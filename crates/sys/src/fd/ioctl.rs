@@ -177,3 +177,17 @@ fn get_fd(fd: BorrowedFd<'_>, request: u64, name: &'static str) -> Result<OwnedF
     // SAFETY: the kernel has just given us this descriptor; nobody else has it.
     Ok(unsafe { OwnedFd::from_raw_fd(raw) })
 }
+
+/// timerfd_gettime(2): interval and time left, in nanoseconds. A periodic timer
+/// that has gone off is counted on and set again by this, as by a read.
+pub fn timerfd_gettime(fd: impl AsFd) -> Result<(u64, u64)> {
+    // SAFETY: all-zero bytes are a valid itimerspec.
+    let mut spec: libc::itimerspec = unsafe { std::mem::zeroed() };
+    // SAFETY: timerfd_gettime writes one itimerspec.
+    let done = unsafe { libc::timerfd_gettime(fd.as_fd().as_raw_fd(), &raw mut spec) };
+    if done < 0 {
+        return Err(Error::last_os("timerfd_gettime"));
+    }
+    let ns = |t: libc::timespec| (t.tv_sec as u64) * 1_000_000_000 + t.tv_nsec as u64;
+    Ok((ns(spec.it_interval), ns(spec.it_value)))
+}

@@ -1,0 +1,259 @@
+//! epoll_create1(2): a set of files watched for events.
+//!
+//! An entry belongs to an open file and the number it was added by. fdinfo
+//! tells the number; kcmp(2) tells which open file of the tree it is, also when
+//! the number has been closed or reused since. Entries are added again when
+//! every file has its number; what is ready then is reported again, as an edge
+//! too, since an edge too many is allowed by epoll(7) and one too few is not.
+
+use std::collections::HashMap;
+
+use freezeframe_error::{Error, Result};
+use freezeframe_image::{RawRecord, Tag};
+use freezeframe_sys::kcmp::{EpollSlot, kcmp_epoll};
+use serde::{Deserialize, Serialize};
+
+use crate::about::{About, show};
+use crate::cx::{DumpCx, FileItem, FileKind, FileView, RestoreFiles};
+use crate::file::{fields, final_number, is_anonymous, provide_made};
+use crate::model::FileId;
+
+/// See the module.
+#[derive(Debug)]
+pub struct Epoll;
+
+static ABOUT: About = About {
+    tag: Tag::new(*b"FEPL"),
+    version: 1,
+    name: "epoll",
+    title: "Event sets",
+    manual: "epoll(7)",
+    since: "",
+    carried: "targets (by the open file, whatever became of the number), events and data of each, nested sets; an edge that was reported already may be reported once more; a disarmed EPOLLONESHOT entry is disarmed but for EPOLLERR and EPOLLHUP",
+    refused: "a target that no process with this epoll set has open (\"epoll watches fd 7, which the process has closed, and nowhere else open\")",
+    programs: &[
+        "events::epoll",
+        "events::epoll_nested",
+        "events::epoll_edge_seen",
+        "events::epoll_same_file_twice",
+        "events::epoll_dead_number",
+        "events::epoll_in_child",
+    ],
+    show: show::<Record>,
+};
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Record {
+    entries: Vec<Entry>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Entry {
+    file: FileId,
+    /// The number it was added by.
+    number: i32,
+    events: u32,
+    data: u64,
+}
+
+/// A line of fdinfo.
+#[derive(Debug, PartialEq, Eq)]
+struct Line {
+    number: i32,
+    events: u32,
+    data: u64,
+    ino: u64,
+}
+
+fn parse(line: &str) -> Option<Line> {
+    let fields = fields(line);
+    let get = |name: &str| fields.iter().find(|(n, _)| *n == name).map(|(_, v)| *v);
+    Some(Line {
+        number: get("tfd")?.parse().ok()?,
+        events: u32::from_str_radix(get("events")?, 16).ok()?,
+        data: u64::from_str_radix(get("data")?, 16).ok()?,
+        ino: u64::from_str_radix(get("ino")?, 16).ok()?,
+    })
+}
+
+/// Finds the file behind an entry, among those open in the process the set is
+/// looked at through.
+fn target(cx: &DumpCx<'_>, file: &FileView<'_>, line: &Line, toff: u32) -> Result<FileId> {
+    let slot = EpollSlot {
+        efd: file.fd as u32,
+        tfd: line.number as u32,
+        toff,
+    };
+    let pid = file.proc.pid;
+    let is_it = |fd: i32| match kcmp_epoll(pid, fd, pid, slot) {
+        Ok(order) => Ok(order.is_eq()),
+        // The number is not open.
+        Err(e) if e.errno() == Some(libc::EBADF) => Ok(false),
+        Err(e) => Err(file.blame(e)),
+    };
+    if let Some(id) = cx.file_at(pid, line.number)
+        && is_it(line.number)?
+    {
+        return Ok(id);
+    }
+    for seen in cx.files_by_ino(line.ino) {
+        if let Some(fd) = cx.number_of(seen.id, pid)
+            && is_it(fd)?
+        {
+            return Ok(seen.id);
+        }
+    }
+    Err(file.refuse(format!(
+        "epoll watches fd {}, which the process has closed, and nowhere else open",
+        line.number
+    )))
+}
+
+impl FileKind for Epoll {
+    fn about(&self) -> &'static About {
+        &ABOUT
+    }
+    fn claims(&self, file: &FileView<'_>) -> bool {
+        is_anonymous(file, b"anon_inode:[eventpoll]")
+    }
+    fn external_name(&self, _file: &FileView<'_>) -> Option<String> {
+        None
+    }
+    fn dump(&self, cx: &mut DumpCx<'_>, file: &FileView<'_>) -> Result<RawRecord> {
+        let mut entries = Vec::new();
+        let mut seen: HashMap<i32, u32> = HashMap::new();
+        for text in file.info.rest.iter().filter(|l| l.starts_with("tfd:")) {
+            let line = parse(text).ok_or_else(|| super::odd(file, "epoll", text))?;
+            let nth = seen.entry(line.number).or_default();
+            let id = target(cx, file, &line, *nth)?;
+            *nth += 1;
+            entries.push(Entry {
+                file: id,
+                number: line.number,
+                events: line.events,
+                data: line.data,
+            });
+        }
+        ABOUT.record(file.subject(), &Record { entries })
+    }
+    fn deps(&self, _item: &FileItem<'_>) -> Result<Vec<FileId>> {
+        // Entries are added when everything has its number.
+        Ok(Vec::new())
+    }
+    fn group(&self, item: &FileItem<'_>) -> Result<u64> {
+        Ok(item.id.0.into())
+    }
+    fn restore(&self, cx: &mut RestoreFiles<'_>, group: &[FileItem<'_>]) -> Result<()> {
+        for item in group {
+            let record: Record = ABOUT.decode(item.record)?;
+            let set = cx.batch.call(
+                "epoll_create1",
+                libc::SYS_epoll_create1,
+                [libc::EPOLL_CLOEXEC.into()],
+            );
+            provide_made(cx, item.id, set, item.common.flags, 0);
+            if !record.entries.is_empty() {
+                let own = final_number(cx, item.id)?;
+                add_entries(cx, own, &record.entries)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn add_entries(cx: &mut RestoreFiles<'_>, set: i32, entries: &[Entry]) -> Result<()> {
+    let table = cx
+        .tables
+        .get(&cx.pid.0)
+        .ok_or_else(|| Error::bug("no descriptor table"))?;
+    let by_number: HashMap<i32, (FileId, bool)> = table
+        .fds
+        .iter()
+        .map(|e| (e.fd, (e.file, e.cloexec)))
+        .collect();
+    let by_file: HashMap<FileId, i32> = table.fds.iter().map(|e| (e.file, e.fd)).collect();
+    // Above every number: where one that is in the way waits meanwhile.
+    let above = table.fds.iter().map(|e| e.fd).max().unwrap_or(0) + 1;
+    let batch = &mut *cx.afterwards;
+    for entry in entries {
+        let mut event = entry.events.to_ne_bytes().to_vec();
+        event.extend_from_slice(&entry.data.to_ne_bytes());
+        let event = batch.data(&event);
+        let now = by_number.get(&entry.number);
+        let borrowed = now.is_none_or(|(file, _)| *file != entry.file);
+        let mut parked = None;
+        if borrowed {
+            let at = by_file.get(&entry.file).copied().ok_or_else(|| {
+                Error::corrupt(format!(
+                    "epoll target {} is not open in the process",
+                    entry.file.0
+                ))
+                .on_task(cx.pid.0)
+            })?;
+            if now.is_some() {
+                parked = Some(batch.call(
+                    "fcntl(F_DUPFD)",
+                    libc::SYS_fcntl,
+                    [
+                        entry.number.into(),
+                        libc::F_DUPFD_CLOEXEC.into(),
+                        above.into(),
+                    ],
+                ));
+            }
+            batch.call(
+                "dup3",
+                libc::SYS_dup3,
+                [at.into(), entry.number.into(), libc::O_CLOEXEC.into()],
+            );
+        }
+        batch.call(
+            format!("epoll_ctl(EPOLL_CTL_ADD, fd {})", entry.number),
+            libc::SYS_epoll_ctl,
+            [
+                set.into(),
+                libc::EPOLL_CTL_ADD.into(),
+                entry.number.into(),
+                event.into(),
+            ],
+        );
+        match (parked, now) {
+            (Some(parked), Some((_, cloexec))) => {
+                let flags = if *cloexec { libc::O_CLOEXEC } else { 0 };
+                batch.call(
+                    "dup3",
+                    libc::SYS_dup3,
+                    [parked.into(), entry.number.into(), flags.into()],
+                );
+                batch.call("close", libc::SYS_close, [parked.into()]);
+            }
+            _ if borrowed => {
+                batch.call("close", libc::SYS_close, [entry.number.into()]);
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_entry_is_read() {
+        let text = "tfd:       14 events: 40000019 data:     7fc60000000e  pos:0 ino:414 sdev:10";
+        let line = parse(text).unwrap();
+        let wanted = Line {
+            number: 14,
+            events: 0x4000_0019,
+            data: 0x7fc6_0000_000e,
+            ino: 0x414,
+        };
+        assert_eq!(line, wanted);
+        let negative = parse("tfd: 3 events: 1 data: ffffffffffffffff pos:0 ino:1 sdev:1").unwrap();
+        assert_eq!(negative.data, u64::MAX);
+        assert_eq!(parse("tfd: x events: 1 data: 1 pos:0 ino:1 sdev:1"), None);
+        assert_eq!(parse("tfd: 1"), None);
+    }
+}

@@ -1,0 +1,156 @@
+//! What is not carried: refused by its name.
+
+use freezeframe_error::{Error, Result};
+use freezeframe_image::{RawRecord, Tag};
+
+use crate::about::{About, show};
+use crate::cx::{DumpCx, FileItem, FileKind, FileView, RestoreFiles};
+use crate::file::{is_opath, shown};
+use crate::model::FileId;
+
+/// See the module.
+#[derive(Debug)]
+pub struct Unsupported;
+
+static ABOUT: About = About {
+    tag: Tag::new(*b"FNOT"),
+    version: 1,
+    name: "unsupported",
+    title: "Other descriptors",
+    manual: "proc_pid_fd(5)",
+    since: "",
+    carried: "nothing",
+    refused: "sockets but unix pairs (\"TCP sockets are not supported yet\", and so on for each family), io_uring, userfaultfd, fanotify, bpf, perf_event, kvm, namespace files, other anonymous inodes by their names, devices by their numbers (\"character device 10:229 is not supported\")",
+    programs: &["refused::io_uring"],
+    show: show::<()>,
+};
+
+impl FileKind for Unsupported {
+    fn about(&self) -> &'static About {
+        &ABOUT
+    }
+    fn claims(&self, _file: &FileView<'_>) -> bool {
+        true
+    }
+    fn external_name(&self, _file: &FileView<'_>) -> Option<String> {
+        None
+    }
+    fn dump(&self, _cx: &mut DumpCx<'_>, file: &FileView<'_>) -> Result<RawRecord> {
+        Err(file.refuse(what(
+            file.link,
+            file.stat.mode,
+            file.stat.rdev,
+            is_opath(file),
+        )))
+    }
+    fn deps(&self, _item: &FileItem<'_>) -> Result<Vec<FileId>> {
+        Ok(Vec::new())
+    }
+    fn group(&self, item: &FileItem<'_>) -> Result<u64> {
+        Ok(item.id.0.into())
+    }
+    fn restore(&self, _cx: &mut RestoreFiles<'_>, _group: &[FileItem<'_>]) -> Result<()> {
+        Err(Error::corrupt(
+            "the image holds a file that is not supported",
+        ))
+    }
+}
+
+/// Anonymous inodes known by name: as in the link, and in words.
+const ANONYMOUS: [(&str, &str); 16] = [
+    ("[io_uring]", "io_uring"),
+    ("[userfaultfd]", "userfaultfd"),
+    ("[fanotify]", "fanotify"),
+    ("[perf_event]", "a perf event"),
+    ("bpf-map", "a BPF map"),
+    ("bpf-prog", "a BPF program"),
+    ("bpf_link", "a BPF link"),
+    ("bpf-link", "a BPF link"),
+    ("btf", "a BTF object"),
+    ("kvm-vm", "a KVM virtual machine"),
+    ("kvm-vcpu", "a KVM virtual CPU"),
+    ("[fscontext]", "a file system context (fsopen)"),
+    ("[landlock-ruleset]", "a Landlock ruleset"),
+    ("seccomp notify", "a seccomp listener"),
+    ("[secretmem]", "secret memory (memfd_secret)"),
+    ("inotify", "inotify"),
+];
+
+/// Kinds of namespace, as links show them.
+const NAMESPACES: [&str; 8] = ["cgroup", "ipc", "mnt", "net", "pid", "time", "user", "uts"];
+
+/// The refusal, in words.
+fn what(link: &[u8], mode: u32, rdev: u64, opath: bool) -> String {
+    let link = shown(link);
+    let name = match mode & libc::S_IFMT {
+        libc::S_IFCHR => format!(
+            "character device {}:{}",
+            libc::major(rdev),
+            libc::minor(rdev)
+        ),
+        libc::S_IFBLK => format!("block device {}:{}", libc::major(rdev), libc::minor(rdev)),
+        libc::S_IFSOCK => "a socket".to_string(),
+        libc::S_IFDIR => "a directory without a name".to_string(),
+        _ => by_link(&link),
+    };
+    let opath = if opath {
+        "an O_PATH descriptor of "
+    } else {
+        ""
+    };
+    format!("{opath}{name} is not supported")
+}
+
+fn by_link(link: &str) -> String {
+    if let Some(rest) = link.strip_prefix("anon_inode:") {
+        let known = ANONYMOUS.iter().find(|(n, _)| rest.starts_with(n));
+        return known.map_or_else(
+            || format!("anonymous inode {rest}"),
+            |(_, words)| words.to_string(),
+        );
+    }
+    if link.starts_with("/secretmem") {
+        return "secret memory (memfd_secret)".to_string();
+    }
+    let (kind, _) = link.split_once(":[").unwrap_or((link, ""));
+    if NAMESPACES.contains(&kind) {
+        return format!("a descriptor of namespace {link}");
+    }
+    format!("a file shown as {link}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_is_called_by_its_name() {
+        let anon = |link: &str| what(link.as_bytes(), 0o600, 0, false);
+        assert_eq!(anon("anon_inode:[io_uring]"), "io_uring is not supported");
+        assert_eq!(anon("anon_inode:bpf-map"), "a BPF map is not supported");
+        assert_eq!(
+            anon("anon_inode:kvm-vcpu:0"),
+            "a KVM virtual CPU is not supported"
+        );
+        assert_eq!(
+            anon("anon_inode:[new]"),
+            "anonymous inode [new] is not supported"
+        );
+        assert_eq!(
+            what(b"mnt:[4026531841]", libc::S_IFREG, 0, false),
+            "a descriptor of namespace mnt:[4026531841] is not supported"
+        );
+        assert_eq!(
+            what(b"/dev/fuse", libc::S_IFCHR, libc::makedev(10, 229), false),
+            "character device 10:229 is not supported"
+        );
+        assert_eq!(
+            what(b"anon_inode:[eventfd]", 0o600, 0, true),
+            "an O_PATH descriptor of anonymous inode [eventfd] is not supported"
+        );
+        assert_eq!(
+            what(b"/dev/sda", libc::S_IFBLK, libc::makedev(8, 0), false),
+            "block device 8:0 is not supported"
+        );
+    }
+}
