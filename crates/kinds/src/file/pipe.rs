@@ -379,8 +379,8 @@ fn inherit(
 ) -> Result<()> {
     let given = dup_of(given)?;
     let given_flags = fd::status_flags(&given)?.bits() as u32;
-    let stat = freezeframe_sys::stat::fstat(&given)?;
-    let is_pipe = stat.kind() == libc::S_IFIFO;
+    let stat = freezeframe_sys::fd::fstat(&given)?;
+    let is_pipe = stat.file_type() == libc::S_IFIFO;
     if !contents.data.is_empty() && is_pipe && stat.ino != ino {
         // What the reader of the tree had not read yet would be lost; into a
         // pipe that has nothing in it yet it can go first.

@@ -8,7 +8,7 @@ use freezeframe_error::{Error, Kind, Result};
 use freezeframe_image::{RawRecord, Tag};
 use freezeframe_inject::{Arg, Batch};
 use freezeframe_sys::proc::strip_deleted;
-use freezeframe_sys::stat::{FileStat, fstat};
+use freezeframe_sys::fd::{Stat as FileStat, fstat};
 use serde::{Deserialize, Serialize};
 
 use crate::about::{About, show};
@@ -98,7 +98,7 @@ impl MemKind for Ghost {
             // A file whose name ends so in truth keeps it.
             vma.open_mapped(false)
                 .and_then(fstat)
-                .is_ok_and(|s| s.nlink == 0 && s.kind() == libc::S_IFREG)
+                .is_ok_and(|s| s.nlink == 0 && s.file_type() == libc::S_IFREG)
         }
     }
     fn dump(&self, cx: &mut DumpCx<'_>, vma: &VmaView<'_>) -> Result<Mapped> {

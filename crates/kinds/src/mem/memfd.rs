@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use freezeframe_error::{Error, Result, SysExt};
 use freezeframe_image::{RawRecord, Tag};
 use freezeframe_inject::{Arg, Batch};
-use freezeframe_sys::stat::{FileStat, fstat};
+use freezeframe_sys::fd::{Stat as FileStat, fstat};
 use serde::{Deserialize, Serialize};
 
 use crate::about::{About, show};

@@ -12,7 +12,7 @@ use freezeframe_error::{Error, Result};
 use freezeframe_image::{RawRecord, Tag};
 use freezeframe_inject::{Arg, Batch};
 use freezeframe_sys::proc::{ProcDir, VmFlags};
-use freezeframe_sys::stat::fstat;
+use freezeframe_sys::fd::fstat;
 use nix::fcntl::OFlag;
 use serde::{Deserialize, Serialize};
 
