@@ -7,8 +7,8 @@ use std::os::fd::OwnedFd;
 use freezeframe_error::{Error, Kind, Result};
 use freezeframe_image::{RawRecord, Tag};
 use freezeframe_inject::{Arg, Batch};
-use freezeframe_sys::proc::strip_deleted;
 use freezeframe_sys::fd::{Stat as FileStat, fstat};
+use freezeframe_sys::proc::strip_deleted;
 use serde::{Deserialize, Serialize};
 
 use crate::about::{About, show};

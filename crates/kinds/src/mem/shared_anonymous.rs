@@ -11,8 +11,8 @@ use std::os::fd::OwnedFd;
 use freezeframe_error::{Error, Result};
 use freezeframe_image::{RawRecord, Tag};
 use freezeframe_inject::{Arg, Batch};
-use freezeframe_sys::proc::{ProcDir, VmFlags};
 use freezeframe_sys::fd::fstat;
+use freezeframe_sys::proc::{ProcDir, VmFlags};
 use nix::fcntl::OFlag;
 use serde::{Deserialize, Serialize};
 
