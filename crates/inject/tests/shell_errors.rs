@@ -1,5 +1,7 @@
 //! Restore shells: ends and errors.
 
+#![allow(clippy::unwrap_used)]
+
 use std::time::Duration;
 
 use freezeframe_error::{Kind, Phase};

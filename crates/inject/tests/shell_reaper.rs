@@ -2,6 +2,8 @@
 //! everything there is to reap. Alone in its file: it would steal the children
 //! of other tests of the same process.
 
+#![allow(clippy::unwrap_used)]
+
 use std::io::Read;
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};

@@ -1,6 +1,8 @@
 //! Restore shells: the last switch. Tiny programs are planted by batches, run
 //! natively afterwards, and say what they find.
 
+#![allow(clippy::unwrap_used)]
+
 use std::io::Read;
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
@@ -368,6 +370,62 @@ fn a_stopped_process_stays_stopped() {
     until("runs", || state(pid) == 'R');
     kill(raw, Signal::SIGKILL).unwrap();
     assert_eq!(wait(pid), WaitStatus::Signaled(raw, Signal::SIGKILL, false));
+}
+
+#[test]
+fn stopping_a_child_is_no_news_and_leaves_its_signals_waiting() {
+    let tracer = Tracer::new();
+    let (mut shells, root) = spawn(&tracer);
+    plant(&mut shells, root, SPIN, b"");
+    let child = shells.fork(root, &ForkOptions::default()).unwrap();
+    let grandchild = shells.fork(child, &ForkOptions::default()).unwrap();
+    let threads = shells.threads(child, &[Vec::new(), Vec::new()]).unwrap();
+    // SIGTERM waits, not blocked, for the child to be continued.
+    let mut batch = Batch::new();
+    let me = batch.call("getpid", libc::SYS_getpid, []);
+    batch.call("kill", libc::SYS_kill, [me.into(), libc::SIGTERM.into()]);
+    shells.run(child, &batch).unwrap();
+    let [pid, child_pid, grandchild_pid] = [root, child, grandchild].map(|task| shells.pid(task).0);
+    let mut finals = Vec::new();
+    for task in [root, child, threads[0], threads[1], grandchild] {
+        let mut f = go_on(task, regs(PROGRAM, 0, 0, 0));
+        f.stop = (task == child || task == grandchild).then_some(libc::SIGSTOP);
+        // What the root gets stays visible.
+        f.sigmask = if task == root {
+            1 << (libc::SIGCHLD - 1)
+        } else {
+            0
+        };
+        finals.push(f);
+    }
+    shells.resume_all(finals).unwrap();
+    until("stopped", || {
+        state(child_pid) == 'T' && state(grandchild_pid) == 'T'
+    });
+    until("runs", || state(pid) == 'R');
+    let status = |pid: i32| std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    assert!(
+        status(pid).contains("ShdPnd:\t0000000000000000\n"),
+        "{}",
+        status(pid)
+    );
+    assert!(
+        status(child_pid).contains("ShdPnd:\t0000000000004000\n"),
+        "{}",
+        status(child_pid)
+    );
+    let raw = nix::unistd::Pid::from_raw;
+    kill(raw(child_pid), Signal::SIGCONT).unwrap();
+    until("it ends", || state(child_pid) == 'Z');
+    assert!(
+        status(pid).contains("ShdPnd:\t0000000000010000\n"),
+        "{}",
+        status(pid)
+    );
+    for pid in [grandchild_pid, pid] {
+        kill(raw(pid), Signal::SIGKILL).unwrap();
+    }
+    wait(pid);
 }
 
 #[test]

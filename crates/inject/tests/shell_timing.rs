@@ -1,6 +1,8 @@
 //! What restore shells cost. Prints; the bounds are generous, since tests run
 //! beside each other.
 
+#![allow(clippy::unwrap_used)]
+
 use std::time::{Duration, Instant};
 
 use freezeframe_inject::Batch;

@@ -75,7 +75,7 @@ impl Shells<'_> {
                     self.bury(other);
                 }
             }
-            if self.of_process(process).next().is_none() {
+            if self.is_empty(process) {
                 break;
             }
             if Instant::now() >= end {
@@ -165,8 +165,13 @@ impl Shells<'_> {
         tasks.into_iter()
     }
 
+    /// Whether a process has no living task.
+    pub(super) fn is_empty(&self, process: usize) -> bool {
+        self.of_process(process).next().is_none()
+    }
+
     /// A task of a process's parent that can run a batch.
-    fn idle_parent(&self, process: usize) -> Option<TaskId> {
+    pub(super) fn idle_parent(&self, process: usize) -> Option<TaskId> {
         let parent = self.processes[process].parent?;
         self.of_process(parent)
             .find(|&i| self.tasks[i].running.is_none())
@@ -187,7 +192,7 @@ impl Shells<'_> {
     fn kill_all(&mut self) -> Result<()> {
         let mut pids: Vec<Pid> = Vec::new();
         for process in 0..self.processes.len() {
-            if self.of_process(process).next().is_some() {
+            if !self.is_empty(process) {
                 pids.push(self.processes[process].pid);
             }
         }

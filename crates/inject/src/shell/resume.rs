@@ -14,7 +14,7 @@ use freezeframe_sys::ptrace::{self, Options, Regs, SyscallInfo, nt};
 
 use super::{Shells, TaskId, pause, slot_offset};
 use crate::batch::Batch;
-use crate::tracer::{self, Tracer};
+use crate::tracer::{self, Stop, Tracer};
 
 /// What a task is to go on with.
 #[derive(Clone, Debug)]
@@ -28,8 +28,9 @@ pub struct Final {
     pub xstate: Vec<u8>,
     /// Blocked signals, bit n-1 for signal n.
     pub sigmask: u64,
-    /// Leave the task's process in a job-control stop. The kernel makes it
-    /// with SIGSTOP, whichever stop signal it was.
+    /// Leave the task's process in a job-control stop (said of any of its
+    /// tasks). The kernel makes it with SIGSTOP, whichever stop signal it was;
+    /// its parent is not told, unless it is outside the tree.
     pub stop: Option<i32>,
     /// One blocking call, to be made by the stub and interrupted, so that the
     /// kernel has what it needs to go on with it for the time that is left:
@@ -106,31 +107,33 @@ impl Shells<'_> {
             }
         }
 
-        let hows = self.stop_all(&finals)?;
-        self.unmap_all(&finals)?;
-
-        for (f, how) in finals.iter_mut().zip(&hows) {
-            let tid = self.tid(f.task);
-            match how {
-                How::AsGiven | How::Interrupted => {}
-                How::Again => f.regs.rax = RESTART_NO_HANDLER as u64,
-                How::Completed(result) => {
-                    f.regs.rax = *result as u64;
-                    f.regs.orig_rax = u64::MAX;
-                }
+        let mut hows = vec![How::AsGiven; finals.len()];
+        let mut left: Vec<usize> = (0..finals.len()).collect();
+        for process in self.stop_quietly(&finals) {
+            let (these, others) = left
+                .into_iter()
+                .partition(|&i| self.tasks[finals[i].task.0].process == process);
+            left = others;
+            self.switch(&mut finals, &these, &mut hows)?;
+            self.stop_unseen(process, &finals, &these)?;
+        }
+        self.switch(&mut finals, &left, &mut hows)?;
+        let mut by_process: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
+        for i in left {
+            by_process
+                .entry(self.tasks[finals[i].task.0].process)
+                .or_default()
+                .push(i);
+        }
+        for these in by_process.values() {
+            if these.iter().any(|&i| finals[i].stop.is_some()) {
+                self.group_stop(&finals, these)?;
             }
-            if !f.xstate.is_empty() {
-                ptrace::setregset(tid, nt::X86_XSTATE, &f.xstate)?;
-            }
-            ptrace::setregs(tid, &f.regs)?;
-            ptrace::setsigmask(tid, f.sigmask)?;
-            self.spread(f.task)?;
-            ready(self.tracer, f)?;
         }
         for f in &finals {
-            if f.stop.is_some() {
-                pidfd_send_signal(self.pidfd(f.task), libc::SIGSTOP).on_task(self.pid(f.task).0)?;
-            }
+            ptrace::setsigmask(self.tid(f.task), f.sigmask)?;
+            self.spread(f.task)?;
+            ready(self.tracer, f)?;
         }
 
         // From here on the tree lives on if we die, but for these few calls.
@@ -152,6 +155,125 @@ impl Shells<'_> {
         Ok(resumed
             .map(|(f, how)| Resumed { task: f.task, how })
             .collect())
+    }
+
+    /// Takes some tasks out of the stub and gives them their registers. Every
+    /// signal stays blocked.
+    fn switch(&mut self, finals: &mut [Final], these: &[usize], hows: &mut [How]) -> Result<()> {
+        self.stop_all(finals, these, hows)?;
+        self.unmap_all(finals, these)?;
+        for &i in these {
+            let f = &mut finals[i];
+            let tid = self.tid(f.task);
+            match hows[i] {
+                How::AsGiven | How::Interrupted => {}
+                How::Again => f.regs.rax = RESTART_NO_HANDLER as u64,
+                How::Completed(result) => {
+                    f.regs.rax = result as u64;
+                    f.regs.orig_rax = u64::MAX;
+                }
+            }
+            if !f.xstate.is_empty() {
+                ptrace::setregset(tid, nt::X86_XSTATE, &f.xstate)?;
+            }
+            ptrace::setregs(tid, &f.regs)?;
+        }
+        Ok(())
+    }
+
+    /// The processes to be left stopped whose parents can be spared the news,
+    /// children before parents.
+    fn stop_quietly(&self, finals: &[Final]) -> Vec<usize> {
+        let mut quiet: Vec<usize> = Vec::new();
+        for f in finals.iter().filter(|f| f.stop.is_some()) {
+            let process = self.tasks[f.task.0].process;
+            let mm = self.processes[process].mm;
+            let alone = (0..self.processes.len())
+                .all(|p| p == process || self.processes[p].mm != mm || self.is_empty(p));
+            if alone && self.idle_parent(process).is_some() && !quiet.contains(&process) {
+                quiet.push(process);
+            }
+        }
+        let depth = |process: usize| {
+            std::iter::successors(Some(process), |&p| self.processes[p].parent).count()
+        };
+        quiet.sort_by_key(|&p| std::cmp::Reverse(depth(p)));
+        quiet
+    }
+
+    /// Stops a process and takes SIGCHLD and the wait status, which its parent
+    /// has had long ago, from the parent, which is still a shell.
+    fn stop_unseen(&mut self, process: usize, finals: &[Final], these: &[usize]) -> Result<()> {
+        let Some(parent) = self.idle_parent(process) else {
+            return self.group_stop(finals, these);
+        };
+        let status = ProcDir::open(self.proc_pid(parent))?.status()?;
+        let pending = status.shd_pnd & 1 << (libc::SIGCHLD - 1) != 0;
+        self.group_stop(finals, these)?;
+        let mut batch = Batch::new();
+        let op = batch.call(
+            "wait4(WUNTRACED)",
+            libc::SYS_wait4,
+            [
+                self.processes[process].pid_in_parent.into(),
+                0.into(),
+                (libc::WUNTRACED | libc::WNOHANG | libc::__WALL).into(),
+                0.into(),
+            ],
+        );
+        batch.may_fail(op);
+        self.run(parent, &batch)?;
+        if !pending {
+            self.drain_signal(parent, libc::SIGCHLD)?;
+        }
+        Ok(())
+    }
+
+    /// Puts a process, all of whose tasks are stopped by us, into a job-control
+    /// stop, without any of them running in user mode. Done while everything
+    /// else is blocked: a signal that waits must go on waiting until SIGCONT.
+    fn group_stop(&self, finals: &[Final], these: &[usize]) -> Result<()> {
+        let Some((&first, others)) = these.split_first() else {
+            return Ok(());
+        };
+        let first = finals[first].task;
+        let pid = self.pid(first).0;
+        pidfd_send_signal(self.pidfd(first), libc::SIGSTOP).on_task(pid)?;
+        let end = self.end();
+        ptrace::cont(self.tid(first), 0)?;
+        // Taking the signal is what makes the others take part, as they go on.
+        loop {
+            match self.tracer.wait_stop(self.tid(first), end)? {
+                Stop::SignalDelivery(info) if info.signo() == libc::SIGSTOP => {
+                    ptrace::cont(self.tid(first), libc::SIGSTOP)?;
+                    break;
+                }
+                Stop::EventStop | Stop::SyscallStop => ptrace::cont(self.tid(first), 0)?,
+                other => return Err(self.no_stop(first, &other)),
+            }
+        }
+        for &i in others {
+            ptrace::cont(self.tid(finals[i].task), 0)?;
+        }
+        for &i in these {
+            let task = finals[i].task;
+            loop {
+                match self.tracer.wait_stop(self.tid(task), end)? {
+                    Stop::GroupStop(_) => break,
+                    Stop::EventStop | Stop::SyscallStop => ptrace::cont(self.tid(task), 0)?,
+                    other => return Err(self.no_stop(task, &other)),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn no_stop(&self, task: TaskId, stop: &Stop) -> Error {
+        let message = match stop {
+            Stop::Exited => "it ended on its way to a job-control stop".to_owned(),
+            other => format!("{other:?} on its way to a job-control stop"),
+        };
+        Error::new(Kind::TargetGone, message).on_task(self.tid(task).0)
     }
 
     fn check_complete(&self, finals: &[Final]) -> Result<()> {
@@ -176,21 +298,22 @@ impl Shells<'_> {
         }
     }
 
-    /// Brings every task into a ptrace stop, those with a call to interrupt
-    /// inside that call.
-    fn stop_all(&mut self, finals: &[Final]) -> Result<Vec<How>> {
-        for f in finals {
-            match &f.interrupt {
-                Some(batch) => self.start(f.task, batch)?,
-                None => ptrace::interrupt(self.tid(f.task))?,
+    /// Brings tasks into a ptrace stop, those with a call to interrupt inside
+    /// that call.
+    fn stop_all(&mut self, finals: &[Final], these: &[usize], hows: &mut [How]) -> Result<()> {
+        let mut pending: Vec<usize> = Vec::new();
+        for &i in these {
+            match &finals[i].interrupt {
+                Some(batch) => {
+                    self.start(finals[i].task, batch)?;
+                    pending.push(i);
+                }
+                None => ptrace::interrupt(self.tid(finals[i].task))?,
             }
         }
-        let mut hows = vec![How::AsGiven; finals.len()];
-        let mut pending: Vec<usize> = Vec::new();
-        for (i, f) in finals.iter().enumerate() {
-            match f.interrupt {
-                Some(_) => pending.push(i),
-                None => self.wait_event_stop(f.task, self.end())?,
+        for f in these.iter().map(|&i| &finals[i]) {
+            if f.interrupt.is_none() {
+                self.wait_event_stop(f.task, self.end())?;
             }
         }
         let end = self.end();
@@ -221,7 +344,7 @@ impl Shells<'_> {
                 ));
             }
         }
-        Ok(hows)
+        Ok(())
     }
 
     /// Waits until a task is about to make the first call of its batch.
@@ -274,9 +397,9 @@ impl Shells<'_> {
 
     /// Unmaps the region from every address space, through a syscall
     /// instruction that is not in it.
-    fn unmap_all(&self, finals: &[Final]) -> Result<()> {
+    fn unmap_all(&self, finals: &[Final], these: &[usize]) -> Result<()> {
         let mut spaces: BTreeMap<usize, Vec<&Final>> = BTreeMap::new();
-        for f in finals {
+        for f in these.iter().map(|&i| &finals[i]) {
             spaces.entry(self.process(f.task).mm).or_default().push(f);
         }
         for users in spaces.values() {
