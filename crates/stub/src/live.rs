@@ -420,6 +420,46 @@ mod tests {
         assert!(code().len().is_multiple_of(8));
     }
 
+    /// A relocation would show as an address of this very executable, which is
+    /// loaded somewhere else each time; in 8 bytes, or in the low 4 of a fixed one.
+    #[test]
+    fn no_absolute_addresses() {
+        let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+        let ours: Vec<(u64, u64)> = maps
+            .lines()
+            .filter_map(|l| {
+                let (from, to) = l.split(' ').next()?.split_once('-')?;
+                let hex = |s| u64::from_str_radix(s, 16).ok();
+                Some((hex(from)?, hex(to)?))
+            })
+            .collect();
+        for window in code().windows(8) {
+            let word = u64::from_le_bytes(window.try_into().unwrap());
+            let hit = ours.iter().find(|(from, to)| (*from..*to).contains(&word));
+            assert_eq!(hit, None, "{word:#x}");
+        }
+    }
+
+    /// The code looks for its literals right behind itself: each of its accesses
+    /// relative to rip (modrm 00 reg 101) ends there.
+    #[test]
+    fn literals_follow_the_code() {
+        let code = code();
+        let range = code.len() as i64..len() as i64;
+        // mov r11, [rip + x] and jmp [rip + x], as they stand once in the tail.
+        for (opcode, want) in [(&[0x4c, 0x8b, 0x1d][..], 24), (&[0xff, 0x25][..], 120)] {
+            let at = code
+                .windows(opcode.len())
+                .position(|w| w == opcode)
+                .unwrap()
+                + opcode.len();
+            let offset = i32::from_le_bytes(code[at..at + 4].try_into().unwrap());
+            let target = at as i64 + 4 + i64::from(offset);
+            assert!(range.contains(&target));
+            assert_eq!(target - range.start, want);
+        }
+    }
+
     #[test]
     fn entries_are_two_bytes_apart() {
         // jmp short; xor ebp, ebp

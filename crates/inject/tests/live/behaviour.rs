@@ -1,15 +1,17 @@
 //! Sessions without kills: results, limits, odd targets, refusals.
 
+use std::io::{BufRead, BufReader};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use freezeframe_error::Kind;
-use freezeframe_inject::live::{self, LiveSession};
-use freezeframe_inject::tracer::{DEFAULT_WAIT, Tracer};
+use freezeframe_inject::live::{self, LiveSession, Site};
+use freezeframe_inject::tracer::{DEFAULT_WAIT, StoppedTask, Tracer};
 use freezeframe_inject::{Arg, Batch};
 use freezeframe_stub::Undo;
 use freezeframe_sys::ids::{Pid, Tid};
+use freezeframe_sys::proc::ProcDir;
 use freezeframe_sys::ptrace::Options;
 
 use crate::check::{Victim, wait_until};
@@ -307,9 +309,98 @@ fn helper(role: &str, value: &str) -> Child {
     let mut command = Command::new(std::env::current_exe().unwrap());
     command
         .env(format!("FREEZEFRAME_TEST_{role}"), value)
+        // The rseq helper registers an area of its own.
+        .env("GLIBC_TUNABLES", "glibc.pthread.rseq=0")
         .stdin(Stdio::null())
-        .stdout(Stdio::null());
+        .stdout(Stdio::piped());
     command.process_group(0).spawn().unwrap()
+}
+
+/// The first line a helper prints.
+fn said(other: &mut Other) -> String {
+    let out = other.0.stdout.as_mut().unwrap();
+    let mut line = String::new();
+    BufReader::new(out).read_line(&mut line).unwrap();
+    line.trim().to_string()
+}
+
+/// Without the vDSO: the stub lies behind the text of some file. Without that,
+/// too, there is no way in.
+pub(crate) fn other_places() {
+    let victim = Victim::start();
+    let proc = ProcDir::open(victim.pid()).unwrap();
+    let mut maps = proc.maps().unwrap();
+    maps.retain(|m| m.path != b"[vdso]");
+    for n in [2, 64] {
+        let mut site = Site::find_in(&proc, &maps).unwrap();
+        assert!(site.mapping().starts_with('/'), "{}", site.mapping());
+        let tracer = Tracer::new();
+        let deadline = Instant::now() + DEFAULT_WAIT;
+        let stopped = live::stop_threads(&tracer, victim.pid(), options(), deadline).unwrap();
+        site.check(&stopped).unwrap();
+        let batch = |_: &StoppedTask| getters(n).0;
+        let replies =
+            live::collect_in_threads(&tracer, &mut site, &stopped, batch, DEFAULT_WAIT).unwrap();
+        assert!(replies.iter().all(|r| r.done == n as usize + 2));
+    }
+    victim.check("with the stub in a file's text");
+    maps.clear();
+    let e = Site::find_in(&proc, &maps).unwrap_err();
+    assert_eq!(e.kind(), Kind::Unsupported);
+    assert!(e.to_string().contains("no executable page"), "{e}");
+}
+
+/// A target whose filters kill it for almost every call: they sleep while we are
+/// there, and are in force again afterwards.
+pub(crate) fn seccomp() {
+    let mut target = Other(helper("SECCOMP", "1"));
+    assert_eq!(said(&mut target), "ready");
+    let pid = target.pid();
+    for n in [2, 64] {
+        let tracer = Tracer::new();
+        let (stopped, mut site) = stop(&tracer, pid, None).unwrap();
+        let (batch, op) = getters(n);
+        let replies =
+            live::collect_in_thread(&tracer, &mut site, &stopped[0], &batch, DEFAULT_WAIT).unwrap();
+        assert_eq!(replies.result(op), Ok(i64::from(pid.0)));
+        site.erase().unwrap();
+    }
+    wait_until("it sleeps again", || state(pid) == 'S');
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    assert!(status.contains("Seccomp:\t2"), "{status}");
+}
+
+/// A thread with syscall user dispatch would get SIGSYS for our calls.
+pub(crate) fn syscall_user_dispatch() {
+    let mut target = Other(helper("DISPATCH", "1"));
+    assert_eq!(said(&mut target), "ready");
+    let tracer = Tracer::new();
+    let (stopped, mut site) = stop(&tracer, target.pid(), None).unwrap();
+    let e = LiveSession::enter(&tracer, &mut site, &stopped[0], DEFAULT_WAIT).unwrap_err();
+    assert_eq!(e.kind(), Kind::Unsupported);
+    assert!(e.to_string().contains("user dispatch"), "{e}");
+}
+
+/// A thread stopped inside an rseq(2) critical section is never put back into
+/// its middle.
+pub(crate) fn critical_sections() {
+    let mut target = Other(helper("RSEQ", "1"));
+    let line = said(&mut target);
+    let words: Vec<u64> = line.split(' ').map(|w| w.parse().unwrap()).collect();
+    let (start, end, abort) = (words[0], words[1], words[2]);
+    let mut aborted = 0;
+    for _ in 0..30 {
+        let tracer = Tracer::new();
+        let (stopped, mut site) = stop(&tracer, target.pid(), None).unwrap();
+        let rip = stopped[0].regs.rip;
+        assert!(!(start..end).contains(&rip), "{rip:#x} {line}");
+        aborted += u32::from(rip == abort);
+        let (batch, _) = getters(2);
+        live::collect_in_thread(&tracer, &mut site, &stopped[0], &batch, DEFAULT_WAIT).unwrap();
+        let now = freezeframe_sys::ptrace::getregs(stopped[0].tid).unwrap();
+        assert_eq!(now, stopped[0].regs);
+    }
+    assert!(aborted >= 10, "{aborted}");
 }
 
 /// A process with this many idle threads besides the first.

@@ -90,6 +90,26 @@ impl Victim {
         victim
     }
 
+    /// SIGSTOP, until every thread has stopped.
+    pub(crate) fn stop(&self) {
+        let pid = nix::unistd::Pid::from_raw(self.pid().0);
+        nix::sys::signal::kill(pid, nix::sys::signal::SIGSTOP).unwrap();
+        wait_until("it is stopped", || self.is_stopped());
+    }
+
+    pub(crate) fn cont(&self) {
+        let pid = nix::unistd::Pid::from_raw(self.pid().0);
+        nix::sys::signal::kill(pid, nix::sys::signal::SIGCONT).unwrap();
+    }
+
+    /// Whether every thread is in a job-control stop.
+    pub(crate) fn is_stopped(&self) -> bool {
+        (0..CLASSES.len()).all(|i| {
+            let path = format!("/proc/{}/task/{}/stat", self.pid(), self.tid(i));
+            text(&path).contains(") T ")
+        })
+    }
+
     /// Whether the pauser is in pause(2).
     pub(crate) fn pausing(&self) -> bool {
         let state = text(&format!(

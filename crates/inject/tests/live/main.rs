@@ -5,6 +5,8 @@
 //! The same executable is the victim, the tool and the tests, hence no libtest.
 //! `FREEZEFRAME_LONG=1` makes the sweeps long.
 
+#![allow(clippy::unwrap_used)] // a test: no libtest, so clippy cannot tell
+
 mod behaviour;
 mod check;
 mod tests;
@@ -26,9 +28,17 @@ fn main() -> ExitCode {
         victim::crowd(threads.parse().unwrap());
         return ExitCode::SUCCESS;
     }
-    if std::env::var_os("FREEZEFRAME_TEST_VFORK").is_some() {
-        victim::vforker();
-        return ExitCode::SUCCESS;
+    let roles: [(&str, fn()); 4] = [
+        ("VFORK", victim::vforker),
+        ("SECCOMP", victim::filtered),
+        ("DISPATCH", victim::dispatcher),
+        ("RSEQ", victim::critical),
+    ];
+    for (name, role) in roles {
+        if std::env::var_os(format!("FREEZEFRAME_TEST_{name}")).is_some() {
+            role();
+            return ExitCode::SUCCESS;
+        }
     }
     run(tests::ALL)
 }

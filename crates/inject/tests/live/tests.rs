@@ -31,6 +31,11 @@ pub(crate) const ALL: &[(&str, fn())] = &[
     ("stopped_while_inside", behaviour::stopped_while_inside),
     ("target_dies", behaviour::target_dies),
     ("kill_and_reap", behaviour::kill_and_reap),
+    ("other_places", behaviour::other_places),
+    ("seccomp", behaviour::seccomp),
+    ("syscall_user_dispatch", behaviour::syscall_user_dispatch),
+    ("critical_sections", behaviour::critical_sections),
+    ("killed_while_stopped", killed_while_stopped),
     ("refusals", behaviour::refusals),
     ("timeout", behaviour::timeout),
     ("a_thousand_threads", behaviour::a_thousand_threads),
@@ -61,7 +66,7 @@ fn every_class(n: u64) {
     let (batch, pid) = getters(n);
     let mut spent = Duration::ZERO;
     let mut inside = Duration::ZERO;
-    for class in 0..CLASSES.len() {
+    for (class, name) in CLASSES.iter().enumerate() {
         let tid = victim.tid(class);
         for _ in 0..100 {
             let begun = Instant::now();
@@ -78,8 +83,8 @@ fn every_class(n: u64) {
             tracer.detach(tid).unwrap();
             spent += begun.elapsed();
         }
-        let said = victim.check(CLASSES[class]);
-        assert_eq!(said.epoll_eintr, 0, "{}", CLASSES[class]);
+        let said = victim.check(name);
+        assert_eq!(said.epoll_eintr, 0, "{name}");
     }
     println!(
         "{} calls: {:?} from seize to detach, {:?} of it in the session",
@@ -251,6 +256,34 @@ fn killed_at_each_step_all_threads() {
         kills.load(SeqCst),
         begun.elapsed()
     );
+}
+
+/// The target is in a job-control stop: the kill may leave a thread stopped inside
+/// the stub; SIGCONT takes it home.
+fn killed_while_stopped() {
+    let kills = AtomicU64::new(0);
+    let work = vec![(0, How::Stops), (4, How::Socket), (5, How::Stops)];
+    with_victims(3, work, |victim, (class, how)| {
+        let job = Job {
+            pid: victim.pid(),
+            tid: victim.tid(class),
+            all: false,
+            how,
+            rounds: 1,
+        };
+        for step in 1.. {
+            victim.stop();
+            let at = Tool::start(&job, step, None).end();
+            wait_until("it is stopped", || victim.is_stopped());
+            victim.cont();
+            victim.check(&format!("stopped, {how:?} in {}: {at:?}", CLASSES[class]));
+            if at.is_none() {
+                break;
+            }
+            kills.fetch_add(1, SeqCst);
+        }
+    });
+    println!("stopped: {} kills, none harmed", kills.load(SeqCst));
 }
 
 /// A signal for the thread in pause(2) at the very instant of the kill, at each

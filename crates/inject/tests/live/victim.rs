@@ -3,7 +3,7 @@
 //! went wrong into a file both sides map.
 #![allow(unsafe_code)]
 
-use std::arch::asm;
+use std::arch::{asm, global_asm};
 use std::ffi::c_void;
 use std::ptr::{null, null_mut};
 use std::sync::atomic::{AtomicI32, AtomicPtr, AtomicU32, AtomicU64, Ordering::SeqCst};
@@ -457,5 +457,125 @@ pub(crate) fn vforker() {
     }
     loop {
         std::thread::park();
+    }
+}
+
+fn ready() {
+    use std::io::Write;
+    println!("ready");
+    let _ = std::io::stdout().flush();
+}
+
+/// A process that may make a few calls only, on pain of death.
+pub(crate) fn filtered() {
+    die_with_parent();
+    ready();
+    let allowed = [
+        libc::SYS_pause,
+        libc::SYS_nanosleep,
+        libc::SYS_restart_syscall,
+        libc::SYS_exit_group,
+    ];
+    let op = |code: u32, jt: u8, jf: u8, k: u32| libc::sock_filter {
+        code: code as u16,
+        jt,
+        jf,
+        k,
+    };
+    let ret = |action| op(libc::BPF_RET | libc::BPF_K, 0, 0, action);
+    let mut program = vec![op(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, 0)];
+    for (i, nr) in allowed.iter().enumerate() {
+        let to_allow = (allowed.len() - i) as u8;
+        let equal = libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K;
+        program.push(op(equal, to_allow, 0, *nr as u32));
+    }
+    program.push(ret(libc::SECCOMP_RET_KILL_PROCESS));
+    program.push(ret(libc::SECCOMP_RET_ALLOW));
+    let filter = libc::sock_fprog {
+        len: program.len() as u16,
+        filter: program.as_mut_ptr(),
+    };
+    // SAFETY: the program lives through the call; after it only allowed calls
+    // are made, without any memory.
+    unsafe {
+        libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
+        let mode = libc::SECCOMP_MODE_FILTER;
+        if libc::prctl(libc::PR_SET_SECCOMP, mode, &raw const filter) != 0 {
+            libc::_exit(1);
+        }
+        loop {
+            libc::pause();
+        }
+    }
+}
+
+/// A process with syscall user dispatch on, its selector saying "allow".
+pub(crate) fn dispatcher() {
+    static SELECTOR: AtomicU32 = AtomicU32::new(0);
+    die_with_parent();
+    // SAFETY: the selector is a byte that lives for ever and stays 0.
+    let r = unsafe { libc::prctl(59, 1, 0, 0, SELECTOR.as_ptr()) };
+    assert_eq!(r, 0);
+    ready();
+    loop {
+        std::thread::park();
+    }
+}
+
+// freezeframe_test_rseq_spin(area, aborts): for ever in a critical section.
+global_asm!(
+    ".pushsection .data.freezeframe_test, \"aw\"",
+    ".balign 32",
+    "freezeframe_test_rseq_cs:",
+    "  .long 0, 0",
+    "  .quad freezeframe_test_rseq_start",
+    "  .quad freezeframe_test_rseq_end - freezeframe_test_rseq_start",
+    "  .quad freezeframe_test_rseq_abort",
+    ".popsection",
+    ".pushsection .text",
+    "freezeframe_test_rseq_spin:",
+    "  lea rax, [rip + freezeframe_test_rseq_cs]",
+    "  mov [rdi + 8], rax",
+    "freezeframe_test_rseq_start:",
+    "2:",
+    "  inc rcx",
+    "  jmp 2b",
+    "freezeframe_test_rseq_end:",
+    "  .byte 0x0f, 0xb9, 0x3d",
+    "  .long 0x53053053",
+    "freezeframe_test_rseq_abort:",
+    "  inc qword ptr [rsi]",
+    "  jmp freezeframe_test_rseq_spin",
+    ".popsection",
+);
+
+#[repr(C, align(32))]
+struct RseqArea([u64; 4]);
+
+/// A process that spins in an rseq critical section; prints where.
+pub(crate) fn critical() {
+    use std::io::Write;
+    unsafe extern "C" {
+        static freezeframe_test_rseq_start: u8;
+        static freezeframe_test_rseq_end: u8;
+        static freezeframe_test_rseq_abort: u8;
+        fn freezeframe_test_rseq_spin(area: *mut RseqArea, aborts: *const AtomicU64) -> !;
+    }
+    static ABORTS: AtomicU64 = AtomicU64::new(0);
+    die_with_parent();
+    let area = Box::leak(Box::new(RseqArea([0; 4])));
+    // SAFETY: only the symbols' addresses are used; the area lives for ever and
+    // the signature stands before the abort handler, as rseq(2) wants it.
+    unsafe {
+        println!(
+            "{} {} {}",
+            &raw const freezeframe_test_rseq_start as usize,
+            &raw const freezeframe_test_rseq_end as usize,
+            &raw const freezeframe_test_rseq_abort as usize
+        );
+        let _ = std::io::stdout().flush();
+        let area: *mut RseqArea = area;
+        assert_eq!(libc::syscall(libc::SYS_rseq, area, 32, 0, 0x5305_3053), 0);
+        freezeframe_test_rseq_spin(area, &raw const ABORTS);
     }
 }
