@@ -58,7 +58,10 @@ pub fn carry(program: &Program, mode: Mode) -> Result<(), String> {
     if program.stopped && mode == Mode::Spoilt {
         return Ok(());
     }
-    let scene = Scene::new(program.terminal)?;
+    if program.terminal && std::env::var_os("FF_TERMINAL").is_none() {
+        return again_in_terminal(program, mode);
+    }
+    let scene = Scene::new()?;
     let words = [program.full_name(), scene.dir_text()];
     let mut command = Command::new(program_binary());
     command.args(&words);
@@ -95,6 +98,30 @@ pub fn carry(program: &Program, mode: Mode) -> Result<(), String> {
     scene.finish(target, program, &before, mode)
 }
 
+/// Runs the same test once more as the leader of a session that has a terminal of its own.
+fn again_in_terminal(program: &Program, mode: Mode) -> Result<(), String> {
+    let exe = std::env::current_exe()
+        .map_err(|e| e.to_string())?
+        .to_string_lossy()
+        .into_owned();
+    let mode = Mode::ALL
+        .into_iter()
+        .find(|(m, _)| *m == mode)
+        .map_or("", |(_, name)| name);
+    let test = format!("{}::{mode}", program.full_name());
+    let args = ["terminal", &exe, "--exact", &test, "--nocapture"]
+        .map(String::from)
+        .to_vec();
+    let mut command = Command::new(program_binary());
+    command.args(&args);
+    let outcome = crate::tool::run(command, args, 3 * DEADLINE)?;
+    if outcome.code == Some(0) {
+        Ok(())
+    } else {
+        Err(format!("{}\n{}", outcome.stdout, outcome.stderr))
+    }
+}
+
 /// Whether the dump was refused as the table says it has to be, or may be.
 fn expected_refusal(program: &Program, outcome: Outcome) -> Result<bool, String> {
     let (word, must) = match program.expect {
@@ -106,7 +133,7 @@ fn expected_refusal(program: &Program, outcome: Outcome) -> Result<bool, String>
         return Ok(false);
     }
     let outcome = outcome.must_exit(1)?;
-    if outcome.stderr.contains(word) {
+    if outcome.stderr.to_lowercase().contains(&word.to_lowercase()) {
         Ok(true)
     } else {
         Err(format!("no word of {word:?} in\n{}", outcome.told()))
@@ -133,13 +160,12 @@ pub struct Target {
 #[derive(Debug)]
 pub struct Scene {
     dir: tempfile::TempDir,
-    terminal: Option<nix::pty::OpenptyResult>,
 }
 
 impl Scene {
     /// A new directory that any user may use. From here on this process adopts orphans, so that it sees everything that
     /// its programs leave behind, and restored trees become its own.
-    pub fn new(terminal: bool) -> Result<Self, String> {
+    pub fn new() -> Result<Self, String> {
         nix::sys::prctl::set_child_subreaper(true).map_err(|e| format!("subreaper: {e}"))?;
         let dir = tempfile::Builder::new()
             .prefix("ff-")
@@ -147,12 +173,7 @@ impl Scene {
             .map_err(|e| e.to_string())?;
         fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o777))
             .map_err(|e| e.to_string())?;
-        let terminal = if terminal {
-            Some(nix::pty::openpty(None, None).map_err(|e| e.to_string())?)
-        } else {
-            None
-        };
-        Ok(Scene { dir, terminal })
+        Ok(Scene { dir })
     }
 
     /// A path in the test's directory.
@@ -167,6 +188,25 @@ impl Scene {
 
     /// Starts a command with nothing on its standard descriptors.
     pub fn start(&self, mut command: Command) -> Result<Target, String> {
+        if let Some(path) = std::env::var_os("FF_TERMINAL") {
+            let terminal = fs::OpenOptions::new()
+                .read(true)
+                .write(true)
+                .open(path)
+                .map_err(|e| e.to_string())?;
+            let again = || {
+                terminal
+                    .try_clone()
+                    .map(Stdio::from)
+                    .map_err(|e| e.to_string())
+            };
+            command
+                .stdin(again()?)
+                .stdout(again()?)
+                .stderr(again()?)
+                .current_dir("/");
+            return spawn(command);
+        }
         command.stdin(Stdio::null()).stdout(Stdio::null());
         let stderr = if std::env::var_os("FF_STDERR").is_some() {
             Stdio::inherit()
@@ -174,12 +214,7 @@ impl Scene {
             Stdio::null()
         };
         command.stderr(stderr).current_dir("/");
-        let child = command
-            .spawn()
-            .map_err(|e| format!("{:?}: {e}", command.get_program()))?;
-        Ok(Target {
-            pid: child.id() as i32,
-        })
+        spawn(command)
     }
 
     /// Starts another program than the kit's own, in a session of its own.
@@ -430,6 +465,15 @@ impl Scene {
             Err(format!("left behind: {left:?}; {}", self.states()))
         }
     }
+}
+
+fn spawn(mut command: Command) -> Result<Target, String> {
+    let child = command
+        .spawn()
+        .map_err(|e| format!("{:?}: {e}", command.get_program()))?;
+    Ok(Target {
+        pid: child.id() as i32,
+    })
 }
 
 impl Drop for Scene {

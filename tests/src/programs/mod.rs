@@ -13,13 +13,17 @@ mod cx;
 mod os;
 
 mod basic;
+mod beyond;
+mod credentials;
 mod events;
 mod files;
 mod mappings;
 mod memory;
 mod pipes;
+mod process;
 mod signals;
 mod sockets;
+mod terminal;
 mod threads;
 mod timers;
 mod tree;
@@ -112,6 +116,19 @@ impl Program {
         self
     }
 
+    /// Run from a terminal whose session leader is outside, dumped and restored with `--shell-job`.
+    const fn terminal(mut self) -> Self {
+        self.terminal = true;
+        self.dump_args = &["--shell-job"];
+        self.restore_args = &["--shell-job"];
+        self
+    }
+
+    const fn terminal_without_flag(mut self) -> Self {
+        self.terminal = true;
+        self
+    }
+
     const fn explained(mut self, keys: &'static [(&'static str, &'static str)]) -> Self {
         self.explained = keys;
         self
@@ -138,6 +155,10 @@ const FAMILIES: &[(&str, &[Program])] = &[
     ("threads", threads::PROGRAMS),
     ("signals", signals::PROGRAMS),
     ("timers", timers::PROGRAMS),
+    ("credentials", credentials::PROGRAMS),
+    ("process", process::PROGRAMS),
+    ("terminal", terminal::PROGRAMS),
+    ("beyond", beyond::PROGRAMS),
     ("memory", memory::PROGRAMS),
     ("mappings", mappings::PROGRAMS),
 ];
@@ -168,6 +189,33 @@ pub fn main(name: &str, dir: &str, spoil: bool) -> ! {
     let cx = Cx::new(dir, spoil);
     (program.run)(&cx);
     std::process::exit(cx.finish())
+}
+
+/// Runs another program as the leader of a session with a new pseudo-terminal, whose path it finds in `FF_TERMINAL`, and
+/// exits with its exit code. What is written to the terminal is thrown away.
+pub fn in_terminal(words: &[&str]) -> ! {
+    let pty = nix::pty::openpty(None, None).unwrap();
+    let path = nix::unistd::ttyname(&pty.slave).unwrap();
+    let leader = os::fork_run(|| {
+        os::own_session();
+        os::syscall(
+            libc::SYS_ioctl,
+            [os::raw(&pty.slave), libc::TIOCSCTTY as usize, 0, 0, 0, 0],
+        )
+        .unwrap();
+        os::close_from(3);
+        let error = std::process::Command::new(words[0])
+            .args(&words[1..])
+            .env("FF_TERMINAL", &path)
+            .exec();
+        eprintln!("ff-program: {}: {error}", words[0]);
+        127
+    });
+    drop(pty.slave);
+    // Ends when the last one has closed the terminal: reading gives EIO then.
+    while os::read_vec(&pty.master, 4096).is_ok() {}
+    let (_, status) = os::waitpid(leader, 0).unwrap();
+    std::process::exit(os::exited_with(status).unwrap_or(1))
 }
 
 /// Runs another program in a session of its own with descriptors 0, 1 and 2 only. Does not come back.

@@ -150,6 +150,14 @@ pub(crate) fn state_of(pid: i32) -> char {
     stat_field(pid, 3).chars().next().unwrap_or('-')
 }
 
+/// The state letter of a thread of this process.
+pub(crate) fn state_of_thread(tid: i32) -> char {
+    let text = std::fs::read(format!("/proc/self/task/{tid}/stat")).unwrap_or_default();
+    let text = String::from_utf8_lossy(&text);
+    let rest = text.rsplit_once(')').map(|(_, rest)| rest.trim_start());
+    rest.and_then(|r| r.chars().next()).unwrap_or('-')
+}
+
 /// A field of `/proc/PID/stat`, numbered as in proc_pid_stat(5); empty if the process is not there.
 pub(crate) fn stat_field(pid: i32, number: usize) -> String {
     let text = std::fs::read(format!("/proc/{pid}/stat")).unwrap_or_default();

@@ -1,0 +1,537 @@
+//! What nobody promised to carry: each has to come back whole, or be refused by name with the program unharmed.
+
+use super::os::{self, PAGE, Region};
+use super::{Cx, Need, Program};
+use std::os::fd::{AsRawFd, OwnedFd};
+
+pub(super) const PROGRAMS: &[Program] = &[
+    Program::new("io_uring", "an io_uring", io_uring).carried_or_refused("io_uring"),
+    Program::new(
+        "userfaultfd",
+        "a userfaultfd with a registered range",
+        userfaultfd,
+    )
+    .carried_or_refused("userfaultfd"),
+    Program::new("perf_event", "a perf event", perf_event)
+        .carried_or_refused("perf")
+        .needs(&[PERF]),
+    Program::new("bpf_map", "a BPF map", bpf_map)
+        .carried_or_refused("bpf")
+        .needs(&[BPF]),
+    Program::new("fanotify", "an fanotify group", fanotify).carried_or_refused("fanotify"),
+    Program::new("tcp_listening", "a listening TCP socket", tcp_listening)
+        .carried_or_refused("socket"),
+    Program::new(
+        "tcp_established",
+        "both ends of a TCP connection",
+        tcp_established,
+    )
+    .carried_or_refused("tcp"),
+    Program::new("udp", "a bound UDP socket", udp).carried_or_refused("socket"),
+    Program::new("netlink", "a netlink socket", netlink).carried_or_refused("socket"),
+    Program::new("packet", "a packet socket", packet).carried_or_refused("socket"),
+    Program::new(
+        "unix_listening",
+        "a listening unix socket with a name",
+        unix_listening,
+    )
+    .carried_or_refused("socket"),
+    Program::new(
+        "unix_named_pair",
+        "unix datagram sockets with names",
+        unix_named_pair,
+    )
+    .carried_or_refused("socket"),
+    Program::new("message_queue", "a POSIX message queue", message_queue)
+        .carried_or_refused("mqueue"),
+    Program::new("sysv_shm", "System V shared memory", sysv_shm).carried_or_refused("SYSV"),
+    Program::new(
+        "pseudo_terminal",
+        "both ends of a pseudo-terminal",
+        pseudo_terminal,
+    )
+    .carried_or_refused("tty"),
+    Program::new("aio", "an aio context", aio).carried_or_refused("aio"),
+    Program::new("proc_file", "an open file of /proc", proc_file).carried_or_refused("proc"),
+    Program::new("kmsg", "/dev/kmsg", kmsg).carried_or_refused("kmsg"),
+    Program::new(
+        "host_name_space",
+        "a UTS namespace of its own",
+        host_name_space,
+    )
+    .carried_or_refused("namespace"),
+    Program::new("user_space", "a user namespace of its own", user_space)
+        .carried_or_refused("namespace"),
+    Program::new("traced_child", "a child traced by its parent", traced_child)
+        .carried_or_refused("trac"),
+    Program::new("landlock", "a Landlock domain", landlock)
+        .carried_or_refused("andlock")
+        .needs(&[LANDLOCK]),
+    Program::new(
+        "pidfd_outside",
+        "a pidfd of a process outside the tree",
+        pidfd_outside,
+    )
+    .carried_or_refused("pidfd"),
+];
+
+const PERF: Need = Need {
+    what: "kernel option CONFIG_PERF_EVENTS",
+    here: || new_perf_event().is_ok(),
+};
+const BPF: Need = Need {
+    what: "kernel option CONFIG_BPF_SYSCALL",
+    here: || new_bpf_map().is_ok(),
+};
+const LANDLOCK: Need = Need {
+    what: "kernel option CONFIG_SECURITY_LANDLOCK",
+    here: || os::syscall(libc::SYS_landlock_create_ruleset, [0, 0, 1, 0, 0, 0]).is_ok(),
+};
+
+/// A flag the damage clears, for what has no state to spoil.
+fn good(cx: &Cx) -> bool {
+    let flag = std::cell::Cell::new(true);
+    cx.ready(|| flag.set(false));
+    flag.get()
+}
+
+fn io_uring(cx: &Cx) {
+    let parameters = [0u32; 30];
+    let ring = os::fd_from(
+        libc::SYS_io_uring_setup,
+        [4, os::at(&parameters), 0, 0, 0, 0],
+    )
+    .unwrap();
+    cx.check(good(cx), || "spoilt".to_owned());
+    let entered = os::syscall(libc::SYS_io_uring_enter, [os::raw(&ring), 0, 0, 0, 0, 0]);
+    cx.check(entered.is_ok(), || format!("io_uring_enter: {entered:?}"));
+}
+
+fn userfaultfd(cx: &Cx) {
+    const UFFDIO_API: usize = 0xc018_aa3f;
+    const UFFDIO_REGISTER: usize = 0xc020_aa00;
+    let fd = os::fd_from(
+        libc::SYS_userfaultfd,
+        [libc::O_NONBLOCK as usize, 0, 0, 0, 0, 0],
+    )
+    .unwrap();
+    let mut api = [0xaau64, 0, 0];
+    os::syscall(
+        libc::SYS_ioctl,
+        [os::raw(&fd), UFFDIO_API, os::at_mut(&mut api), 0, 0, 0],
+    )
+    .unwrap();
+    let region = Region::anon(4 * PAGE);
+    let mut range = [region.addr as u64, region.len as u64, 1, 0];
+    os::syscall(
+        libc::SYS_ioctl,
+        [
+            os::raw(&fd),
+            UFFDIO_REGISTER,
+            os::at_mut(&mut range),
+            0,
+            0,
+            0,
+        ],
+    )
+    .unwrap();
+    cx.check(good(cx), || "spoilt".to_owned());
+    cx.check(region.smaps("VmFlags").contains("um"), || {
+        "the range is no longer registered".to_owned()
+    });
+}
+
+fn new_perf_event() -> os::Result<OwnedFd> {
+    let mut attr = [0u64; 16];
+    attr[0] = 1 | 128 << 32; // PERF_TYPE_SOFTWARE, size
+    os::fd_from(
+        libc::SYS_perf_event_open,
+        [os::at(&attr), 0, usize::MAX, usize::MAX, 0, 0],
+    )
+}
+
+fn perf_event(cx: &Cx) {
+    let fd = new_perf_event().unwrap();
+    cx.check(good(cx), || "spoilt".to_owned());
+    cx.same(
+        "bytes of a count",
+        os::read_vec(&fd, 8).map(|v| v.len()).ok(),
+        Some(8),
+    );
+}
+
+fn new_bpf_map() -> os::Result<OwnedFd> {
+    // BPF_MAP_TYPE_ARRAY, key 4, value 8, 4 entries.
+    let attr = [2u32, 4, 8, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+    os::fd_from(
+        libc::SYS_bpf,
+        [0, os::at(&attr), size_of_val(&attr), 0, 0, 0],
+    )
+}
+
+fn bpf_map(cx: &Cx) {
+    let fd = new_bpf_map().unwrap();
+    let (key, value, mut found) = (1u32, 4711u64, 0u64);
+    let attr = |value: usize| {
+        [
+            u64::from(fd.as_raw_fd() as u32),
+            os::at(&key) as u64,
+            value as u64,
+            0,
+        ]
+    };
+    let update = attr(os::at(&value));
+    os::syscall(
+        libc::SYS_bpf,
+        [2, os::at(&update), size_of_val(&update), 0, 0, 0],
+    )
+    .unwrap();
+    cx.check(good(cx), || "spoilt".to_owned());
+    let look = attr(os::at_mut(&mut found));
+    os::syscall(
+        libc::SYS_bpf,
+        [1, os::at(&look), size_of_val(&look), 0, 0, 0],
+    )
+    .ok();
+    cx.same("value", found, 4711);
+}
+
+fn fanotify(cx: &Cx) {
+    let fd = os::fd_from(
+        libc::SYS_fanotify_init,
+        [2 /* FAN_NONBLOCK */, 0, 0, 0, 0, 0],
+    )
+    .unwrap();
+    let dir = std::ffi::CString::new(cx.path("").as_os_str().as_encoded_bytes()).unwrap();
+    const MARK_ADD: usize = 1;
+    const OPEN_CHILDREN: usize = 0x0800_0020;
+    os::syscall(
+        libc::SYS_fanotify_mark,
+        [
+            os::raw(&fd),
+            MARK_ADD,
+            OPEN_CHILDREN,
+            libc::AT_FDCWD as usize,
+            dir.as_ptr() as usize,
+            0,
+        ],
+    )
+    .unwrap();
+    cx.check(good(cx), || "spoilt".to_owned());
+    while os::read_vec(&fd, 4096).is_ok() {}
+    std::fs::write(cx.path("touched"), "").unwrap();
+    cx.check(os::read_vec(&fd, 4096).is_ok_and(|v| !v.is_empty()), || {
+        "no event".to_owned()
+    });
+}
+
+fn tcp_listening(cx: &Cx) {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    cx.check(good(cx), || "spoilt".to_owned());
+    cx.same("address", listener.local_addr().ok(), Some(address));
+    let client = std::net::TcpStream::connect(address);
+    cx.check(client.is_ok() && listener.accept().is_ok(), || {
+        format!("connect: {client:?}")
+    });
+}
+
+fn tcp_established(cx: &Cx) {
+    use std::io::{Read, Write};
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut client = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let mut server = listener.accept().unwrap().0;
+    drop(listener);
+    client.write_all(b"queued").unwrap();
+    cx.check(good(cx), || "spoilt".to_owned());
+    let mut buffer = [0u8; 6];
+    cx.check(
+        server.read_exact(&mut buffer).is_ok() && &buffer == b"queued",
+        || format!("got {buffer:?}"),
+    );
+    cx.check(server.write_all(b"answer").is_ok(), || {
+        "cannot write".to_owned()
+    });
+    cx.check(
+        client.read_exact(&mut buffer).is_ok() && &buffer == b"answer",
+        || format!("got {buffer:?}"),
+    );
+}
+
+fn udp(cx: &Cx) {
+    let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+    let address = socket.local_addr().unwrap();
+    socket.set_nonblocking(true).unwrap();
+    cx.check(good(cx), || "spoilt".to_owned());
+    cx.same("address", socket.local_addr().ok(), Some(address));
+    socket.send_to(b"self", address).ok();
+    let mut buffer = [0u8; 16];
+    cx.same(
+        "bytes",
+        socket.recv_from(&mut buffer).map(|r| r.0).ok(),
+        Some(4),
+    );
+}
+
+fn socket(domain: i32, kind: i32, protocol: i32) -> OwnedFd {
+    os::fd_from(
+        libc::SYS_socket,
+        [domain as usize, kind as usize, protocol as usize, 0, 0, 0],
+    )
+    .unwrap()
+}
+
+fn netlink(cx: &Cx) {
+    let fd = socket(libc::AF_NETLINK, libc::SOCK_RAW, 0);
+    let address = [libc::AF_NETLINK as u32, 0, 0];
+    os::syscall(
+        libc::SYS_bind,
+        [os::raw(&fd), os::at(&address), 12, 0, 0, 0],
+    )
+    .unwrap();
+    cx.check(good(cx), || "spoilt".to_owned());
+    // RTM_GETLINK of everything.
+    let request = [20u32, 18 | 0x301 << 16, 1, 0, 0x11];
+    cx.same("request", os::write(&fd, as_bytes(&request)).ok(), Some(20));
+    cx.check(os::read_vec(&fd, 65536).is_ok_and(|v| v.len() > 20), || {
+        "no answer".to_owned()
+    });
+}
+
+fn as_bytes(words: &[u32; 5]) -> &[u8] {
+    // SAFETY: any words are bytes.
+    unsafe { std::slice::from_raw_parts(words.as_ptr().cast(), 20) }
+}
+
+fn packet(cx: &Cx) {
+    let fd = socket(libc::AF_PACKET, libc::SOCK_DGRAM | libc::SOCK_NONBLOCK, 0);
+    let state = || {
+        (
+            os::flags(&fd),
+            std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd())).is_ok(),
+        )
+    };
+    let was = state();
+    cx.check(good(cx), || "spoilt".to_owned());
+    cx.same("flags", state(), was);
+}
+
+fn unix_listening(cx: &Cx) {
+    use std::os::unix::net::{UnixListener, UnixStream};
+    let path = cx.path("socket");
+    let listener = UnixListener::bind(&path).unwrap();
+    cx.check(good(cx), || "spoilt".to_owned());
+    let client = UnixStream::connect(&path);
+    cx.check(client.is_ok() && listener.accept().is_ok(), || {
+        format!("connect: {client:?}")
+    });
+}
+
+fn unix_named_pair(cx: &Cx) {
+    use std::os::unix::net::UnixDatagram;
+    let (one, two) = (
+        UnixDatagram::bind(cx.path("one")).unwrap(),
+        UnixDatagram::bind(cx.path("two")).unwrap(),
+    );
+    one.connect(cx.path("two")).unwrap();
+    one.send(b"queued").unwrap();
+    two.set_nonblocking(true).unwrap();
+    cx.check(good(cx), || "spoilt".to_owned());
+    let mut buffer = [0u8; 16];
+    cx.same("bytes", two.recv(&mut buffer).ok(), Some(6));
+    cx.same(
+        "address",
+        one.local_addr()
+            .ok()
+            .and_then(|a| a.as_pathname().map(Into::into)),
+        Some(cx.path("one")),
+    );
+    cx.check(
+        one.send(b"more").is_ok() && two.recv(&mut buffer).is_ok(),
+        || "not connected".to_owned(),
+    );
+}
+
+fn message_queue(cx: &Cx) {
+    let name = std::ffi::CString::new(format!("ff-{}", os::getpid())).unwrap();
+    let flags = (libc::O_RDWR | libc::O_CREAT | libc::O_NONBLOCK) as usize;
+    let fd = os::fd_from(
+        libc::SYS_mq_open,
+        [name.as_ptr() as usize, flags, 0o600, 0, 0, 0],
+    )
+    .unwrap();
+    os::syscall(libc::SYS_mq_unlink, [name.as_ptr() as usize, 0, 0, 0, 0, 0]).unwrap();
+    let text = b"queued";
+    os::syscall(
+        libc::SYS_mq_timedsend,
+        [os::raw(&fd), os::at(text), 6, 3, 0, 0],
+    )
+    .unwrap();
+    cx.check(good(cx), || "spoilt".to_owned());
+    let mut buffer = [0u8; 8192];
+    let got = os::syscall(
+        libc::SYS_mq_timedreceive,
+        [os::raw(&fd), os::at_mut(&mut buffer), 8192, 0, 0, 0],
+    );
+    cx.same("bytes", got.ok(), Some(6));
+}
+
+fn sysv_shm(cx: &Cx) {
+    let id = os::syscall(libc::SYS_shmget, [0, 4 * PAGE, 0o1600, 0, 0, 0]).unwrap() as usize;
+    let address = os::syscall(libc::SYS_shmat, [id, 0, 0, 0, 0, 0]).unwrap() as usize;
+    // Gone with its last user.
+    os::syscall(libc::SYS_shmctl, [id, 0, 0, 0, 0, 0]).unwrap();
+    let region = Region {
+        addr: address,
+        len: 4 * PAGE,
+    };
+    region.fill(1);
+    cx.ready(|| region.set(0, !region.get(0)));
+    cx.try_part("contents", || region.verify(1));
+}
+
+fn pseudo_terminal(cx: &Cx) {
+    let pty = nix::pty::openpty(None, None).unwrap();
+    os::fcntl(&pty.slave, libc::F_SETFL, libc::O_NONBLOCK as usize).unwrap();
+    os::write(&pty.master, b"typed\n").unwrap();
+    cx.check(good(cx), || "spoilt".to_owned());
+    cx.same(
+        "what was typed",
+        os::read_vec(&pty.slave, 99).ok(),
+        Some(b"typed\n".to_vec()),
+    );
+    cx.check(os::write(&pty.slave, b"x").is_ok(), || {
+        "cannot write".to_owned()
+    });
+}
+
+fn aio(cx: &Cx) {
+    let mut context = 0usize;
+    os::syscall(
+        libc::SYS_io_setup,
+        [8, os::at_mut(&mut context), 0, 0, 0, 0],
+    )
+    .unwrap();
+    cx.check(good(cx), || "spoilt".to_owned());
+    let none = os::timespec(0);
+    let mut events = [0u64; 32];
+    let got = os::syscall(
+        libc::SYS_io_getevents,
+        [context, 0, 1, os::at_mut(&mut events), os::at(&none), 0],
+    );
+    cx.same("events", got.ok(), Some(0));
+    cx.check(
+        os::syscall(libc::SYS_io_destroy, [context, 0, 0, 0, 0, 0]).is_ok(),
+        || "no such context".to_owned(),
+    );
+}
+
+fn proc_file(cx: &Cx) {
+    let file = os::open("/proc/self/status".as_ref(), libc::O_RDONLY).unwrap();
+    let first = os::read_vec(&file, 6).unwrap();
+    cx.check(good(cx), || "spoilt".to_owned());
+    cx.same("read before", first, b"Name:\t".to_vec());
+    cx.same(
+        "read on",
+        os::read_vec(&file, 10).ok(),
+        Some(b"ff-program".to_vec()),
+    );
+}
+
+fn kmsg(cx: &Cx) {
+    let file = os::open("/dev/kmsg".as_ref(), libc::O_RDONLY | libc::O_NONBLOCK).unwrap();
+    cx.check(good(cx), || "spoilt".to_owned());
+    cx.same(
+        "flags",
+        os::flags(&file) & libc::O_NONBLOCK,
+        libc::O_NONBLOCK,
+    );
+}
+
+fn host_name_space(cx: &Cx) {
+    os::syscall(
+        libc::SYS_unshare,
+        [libc::CLONE_NEWUTS as usize, 0, 0, 0, 0, 0],
+    )
+    .unwrap();
+    let name = |text: &[u8]| {
+        os::syscall(
+            libc::SYS_sethostname,
+            [os::at(text), text.len(), 0, 0, 0, 0],
+        )
+        .unwrap()
+    };
+    name(b"frozen");
+    cx.ready(|| name(b"spoilt"));
+    let now = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap();
+    cx.same("host name", now, "frozen\n".to_owned());
+}
+
+fn user_space(cx: &Cx) {
+    os::syscall(
+        libc::SYS_unshare,
+        [libc::CLONE_NEWUSER as usize, 0, 0, 0, 0, 0],
+    )
+    .unwrap();
+    let ids = || {
+        (
+            std::fs::read_to_string("/proc/self/uid_map").unwrap(),
+            os::status_line("self", "Uid"),
+        )
+    };
+    let was = ids();
+    cx.check(good(cx), || "spoilt".to_owned());
+    cx.same("map and ids", ids(), was);
+}
+
+fn traced_child(cx: &Cx) {
+    let child = os::fork_run(|| {
+        loop {
+            os::sleep_ms(100);
+        }
+    });
+    const PTRACE_SEIZE: usize = 0x4206;
+    os::syscall(libc::SYS_ptrace, [PTRACE_SEIZE, child as usize, 0, 0, 0, 0]).unwrap();
+    cx.check(good(cx), || "spoilt".to_owned());
+    cx.same(
+        "its tracer",
+        os::status_line(&child.to_string(), "TracerPid"),
+        os::getpid().to_string(),
+    );
+    os::kill(child, libc::SIGKILL);
+    os::waitpid(child, 0).unwrap();
+}
+
+fn landlock(cx: &Cx) {
+    // Forbids making directories anywhere.
+    let attr = [1u64 << 7];
+    let rules = os::fd_from(
+        libc::SYS_landlock_create_ruleset,
+        [os::at(&attr), 8, 0, 0, 0, 0],
+    )
+    .unwrap();
+    let child = cx.child("child", |cx| {
+        os::prctl(libc::PR_SET_NO_NEW_PRIVS, [1, 0, 0, 0]).unwrap();
+        os::syscall(
+            libc::SYS_landlock_restrict_self,
+            [os::raw(&rules), 0, 0, 0, 0, 0],
+        )
+        .unwrap();
+        os::close_from(3);
+        cx.ready_unspoilt();
+        let made = std::fs::create_dir(cx.path("made"));
+        cx.check(made.is_err() != cx.spoiling(), || {
+            "it may do what was forbidden".to_owned()
+        });
+    });
+    drop(rules);
+    cx.ready_unspoilt();
+    cx.join("child", child);
+}
+
+fn pidfd_outside(cx: &Cx) {
+    let outside = os::getppid();
+    let fd = os::fd_from(libc::SYS_pidfd_open, [outside as usize, 0, 0, 0, 0, 0]).unwrap();
+    cx.check(good(cx), || "spoilt".to_owned());
+    cx.same("whose it is", os::fdinfo(&fd, "Pid"), outside.to_string());
+}
