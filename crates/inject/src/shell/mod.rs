@@ -83,7 +83,8 @@ pub struct SpawnOptions {
     /// How long a wait may last without progress.
     pub deadline: Duration,
     /// Keep the calling thread and the shells on one CPU, which makes small
-    /// batches several times faster. See [`Shells::spread`].
+    /// batches several times faster. See [`Shells::spread`]. Threads the caller
+    /// starts meanwhile inherit that CPU, so start workers before.
     pub pin: bool,
 }
 
