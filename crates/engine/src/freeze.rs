@@ -178,7 +178,10 @@ fn stop(
     }
     let tids: Vec<Tid> = fresh.iter().map(|(_, tid)| *tid).collect();
     let options = Options::TRACESYSGOOD | Options::SUSPEND_SECCOMP;
-    for stopped in tracer.seize_and_stop(&tids, options, deadline)? {
+    let all = tracer
+        .seize_and_stop(&tids, options, deadline)
+        .map_err(waits_for_child)?;
+    for stopped in all {
         if let Some((pid, before)) = before.remove(&stopped.tid) {
             held.insert(
                 stopped.tid,
@@ -191,6 +194,18 @@ fn stop(
         }
     }
     Ok(())
+}
+
+/// A parent in vfork(2) reaches no stop before its child has called exec or ended.
+fn waits_for_child(e: Error) -> Error {
+    let blocked = e.kind() == Kind::Timeout
+        && e.task().is_some_and(|task| {
+            ProcDir::open(Pid(task)).is_ok_and(|d| d.wchan().is_ok_and(|w| w.contains("clone")))
+        });
+    match blocked {
+        true => e.context("it waits in vfork(2) for its child to call exec or to end"),
+        false => e,
+    }
 }
 
 fn details(

@@ -38,6 +38,9 @@ pub(super) fn collect(cx: &mut DumpCx<'_>, blockers: &mut Vec<Error>) -> Result<
 
 fn describe(cx: &mut DumpCx<'_>, view: &VmaView<'_>, smap: &Smap) -> Result<Vma> {
     mem::check_vma(view)?;
+    if smap.protection_key != 0 {
+        return Err(view.refuse("memory with a protection key is not supported (pkeys)"));
+    }
     let kind = registry::MEMORY
         .iter()
         .find(|k| k.claims(view))

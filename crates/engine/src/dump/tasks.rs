@@ -100,9 +100,9 @@ fn kinds_for(view: &TaskView<'_>) -> impl Iterator<Item = &'static dyn TaskKind>
 /// shared between the threads of one.
 fn check_sharing(cx: &DumpCx<'_>, processes: &[Process], blockers: &mut Vec<Error>) -> Result<()> {
     let what = [
-        (KcmpType::Files, "descriptor table"),
+        (KcmpType::Files, "descriptor table (CLONE_FILES)"),
         (KcmpType::Fs, "working directory and umask (CLONE_FS)"),
-        (KcmpType::Vm, "memory"),
+        (KcmpType::Vm, "memory (CLONE_VM)"),
     ];
     for proc in cx.procs.iter().filter(|p| !p.tids.is_empty()) {
         for tid in &proc.tids[1..] {

@@ -14,6 +14,7 @@ use freezeframe_inject::{Arg, Batch, OpRef};
 use freezeframe_kinds::model::{FdTable, FileId, ObjectId, OpenFile};
 use freezeframe_kinds::{FileItem, Provided, RestoreFiles, RestoreOptions, registry};
 use freezeframe_sys::ids::Pid;
+use freezeframe_sys::rlimit;
 
 use super::load::Loaded;
 
@@ -47,15 +48,41 @@ struct Files<'a, 's, 't> {
     afterwards: BTreeMap<i32, Batch>,
 }
 
-/// The number above all descriptors of the image, where service descriptors live.
+/// Where service descriptors live, and new ones for a moment: numbers that no
+/// descriptor of the image has. Above all of them, or, where our limit does
+/// not reach so far, in the widest gap.
 pub(super) fn floor(loaded: &Loaded) -> i32 {
-    let most = loaded
-        .tables
-        .values()
-        .flat_map(|t| t.fds.iter().map(|e| e.fd))
-        .max()
-        .unwrap_or(0);
-    most.saturating_add(1)
+    let mut used: Vec<i32> =
+        loaded.tables.values().flat_map(|t| t.fds.iter().map(|e| e.fd)).collect();
+    used.sort_unstable();
+    used.dedup();
+    let above = used.last().map_or(0, |last| last.saturating_add(1));
+    let most = loaded.tables.values().map(|t| t.fds.len()).max().unwrap_or(0);
+    let limit = rlimit::get(Pid::this(), libc::RLIMIT_NOFILE).map_or(1024, |l| l.hard);
+    if above as u64 + most as u64 + 64 <= limit {
+        return above;
+    }
+    let gaps = used.windows(2).map(|pair| (pair[1] - pair[0], pair[0] + 1));
+    let first = used.first().map(|first| (*first, 0));
+    gaps.chain(first).max().map_or(above, |(_, start)| start)
+}
+
+/// Lets the root, and so all that it forks, have as many descriptors as we may,
+/// and moves the service descriptor out of the image's way.
+pub(super) fn make_room(shells: &mut Shells<'_>, root: TaskId, loaded: &Loaded) -> Result<()> {
+    let hard = rlimit::get(Pid::this(), libc::RLIMIT_NOFILE)?.hard;
+    let mut batch = Batch::new();
+    let mut both = hard.to_le_bytes().to_vec();
+    both.extend_from_slice(&hard.to_le_bytes());
+    let limit = batch.data(&both);
+    let nofile = libc::RLIMIT_NOFILE as i32;
+    batch.call(
+        "prlimit64(RLIMIT_NOFILE)",
+        libc::SYS_prlimit64,
+        [0.into(), nofile.into(), limit.into(), 0.into()],
+    );
+    shells.run(root, &batch)?;
+    shells.move_service_fds(root, floor(loaded)).map(drop)
 }
 
 /// Restores every descriptor of every process.

@@ -25,13 +25,11 @@ const ARCH_MAP_VDSO_64: i32 = 0x2003;
 const MAP_DROPPABLE: i32 = 0x08;
 const MADV_GUARD_INSTALL: i32 = 102;
 
-/// Advice that a VMA flag stands for, applied before pages are read.
-const ADVICE_BEFORE: [(VmFlags, i32); 2] = [
+/// Advice that a VMA flag stands for. Applied after the pages are read: with
+/// huge pages asked for, reading one page would make 511 others present.
+const ADVICE: [(VmFlags, i32); 8] = [
     (VmFlags::HUGE_PAGE, libc::MADV_HUGEPAGE),
     (VmFlags::NO_HUGE_PAGE, libc::MADV_NOHUGEPAGE),
-];
-/// The same, applied after.
-const ADVICE_AFTER: [(VmFlags, i32); 6] = [
     (VmFlags::MERGEABLE, libc::MADV_MERGEABLE),
     (VmFlags::SEQ_READ, libc::MADV_SEQUENTIAL),
     (VmFlags::RAND_READ, libc::MADV_RANDOM),
@@ -235,7 +233,6 @@ impl Memory<'_> {
         self.map_fresh(&mut batch, Pid(process.pid()), &fresh, &objects)?;
         let mut zeros: Vec<Range<u64>> = Vec::new();
         for f in &fresh {
-            advise(&mut batch, f.vma, &ADVICE_BEFORE);
             f.reads
                 .iter()
                 .for_each(|run| read_run(&mut batch, &pages, run));
@@ -246,7 +243,7 @@ impl Memory<'_> {
         }
         for f in &fresh {
             protect(&mut batch, f);
-            advise(&mut batch, f.vma, &ADVICE_AFTER);
+            advise(&mut batch, f.vma);
         }
         for vma in &space.vmas {
             lock(&mut batch, vma);
@@ -504,11 +501,11 @@ fn protect(batch: &mut Batch, fresh: &Fresh<'_>) {
     }
 }
 
-fn advise(batch: &mut Batch, vma: &Vma, table: &[(VmFlags, i32)]) {
+fn advise(batch: &mut Batch, vma: &Vma) {
     let flags = VmFlags::from_bits(vma.flags);
     // What the kernel maps, it has advised itself.
     let ours = vma.contents != Contents::Elsewhere || !vma.name.starts_with('[');
-    for (flag, advice) in table
+    for (flag, advice) in ADVICE
         .iter()
         .filter(|(flag, _)| ours && flags.contains(*flag))
     {

@@ -104,7 +104,6 @@ fn restore(request: &RestoreRequest, events: &dyn Events) -> Result<RestoreRepor
         reader: &reader,
         request,
         events,
-        cow: &cow,
     };
     let (shells, finals) = builder.build(&tracer, &steps, &mut report)?;
     events.step(Point::PreResume(report.pid))?;
@@ -196,7 +195,6 @@ struct Builder<'a> {
     reader: &'a PageReader,
     request: &'a RestoreRequest,
     events: &'a dyn Events,
-    cow: &'a HashSet<i32>,
 }
 
 impl Builder<'_> {
@@ -218,7 +216,7 @@ impl Builder<'_> {
         };
         let (mut shells, root_task) = Shells::spawn_root(tracer, spawn).in_phase(Phase::Fork)?;
         report.pid = root.pid();
-        shells.move_service_fds(root_task, files::floor(self.loaded))?;
+        files::make_room(&mut shells, root_task, self.loaded).in_phase(Phase::Fork)?;
         self.events.step(Point::SetupNamespaces(report.pid))?;
         let objects = memory::make_objects(self.loaded, self.reader, &mut shells, root_task)
             .in_phase(Phase::Rebuild)?;
@@ -331,7 +329,7 @@ impl Builder<'_> {
                 libc::SYS_setpgid,
                 [0, group],
             ),
-            Step::Memory(who) => {
+            Step::Memory { who, like } => {
                 let memory = Memory {
                     loaded: self.loaded,
                     reader: self.reader,
@@ -339,13 +337,8 @@ impl Builder<'_> {
                     objects,
                 };
                 let me = process(who)?;
-                let parent = if self.cow.contains(&who) {
-                    Some(process(me.ppid)?)
-                } else {
-                    None
-                };
-                memory
-                    .build(shells, find(tasks, who)?, me, parent)
+                let like = like.map(process).transpose()?;
+                memory.build(shells, find(tasks, who)?, me, like)
                     .in_phase(Phase::Rebuild)
             }
             Step::End { who, .. } => {
@@ -357,7 +350,13 @@ impl Builder<'_> {
                 let Life::Zombie(status) = process(who)?.life else {
                     return Ok(());
                 };
-                shells.exit(find(tasks, who)?, status)?;
+                let task = find(tasks, who)?;
+                let mut batch = Batch::new();
+                let name = batch.cstr(process(who)?.comm.as_bytes());
+                batch.call("prctl(PR_SET_NAME)", libc::SYS_prctl, [libc::PR_SET_NAME.into(), name.into()]);
+                shells.run(task, &batch)?;
+                shells.spread(task)?;
+                shells.exit(task, status)?;
                 tasks.remove(&who);
                 Ok(())
             }

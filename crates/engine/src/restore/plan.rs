@@ -36,7 +36,12 @@ pub enum Step {
     /// Becomes a child subreaper for the time being.
     Subreaper(Actor),
     /// Its memory is mapped and filled.
-    Memory(Actor),
+    Memory {
+        /// Whose.
+        who: Actor,
+        /// Whose complete memory it was forked with, if it shares pages with it.
+        like: Option<Actor>,
+    },
     /// setpgid(0, group).
     JoinGroup {
         /// Who joins.
@@ -63,6 +68,8 @@ struct Planner<'a> {
     cow: &'a HashSet<i32>,
     steps: Vec<Step>,
     memory_done: HashSet<i32>,
+    /// Forked with the complete memory of their parent.
+    born_full: HashSet<i32>,
     temps: i32,
 }
 
@@ -98,6 +105,7 @@ pub fn plan(procs: &[Process], cow: &HashSet<i32>) -> Result<Vec<Step>> {
         cow,
         steps: vec![Step::Root(root.pid())],
         memory_done: HashSet::new(),
+        born_full: HashSet::new(),
         temps: 0,
     };
     // Outside the tree, the root's session is that of the restorer, whatever its number.
@@ -138,7 +146,8 @@ impl<'a> Planner<'a> {
 
     fn memory(&mut self, pid: i32) {
         if self.memory_done.insert(pid) {
-            self.steps.push(Step::Memory(pid));
+            let like = self.born_full.contains(&pid).then(|| self.by_pid[&pid].ppid);
+            self.steps.push(Step::Memory { who: pid, like });
         }
     }
 
@@ -193,7 +202,12 @@ impl<'a> Planner<'a> {
                     (self.temps, leader.pid())
                 }
                 None => {
-                    // The leader is dead: nobody else may have its number.
+                    // The leader is gone, so nobody else may have its number. What it
+                    // is forked with, its children are born with.
+                    if members.iter().any(|m| self.cow.contains(&m.pid())) {
+                        self.memory(p.pid());
+                        self.born_full.extend(members.iter().map(|m| m.pid()).filter(|m| self.cow.contains(m)));
+                    }
                     self.steps.push(Step::Fork {
                         from: p.pid(),
                         child: sid,
@@ -286,6 +300,10 @@ mod tests {
         }
     }
 
+    fn full(who: i32) -> Step {
+        Step::Memory { who, like: None }
+    }
+
     fn at(steps: &[Step], step: Step) -> usize {
         steps
             .iter()
@@ -303,7 +321,7 @@ mod tests {
                     from: 10,
                     child: 11
                 }
-            ) < at(&steps, Step::Memory(10))
+            ) < at(&steps, full(10))
         );
         assert!(
             at(&steps, Step::Setsid(10))
@@ -321,7 +339,7 @@ mod tests {
     fn a_child_that_shares_pages_is_forked_after_the_memory() {
         let steps = plan(&[p(10, 1, 10, 10), p(11, 10, 10, 10)], &HashSet::from([11])).unwrap();
         assert!(
-            at(&steps, Step::Memory(10))
+            at(&steps, full(10))
                 < at(
                     &steps,
                     Step::Fork {
@@ -330,7 +348,8 @@ mod tests {
                     }
                 )
         );
-        assert_eq!(steps.iter().filter(|s| **s == Step::Memory(10)).count(), 1);
+        assert!(steps.contains(&Step::Memory { who: 11, like: Some(10) }));
+        assert_eq!(steps.iter().filter(|s| **s == full(10)).count(), 1);
     }
 
     #[test]
