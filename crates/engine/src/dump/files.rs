@@ -100,7 +100,9 @@ pub(super) fn collect(
 
 fn dump_file(cx: &mut DumpCx<'_>, view: &FileView<'_>) -> Result<()> {
     if view.info.lines("lock").next().is_some() {
-        return Err(view.refuse("a file lock or lease is held on it, which is not supported yet (--file-locks)"));
+        return Err(view.refuse(
+            "a file lock or lease is held on it, which is not supported yet (--file-locks)",
+        ));
     }
     let kind: &dyn FileKind = registry::FILES
         .iter()

@@ -52,12 +52,20 @@ struct Files<'a, 's, 't> {
 /// descriptor of the image has. Above all of them, or, where our limit does
 /// not reach so far, in the widest gap.
 pub(super) fn floor(loaded: &Loaded) -> i32 {
-    let mut used: Vec<i32> =
-        loaded.tables.values().flat_map(|t| t.fds.iter().map(|e| e.fd)).collect();
+    let mut used: Vec<i32> = loaded
+        .tables
+        .values()
+        .flat_map(|t| t.fds.iter().map(|e| e.fd))
+        .collect();
     used.sort_unstable();
     used.dedup();
     let above = used.last().map_or(0, |last| last.saturating_add(1));
-    let most = loaded.tables.values().map(|t| t.fds.len()).max().unwrap_or(0);
+    let most = loaded
+        .tables
+        .values()
+        .map(|t| t.fds.len())
+        .max()
+        .unwrap_or(0);
     let limit = rlimit::get(Pid::this(), libc::RLIMIT_NOFILE).map_or(1024, |l| l.hard);
     if above as u64 + most as u64 + 64 <= limit {
         return above;

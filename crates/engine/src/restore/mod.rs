@@ -338,7 +338,8 @@ impl Builder<'_> {
                 };
                 let me = process(who)?;
                 let like = like.map(process).transpose()?;
-                memory.build(shells, find(tasks, who)?, me, like)
+                memory
+                    .build(shells, find(tasks, who)?, me, like)
                     .in_phase(Phase::Rebuild)
             }
             Step::End { who, .. } => {
@@ -353,7 +354,11 @@ impl Builder<'_> {
                 let task = find(tasks, who)?;
                 let mut batch = Batch::new();
                 let name = batch.cstr(process(who)?.comm.as_bytes());
-                batch.call("prctl(PR_SET_NAME)", libc::SYS_prctl, [libc::PR_SET_NAME.into(), name.into()]);
+                batch.call(
+                    "prctl(PR_SET_NAME)",
+                    libc::SYS_prctl,
+                    [libc::PR_SET_NAME.into(), name.into()],
+                );
                 shells.run(task, &batch)?;
                 shells.spread(task)?;
                 shells.exit(task, status)?;

@@ -146,7 +146,10 @@ impl<'a> Planner<'a> {
 
     fn memory(&mut self, pid: i32) {
         if self.memory_done.insert(pid) {
-            let like = self.born_full.contains(&pid).then(|| self.by_pid[&pid].ppid);
+            let like = self
+                .born_full
+                .contains(&pid)
+                .then(|| self.by_pid[&pid].ppid);
             self.steps.push(Step::Memory { who: pid, like });
         }
     }
@@ -171,6 +174,7 @@ impl<'a> Planner<'a> {
         }
         for c in cow {
             self.memory(p.pid());
+            self.born_full.insert(c.pid());
             self.steps.push(Step::Fork {
                 from: p.pid(),
                 child: c.pid(),
@@ -188,11 +192,9 @@ impl<'a> Planner<'a> {
         }
         for (sid, members) in by_session {
             self.steps.push(Step::Subreaper(p.pid()));
-            let alive_leader = self
-                .by_pid
-                .get(&sid)
-                .filter(|l| l.is_alive() && l.sid == sid);
-            let (temp, parent) = match alive_leader {
+            // A leader that is to be a zombie is one only at the end.
+            let leader = self.by_pid.get(&sid).filter(|l| l.sid == sid);
+            let (temp, parent) = match leader {
                 Some(leader) => {
                     self.temps -= 1;
                     self.steps.push(Step::Fork {
@@ -206,7 +208,12 @@ impl<'a> Planner<'a> {
                     // is forked with, its children are born with.
                     if members.iter().any(|m| self.cow.contains(&m.pid())) {
                         self.memory(p.pid());
-                        self.born_full.extend(members.iter().map(|m| m.pid()).filter(|m| self.cow.contains(m)));
+                        self.born_full.extend(
+                            members
+                                .iter()
+                                .map(|m| m.pid())
+                                .filter(|m| self.cow.contains(m)),
+                        );
                     }
                     self.steps.push(Step::Fork {
                         from: p.pid(),
@@ -348,7 +355,10 @@ mod tests {
                     }
                 )
         );
-        assert!(steps.contains(&Step::Memory { who: 11, like: Some(10) }));
+        assert!(steps.contains(&Step::Memory {
+            who: 11,
+            like: Some(10)
+        }));
         assert_eq!(steps.iter().filter(|s| **s == full(10)).count(), 1);
     }
 
