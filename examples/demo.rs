@@ -121,9 +121,13 @@ fn demo() -> Result<()> {
     println!("2. It is dumped.\n");
     let report = freezeframe::Dump::new(root).images_dir(&image).run()?;
     tree.reap()?;
+    let before = shown;
     shown = show_until(&output, shown, 0)?;
+    if shown > before {
+        println!();
+    }
     println!(
-        "\n   {} processes, {} threads and {} KiB of memory are in the image; it took {:.1} ms.",
+        "   {} processes, {} threads and {} KiB of memory are in the image; it took {:.1} ms.",
         report.processes,
         report.threads,
         report.pages_written * 4,

@@ -33,7 +33,8 @@ pub(crate) fn run(line: &Line) -> Result<i32, Stop> {
         external.push(external_name(name.to_str())?);
     }
     let dir = line.images_dir();
-    make_dir(&dir).map_err(|e| Usage(format!("--images-dir: {}: {e}", dir.display())))?;
+    let made =
+        make_dir(&dir).map_err(|e| Usage(format!("--images-dir: {}: {e}", dir.display())))?;
     let log = Arc::new(Log::open(line)?);
     super::say_ignored(line, &log);
     super::close_fds(line)?;
@@ -73,11 +74,15 @@ pub(crate) fn run(line: &Line) -> Result<i32, Stop> {
             Err(e) => super::failed(&log, json, &e),
         }
     };
-    let ended = guard::in_child(work);
-    Ok(match ended {
+    let code = match guard::in_child(work) {
         Ok(ended) => ended.code,
         Err(e) => super::failed(&log, json, &e),
-    })
+    };
+    if made && code != outcome::DONE {
+        // Goes only if it is empty: not with a log in it.
+        let _ = std::fs::remove_dir(&dir);
+    }
+    Ok(code)
 }
 
 #[derive(Clone, Copy)]
@@ -86,12 +91,12 @@ struct After {
     stopped: bool,
 }
 
-/// The image directory, private unless it is there already.
-fn make_dir(dir: &Path) -> std::io::Result<()> {
+/// The image directory, private unless it is there already; whether it was made.
+fn make_dir(dir: &Path) -> std::io::Result<bool> {
     use std::os::unix::fs::DirBuilderExt;
     match std::fs::DirBuilder::new().mode(0o700).create(dir) {
-        Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => Ok(()),
-        result => result,
+        Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => Ok(false),
+        result => result.map(|()| true),
     }
 }
 

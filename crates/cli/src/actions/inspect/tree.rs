@@ -25,7 +25,7 @@ pub(super) fn print(image: &Shown, all: bool) -> Result<()> {
 }
 
 /// How many VMAs, and how many descriptors, of a process are shown unless all are.
-const SOME_VMAS: usize = 12;
+const SOME_VMAS: usize = 16;
 const SOME_DESCRIPTORS: usize = 32;
 
 fn header(image: &Shown) -> Vec<String> {
