@@ -43,6 +43,7 @@
 //! where that matters. A handler that runs on the death path between the
 //! stub's unblocking and its last jump sees a `rip` in the stub.
 
+use std::borrow::Borrow;
 use std::cell::Cell;
 use std::fs;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -52,7 +53,7 @@ use freezeframe_error::{Error, Kind, Result, ResultExt, SysExt};
 use freezeframe_stub::layout::{OP_SIZE, OnResult, Op, Undo};
 use freezeframe_stub::live as stub;
 use freezeframe_sys::ids::{Pid, Tid};
-use freezeframe_sys::mem::Mem;
+use freezeframe_sys::mem::{self, Mem};
 use freezeframe_sys::pidfd;
 use freezeframe_sys::proc::{Map, ProcDir};
 use freezeframe_sys::ptrace::{self, Options, Regs, SyscallInfo};
@@ -266,10 +267,27 @@ impl Drop for Site {
     }
 }
 
+/// Whether a stopped thread stands in a stub like ours: one that a run that was
+/// killed has left behind, on its way out. Told by the page alone, as the stub
+/// always lies at the same distance from its end.
+pub(crate) fn is_in_stub(tid: Tid, rip: u64) -> bool {
+    let page_end = (rip | 4095) + 1;
+    let base = page_end - room_needed();
+    let mut start = [0u8; 64];
+    rip >= base
+        && matches!(mem::vm_read(Pid(tid.0), base, &mut start), Ok(64))
+        && start[..] == stub::code()[..64]
+}
+
+/// The stub's length in steps of 64 bytes.
+fn room_needed() -> u64 {
+    (stub::len() as u64).next_multiple_of(64)
+}
+
 /// Room for the stub at the end of a mapping, or the same stub left there by a
 /// predecessor.
 fn slack(mem: &Mem, map: &Map) -> Option<(u64, SiteState)> {
-    let need = (stub::len() as u64).next_multiple_of(64);
+    let need = room_needed();
     let mut page = [0u8; 4096];
     mem.read_exact_at(map.end.checked_sub(4096)?, &mut page)
         .ok()?;
@@ -864,11 +882,11 @@ pub fn collect_in_thread(
 
 /// Runs a batch in each of a process's stopped threads, those of one CPU after
 /// each other. The replies are in the order of `tasks`.
-pub fn collect_in_threads(
+pub fn collect_in_threads<B: Borrow<Batch>>(
     tracer: &Tracer,
     site: &mut Site,
     tasks: &[StoppedTask],
-    mut batch: impl FnMut(&StoppedTask) -> Batch,
+    mut batch: impl FnMut(&StoppedTask) -> B,
     wait: Duration,
 ) -> Result<Vec<Replies>> {
     let mut order: Vec<(Option<usize>, usize)> = tasks
@@ -888,7 +906,7 @@ pub fn collect_in_threads(
         }
         let task = &tasks[i];
         let mut session = LiveSession::enter_on(tracer, site, task, wait, None)?;
-        let reply = session.try_run(&batch(task))?;
+        let reply = session.try_run(batch(task).borrow())?;
         session.leave()?;
         replies[i] = Some(reply);
     }

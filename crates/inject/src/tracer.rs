@@ -31,6 +31,7 @@ use nix::sys::signal::{self, Signal};
 use nix::sys::wait::{WaitPidFlag, waitpid};
 
 use crate::arch;
+use crate::live;
 use crate::step::step;
 
 /// How long a single wait may last unless the caller says otherwise.
@@ -345,6 +346,14 @@ impl Tracer {
             Stop::Exited => return Ok(None),
         };
         let mut regs = ptrace::getregs(tid)?;
+        if live::is_in_stub(tid, regs.rip) {
+            // A run that was killed; its stub is taking the thread home. Some
+            // instructions and calls, none of them blocking: let it.
+            ptrace::cont(tid, 0)?;
+            std::thread::sleep(Duration::from_micros(50));
+            ptrace::interrupt(tid)?;
+            return Ok(None);
+        }
         let restart_fixed = arch::make_restartable(&mut regs);
         if restart_fixed || arch::abort_critical_section(tid, &mut regs) {
             ptrace::setregs(tid, &regs)?;

@@ -63,14 +63,14 @@ pub(super) fn collect(
             questions.push((batch, asked));
         }
         let mut site = Site::find(proc.pid).on_task(proc.pid.0)?;
-        let mut replies = Vec::with_capacity(views.len());
-        for (view, (batch, _)) in views.iter().zip(&questions) {
-            let task = stopped[&view.tid];
-            replies.push(
-                live::collect_in_thread(tracer, &mut site, task, batch, WAIT)
-                    .on_task(view.tid.0)?,
-            );
-        }
+        let all: Vec<_> = views.iter().map(|v| *stopped[&v.tid]).collect();
+        site.check(&all)?;
+        let batches: HashMap<_, _> = views
+            .iter()
+            .zip(&questions)
+            .map(|(v, q)| (v.tid, &q.0))
+            .collect();
+        let replies = live::collect_in_threads(tracer, &mut site, &all, |t| batches[&t.tid], WAIT)?;
         site.erase().on_task(proc.pid.0)?;
         for ((view, (batch, asked)), replies) in views.iter().zip(&questions).zip(&replies) {
             batch.check(replies).on_task(view.tid.0)?;

@@ -36,6 +36,7 @@ pub(crate) const ALL: &[(&str, fn())] = &[
     ("syscall_user_dispatch", behaviour::syscall_user_dispatch),
     ("critical_sections", behaviour::critical_sections),
     ("killed_while_stopped", killed_while_stopped),
+    ("next_run_at_once", next_run_at_once),
     ("refusals", behaviour::refusals),
     ("timeout", behaviour::timeout),
     ("a_thousand_threads", behaviour::a_thousand_threads),
@@ -154,11 +155,12 @@ impl Drop for Tool {
 /// A pause(2) that is stopped, by anybody, is begun again by the kernel when the
 /// thread goes on; a signal that comes just before the instruction is made again
 /// is handled, but pause has not seen it and sleeps on. This happens about once in
-/// 8000 plain SEIZE, INTERRUPT, DETACH, too (measured), so it is counted and must
+/// 4000 plain SEIZE, INTERRUPT, DETACH, too (measured), so it is counted and must
 /// stay as rare. `signal_at_the_kill` proves that we add nothing to it.
-fn with_victims<T: Send>(count: usize, work: Vec<T>, f: impl Fn(&Victim, T) + Sync) {
-    let items = work.len() as u64;
-    let lost = AtomicU64::new(0);
+///
+/// `f` says how many kills it made; so does this.
+fn with_victims<T: Send>(count: usize, work: Vec<T>, f: impl Fn(&Victim, T) -> u64 + Sync) -> u64 {
+    let (kills, lost) = (AtomicU64::new(0), AtomicU64::new(0));
     let queue = Mutex::new(work);
     std::thread::scope(|scope| {
         for _ in 0..count {
@@ -167,18 +169,19 @@ fn with_victims<T: Send>(count: usize, work: Vec<T>, f: impl Fn(&Victim, T) + Sy
                 loop {
                     let next = queue.lock().unwrap().pop();
                     let Some(item) = next else { break };
-                    f(&victim, item);
+                    kills.fetch_add(f(&victim, item), SeqCst);
                 }
                 lost.fetch_add(victim.said().lost, SeqCst);
             });
         }
     });
-    let lost = lost.load(SeqCst);
-    println!("{lost} signals that did not end their pause(2)");
+    let (kills, lost) = (kills.into_inner(), lost.into_inner());
+    println!("{kills} kills, {lost} signals did not end their pause(2)");
     assert!(
-        lost <= 1 + items / 1000,
+        lost <= 2 + kills / 1000,
         "{lost} signals did not end their pause(2)"
     );
+    kills
 }
 
 /// Kills a tool at step 1, 2, ... until it comes to its end.
@@ -203,9 +206,8 @@ fn step_kills(victim: &Victim, job: &Job, label: &str, eintr_steps: &[&str]) -> 
 }
 
 fn killed_at_each_step(how: How) {
-    let kills = AtomicU64::new(0);
     let begun = Instant::now();
-    with_victims(3, (0..CLASSES.len()).collect(), |victim, class| {
+    let kills = with_victims(3, (0..CLASSES.len()).collect(), |victim, class| {
         let job = Job {
             pid: victim.pid(),
             tid: victim.tid(class),
@@ -219,18 +221,15 @@ fn killed_at_each_step(how: How) {
         } else {
             &[]
         };
-        let n = step_kills(victim, &job, CLASSES[class], allowed);
-        kills.fetch_add(n, SeqCst);
+        step_kills(victim, &job, CLASSES[class], allowed)
     });
     println!(
-        "{how:?}: {} kills in {:?}, none harmed",
-        kills.load(SeqCst),
+        "{how:?}: {kills} kills in {:?}, none harmed",
         begun.elapsed()
     );
 }
 
 fn killed_at_each_step_all_threads() {
-    let kills = AtomicU64::new(0);
     let begun = Instant::now();
     let mut work = vec![(0, How::Nothing), (5, How::Stops), (3, How::Socket)];
     if long() {
@@ -239,7 +238,7 @@ fn killed_at_each_step_all_threads() {
             work.extend([(class, How::Stops), (class, How::Socket)]);
         }
     }
-    with_victims(3, work, |victim, (class, how)| {
+    let kills = with_victims(3, work, |victim, (class, how)| {
         let job = Job {
             pid: victim.pid(),
             tid: victim.tid(class),
@@ -249,11 +248,10 @@ fn killed_at_each_step_all_threads() {
         };
         let allowed = &["interrupt", "stopped", "fix-registers"];
         let label = format!("all threads, {how:?} in {}", CLASSES[class]);
-        kills.fetch_add(step_kills(victim, &job, &label, allowed), SeqCst);
+        step_kills(victim, &job, &label, allowed)
     });
     println!(
-        "all threads: {} kills in {:?}, none harmed",
-        kills.load(SeqCst),
+        "all threads: {kills} kills in {:?}, none harmed",
         begun.elapsed()
     );
 }
@@ -261,7 +259,6 @@ fn killed_at_each_step_all_threads() {
 /// The target is in a job-control stop: the kill may leave a thread stopped inside
 /// the stub; SIGCONT takes it home.
 fn killed_while_stopped() {
-    let kills = AtomicU64::new(0);
     let work = vec![(0, How::Stops), (4, How::Socket), (5, How::Stops)];
     with_victims(3, work, |victim, (class, how)| {
         let job = Job {
@@ -271,6 +268,7 @@ fn killed_while_stopped() {
             how,
             rounds: 1,
         };
+        let mut kills = 0;
         for step in 1.. {
             victim.stop();
             let at = Tool::start(&job, step, None).end();
@@ -280,10 +278,49 @@ fn killed_while_stopped() {
             if at.is_none() {
                 break;
             }
-            kills.fetch_add(1, SeqCst);
+            kills += 1;
         }
+        kills
     });
-    println!("stopped: {} kills, none harmed", kills.load(SeqCst));
+}
+
+/// The next run comes at once: the stub of the one that was killed may still be
+/// on its way out, and is let out before anything else.
+fn next_run_at_once() {
+    let work = vec![
+        (0, How::Stops),
+        (3, How::Socket),
+        (5, How::Socket),
+        (7, How::Stops),
+    ];
+    with_victims(2, work, |victim, (class, how)| {
+        let job = Job {
+            pid: victim.pid(),
+            tid: victim.tid(class),
+            all: true,
+            how,
+            rounds: 1,
+        };
+        let (batch, pid) = getters(3);
+        let mut kills = 0;
+        for step in 1.. {
+            let Some(at) = Tool::start(&job, step, None).end() else {
+                break;
+            };
+            kills += 1;
+            let tracer = Tracer::new();
+            let (stopped, mut site) = stop(&tracer, victim.pid(), None).unwrap();
+            let replies =
+                live::collect_in_threads(&tracer, &mut site, &stopped, |_| &batch, DEFAULT_WAIT)
+                    .unwrap();
+            let want = Ok(i64::from(victim.pid().0));
+            assert!(replies.iter().all(|r| r.result(pid) == want), "{at}");
+            site.erase().unwrap();
+            drop(tracer);
+            victim.check(&format!("the run after {at}"));
+        }
+        kills
+    });
 }
 
 /// A signal for the thread in pause(2) at the very instant of the kill, at each
@@ -323,9 +360,9 @@ fn signal_at_the_kill() {
 fn killed_at_random() {
     let times = if long() { 10_000 } else { 1000 };
     let begun = Instant::now();
-    let seen = Mutex::new((0u64, 0u64));
+    let eintr = AtomicU64::new(0);
     let work: Vec<usize> = (0..times).collect();
-    with_victims(3, work, |victim, n| {
+    let kills = with_victims(3, work, |victim, n| {
         let how = [How::Stops, How::Socket, How::Threads, How::Nothing][n % 4];
         let job = Job {
             pid: victim.pid(),
@@ -348,13 +385,12 @@ fn killed_at_random() {
         let ended = tool.end();
         assert_eq!(ended.as_deref(), Some(""), "the tool ended by itself");
         let said = victim.check(&format!("killed at random, {job:?}"));
-        let mut seen = seen.lock().unwrap();
-        seen.0 += 1;
-        seen.1 += said.epoll_eintr - before;
+        eintr.fetch_add(said.epoll_eintr - before, SeqCst);
+        1
     });
-    let (kills, eintr) = *seen.lock().unwrap();
     println!(
-        "random: {kills} kills in {:?}, none harmed, {eintr} EINTR of epoll_wait",
-        begun.elapsed()
+        "random: {kills} kills in {:?}, none harmed, {} EINTR of epoll_wait",
+        begun.elapsed(),
+        eintr.load(SeqCst)
     );
 }
