@@ -5,14 +5,17 @@
 //! signal is blocked. A signal that found no room for its siginfo (RLIMIT_SIGPENDING)
 //! comes back with the siginfo the kernel would make up.
 //!
+//! The signal of a POSIX timer is not queued again but made by the timer (see the `posix_timers` kind), unless the timer is gone.
+//!
 //! SIGSTOP and SIGKILL cannot be blocked, so they wait for an instant only: the dump is to be tried again.
 
 use freezeframe_error::{Error, Kind, Result, ResultExt};
 use freezeframe_image::{RawRecord, Tag};
 use freezeframe_inject::{Batch, DataRef, Replies};
-use freezeframe_sys::ptrace;
+use freezeframe_sys::ptrace::{self, SigInfo};
 use serde::{Deserialize, Serialize};
 
+use super::posix_timers::timer_of;
 use crate::about::{About, show};
 use crate::cx::{Asked, DumpCx, RestoreTask, Scope, Stage, TaskKind, TaskView};
 
@@ -52,7 +55,18 @@ fn queue(task: &TaskView<'_>, shared: bool, set: u64) -> Result<Vec<Vec<u8>>> {
         return Ok(Vec::new());
     }
     let infos = ptrace::pending_signals(task.tid, shared).on_task(task.tid.0)?;
-    let mut queue: Vec<Vec<u8>> = infos.iter().map(|info| info.bytes.to_vec()).collect();
+    // The signal of a timer comes from the timer.
+    let mut timers = Vec::new();
+    if infos.iter().any(|info| timer_of(info).is_some()) {
+        timers = task.proc.dir.timers()?;
+    }
+    let of_timer =
+        |info: &SigInfo| timer_of(info).is_some_and(|id| timers.iter().any(|t| t.id == id));
+    let mut queue: Vec<Vec<u8>> = infos
+        .iter()
+        .filter(|info| !of_timer(info))
+        .map(|info| info.bytes.to_vec())
+        .collect();
     let queued = infos.iter().fold(0, |set, info| set | bit(info.signo()));
     for signo in 1..=64 {
         if set & !queued & bit(signo) != 0 {

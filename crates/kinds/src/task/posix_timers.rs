@@ -2,9 +2,13 @@
 //!
 //! Who and how: /proc/PID/timers. The time that is left: only the process itself can ask
 //! (timer_gettime(2)). Made by timer_create(2) under `PR_TIMER_CREATE_RESTORE_IDS`
-//! (since Linux 6.15), which takes the id that is wanted, and armed with the time that was left: a timer set to an absolute time
-//! expires at that distance, too. The overrun count of the last expiry, and expiries missed while its signal
-//! waited, start at 0.
+//! (since Linux 6.15), which takes the id that is wanted, and armed with the time that was left: a timer set to an
+//! absolute time expires at that distance, too.
+//!
+//! While the signal of a timer waits in the queue, the timer stands still, and what it misses is counted at
+//! the delivery. So that signal is not queued again by the `pending` kind; the timer
+//! is made to expire at once instead, in step with its interval. What it had missed before the dump nobody
+//! can see: the count begins at the restore.
 //!
 //! The kernel does not show which thread a timer on the calling thread's CPU time belongs to,
 //! so that is refused where there are several.
@@ -12,7 +16,10 @@
 use freezeframe_error::{Error, Result};
 use freezeframe_image::{RawRecord, Tag};
 use freezeframe_inject::{Arg, Batch, Replies};
+use freezeframe_sys::ids::Tid;
 use freezeframe_sys::proc::TimerNotify;
+use freezeframe_sys::ptrace::{self, SigInfo};
+use nix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 
 use crate::about::{About, show};
@@ -55,6 +62,8 @@ struct Timer {
     interval: (i64, i64),
     /// Time left; 0 for one that is not armed.
     left: (i64, i64),
+    /// Its signal waits in the queue.
+    waiting: bool,
 }
 
 /// `SIGEV_SIGNAL`, `SIGEV_NONE`, `SIGEV_THREAD`, `SIGEV_THREAD_ID`
@@ -71,6 +80,19 @@ const RESTORE_IDS: i32 = 77;
 /// No process has more than this (and /proc lists them all).
 const MAX: usize = 1 << 20;
 
+/// `TIMER_ABSTIME`
+const ABSOLUTE: i32 = 1;
+/// Where in a siginfo the id of the timer is.
+const SI_TIMERID: usize = 16;
+
+/// The timer whose signal this siginfo is, if it is a timer's.
+pub(super) fn timer_of(info: &SigInfo) -> Option<i32> {
+    let id = info.bytes[SI_TIMERID..SI_TIMERID + 4]
+        .try_into()
+        .expect("4 bytes");
+    (info.code() == libc::SI_TIMER).then(|| i32::from_le_bytes(id))
+}
+
 /// Whether it is the CPU time of whichever thread made the timer: the constant, or the kernel's encoding
 /// (`~pid << 3 | 4 for a thread | 2`) of no PID, which the C library uses.
 fn of_calling_thread(clock: i32) -> bool {
@@ -81,6 +103,19 @@ fn of_calling_thread(clock: i32) -> bool {
 /// Whether it is a clock named by a descriptor (`~fd << 3 | 3`).
 fn of_device(clock: i32) -> bool {
     clock < 0 && clock & 7 == 3
+}
+
+fn is_cpu_time(clock: i32) -> bool {
+    matches!(
+        clock,
+        libc::CLOCK_PROCESS_CPUTIME_ID | libc::CLOCK_THREAD_CPUTIME_ID
+    )
+}
+
+const SECOND: i128 = 1_000_000_000;
+
+fn ns((seconds, ns): (i64, i64)) -> i128 {
+    i128::from(seconds) * SECOND + i128::from(ns)
 }
 
 impl Timer {
@@ -94,10 +129,34 @@ impl Timer {
         bytes
     }
 
+    /// When it is to expire: flags and value for timer_settime.
+    fn arm(&self) -> (i32, (i64, i64)) {
+        if !self.waiting {
+            return (0, self.left);
+        }
+        // At its last time of expiry, so that it stays in step; now, if that cannot be said.
+        let at_once = (0, (0, 1));
+        if self.interval == (0, 0)
+            || self.left == (0, 0)
+            || self.clock < 0
+            || is_cpu_time(self.clock)
+        {
+            return at_once;
+        }
+        let Ok(now) = clock_gettime(ClockId::from_raw(self.clock)) else {
+            return at_once;
+        };
+        let at = ns((now.tv_sec(), now.tv_nsec())) + ns(self.left) - ns(self.interval);
+        match at {
+            1.. => (ABSOLUTE, ((at / SECOND) as i64, (at % SECOND) as i64)),
+            _ => at_once,
+        }
+    }
+
     /// A `struct itimerspec`.
-    fn spec(&self) -> [u8; SPEC] {
+    fn spec(&self, value: (i64, i64)) -> [u8; SPEC] {
         let mut bytes = [0; SPEC];
-        let words = [self.interval.0, self.interval.1, self.left.0, self.left.1];
+        let words = [self.interval.0, self.interval.1, value.0, value.1];
         for (i, word) in words.into_iter().enumerate() {
             bytes[i * 8..i * 8 + 8].copy_from_slice(&word.to_le_bytes());
         }
@@ -159,6 +218,7 @@ impl TaskKind for PosixTimers {
             return Ok(None);
         }
         let mut timers = Vec::with_capacity(infos.len());
+        let for_process = ptrace::pending_signals(task.tid, true)?;
         for (info, room) in infos.iter().zip(&asked.data) {
             let spec = replies.bytes(*room);
             let word =
@@ -179,6 +239,11 @@ impl TaskKind for PosixTimers {
                 ));
                 notify = SIGEV_NONE;
             }
+            let waits = |queue: &[SigInfo]| queue.iter().any(|i| timer_of(i) == Some(info.id));
+            let waiting = match thread {
+                0 => waits(&for_process),
+                tid => waits(&ptrace::pending_signals(Tid(tid), false)?),
+            };
             timers.push(Timer {
                 id: info.id,
                 clock: info.clock,
@@ -188,6 +253,7 @@ impl TaskKind for PosixTimers {
                 thread,
                 interval: (word(0), word(8)),
                 left: (word(16), word(24)),
+                waiting,
             });
         }
         Ok(Some(ABOUT.record(task.subject(), &Record { timers })?))
@@ -219,12 +285,17 @@ impl TaskKind for PosixTimers {
             );
         }
         restore_ids(batch, 0);
-        for timer in record.timers.iter().filter(|t| t.left != (0, 0)) {
-            let spec = batch.data(&timer.spec());
+        for timer in record
+            .timers
+            .iter()
+            .filter(|t| t.waiting || t.left != (0, 0))
+        {
+            let (flags, value) = timer.arm();
+            let spec = batch.data(&timer.spec(value));
             batch.call(
                 format!("timer_settime({})", timer.id),
                 libc::SYS_timer_settime,
-                [timer.id.into(), Arg::Imm(0), spec.into(), Arg::Imm(0)],
+                [timer.id.into(), flags.into(), spec.into(), Arg::Imm(0)],
             );
         }
         Ok(())
@@ -234,6 +305,47 @@ impl TaskKind for PosixTimers {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn one_whose_signal_waits_expires_at_once_and_in_step() {
+        let timer = Timer {
+            id: 1,
+            clock: libc::CLOCK_MONOTONIC,
+            notify: SIGEV_SIGNAL,
+            signal: 40,
+            value: 0,
+            thread: 0,
+            interval: (0, 500_000),
+            left: (0, 100_000),
+            waiting: true,
+        };
+        let now = || {
+            ns({
+                let now = clock_gettime(ClockId::CLOCK_MONOTONIC).unwrap();
+                (now.tv_sec(), now.tv_nsec())
+            })
+        };
+        let before = now();
+        let (flags, at) = timer.arm();
+        assert_eq!(flags, ABSOLUTE);
+        assert!((before - 400_000..=now() - 400_000).contains(&ns(at)));
+        assert_eq!(
+            Timer {
+                interval: (0, 0),
+                ..timer
+            }
+            .arm(),
+            (0, (0, 1))
+        );
+        assert_eq!(
+            Timer {
+                waiting: false,
+                ..timer
+            }
+            .arm(),
+            (0, (0, 100_000))
+        );
+    }
 
     #[test]
     fn clocks_of_threads_and_devices() {

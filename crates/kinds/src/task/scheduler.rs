@@ -1,8 +1,8 @@
 //! Scheduling policy of a thread: policy, priority, nice value, reset-on-fork, deadline parameters, and the slice
 //! (since Linux 6.12).
 //!
-//! Read from outside by sched_getattr(2), set by sched_setattr(2) in the thread. A
-//! real-time thread has a nice value, too (which it returns to): it is read from /proc/PID/task/TID/stat.
+//! Read from outside by sched_getattr(2), set by sched_setattr(2) in the thread. A thread
+//! of another policy than SCHED_OTHER and SCHED_BATCH has a nice value, too (which it returns to): it is read from /proc/PID/task/TID/stat.
 
 use freezeframe_error::Result;
 use freezeframe_image::{RawRecord, Tag};
@@ -51,9 +51,6 @@ const SIZE: usize = 48;
 /// `PRIO_PROCESS`
 const PRIO_PROCESS: i32 = 0;
 
-/// `SCHED_DEADLINE`
-const SCHED_DEADLINE: i32 = 6;
-
 impl Record {
     fn to_attr(&self) -> [u8; SIZE] {
         let mut bytes = [0; SIZE];
@@ -99,29 +96,26 @@ impl TaskKind for Scheduler {
             deadline: attr.deadline,
             period: attr.period,
         };
-        match attr.policy as i32 {
-            libc::SCHED_FIFO | libc::SCHED_RR => record.nice = task.dir.stat()?.nice as i32,
-            SCHED_DEADLINE => {}
-            // The kernel shows its default where none was chosen, and would take it for a choice.
-            _ => {
-                let ours = sched_getattr(Tid::this())?;
-                if ours.policy == libc::SCHED_OTHER as u32 && ours.runtime == record.runtime {
-                    record.runtime = 0;
-                }
+        if matches!(attr.policy as i32, libc::SCHED_OTHER | libc::SCHED_BATCH) {
+            // The kernel shows its default slice where none was chosen, and would take it for a choice.
+            let ours = sched_getattr(Tid::this())?;
+            if ours.policy == libc::SCHED_OTHER as u32 && ours.runtime == record.runtime {
+                record.runtime = 0;
             }
+        } else {
+            // The nice value such a thread would return to, which the attributes do not show.
+            record.nice = task.dir.stat()?.nice as i32;
         }
         Ok(Some(ABOUT.record(task.subject(), &record)?))
     }
     fn restore(&self, task: &mut RestoreTask<'_>, record: &RawRecord) -> Result<()> {
         let record: Record = ABOUT.decode(record)?;
-        if matches!(record.policy as i32, libc::SCHED_FIFO | libc::SCHED_RR) {
-            // The nice value that such a thread returns to.
-            task.batch.call(
-                "setpriority",
-                libc::SYS_setpriority,
-                [PRIO_PROCESS.into(), Arg::Imm(0), record.nice.into()],
-            );
-        }
+        // Apart, since sched_setattr sets it for SCHED_OTHER and SCHED_BATCH only.
+        task.batch.call(
+            "setpriority",
+            libc::SYS_setpriority,
+            [PRIO_PROCESS.into(), Arg::Imm(0), record.nice.into()],
+        );
         let attr = task.batch.data(&record.to_attr());
         task.batch.call(
             format!("sched_setattr({})", record.policy),
