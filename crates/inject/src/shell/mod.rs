@@ -17,6 +17,7 @@
 //! no descriptor but one socket, and otherwise what the calling thread has
 //! (credentials, namespaces, working directory, session, limits).
 
+mod amx;
 mod arena;
 mod fork;
 mod kill;

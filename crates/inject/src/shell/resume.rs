@@ -12,7 +12,7 @@ use freezeframe_sys::pidfd::pidfd_send_signal;
 use freezeframe_sys::proc::ProcDir;
 use freezeframe_sys::ptrace::{self, Options, Regs, SyscallInfo, nt};
 
-use super::{Shells, TaskId, pause, slot_offset};
+use super::{Shells, TaskId, amx, pause, slot_offset};
 use crate::batch::Batch;
 use crate::tracer::{self, Stop, Tracer};
 
@@ -161,6 +161,9 @@ impl Shells<'_> {
     /// signal stays blocked.
     fn switch(&mut self, finals: &mut [Final], these: &[usize], hows: &mut [How]) -> Result<()> {
         self.stop_all(finals, these, hows)?;
+        for &i in these.iter().filter(|&&i| amx::in_use(&finals[i].xstate)) {
+            self.touch_tiles(finals[i].task)?;
+        }
         self.unmap_all(finals, these)?;
         for &i in these {
             let f = &mut finals[i];

@@ -1,5 +1,5 @@
 //! Flags of a thread that concern the CPU and memory errors: whether RDTSC and CPUID
-//! are let through (`PR_SET_TSC`, `ARCH_SET_CPUID`), mitigations of speculation
+//! are let through (`PR_SET_TSC`, `ARCH_SET_CPUID`), whether the process may use the tile registers of AMX (`ARCH_REQ_XCOMP_PERM`), mitigations of speculation
 //! (`PR_SET_SPECULATION_CTRL`), what a memory error does (`PR_MCE_KILL`).
 //!
 //! Only the thread itself can ask.
@@ -23,7 +23,7 @@ static ABOUT: About = About {
     title: "TSC, CPUID, speculation and memory-error flags",
     manual: "PR_SET_TSC(2const), PR_SET_SPECULATION_CTRL(2const), PR_MCE_KILL(2const), arch_prctl(2)",
     since: "",
-    carried: "PR_SET_TSC, speculation controls, PR_MCE_KILL",
+    carried: "PR_SET_TSC, permission for AMX, speculation controls, PR_MCE_KILL",
     refused: "a thread for which CPUID faults (\"CPUID faulting is not supported\"); PR_SET_IO_FLUSHER",
     programs: &["cpu_flags"],
     show: show::<Record>,
@@ -37,7 +37,15 @@ struct Record {
     mce: Option<i32>,
     /// What `PR_GET_SPECULATION_CTRL` said of each control.
     speculation: Vec<(u32, u32)>,
+    /// State components the process may use, as `ARCH_GET_XCOMP_PERM` gives them; with its leader.
+    components: u64,
 }
+
+/// `ARCH_GET_XCOMP_PERM`, `ARCH_REQ_XCOMP_PERM`
+const ARCH_GET_XCOMP_PERM: i32 = 0x1022;
+const ARCH_REQ_XCOMP_PERM: i32 = 0x1023;
+/// The tile registers of AMX: the one component that must be asked for.
+const XTILEDATA: u32 = 18;
 
 /// `ARCH_GET_CPUID`
 const ARCH_GET_CPUID: i32 = 0x1011;
@@ -62,7 +70,7 @@ impl TaskKind for CpuFlags {
     fn stage(&self) -> Stage {
         Stage::Attributes
     }
-    fn ask(&self, _task: &TaskView<'_>, batch: &mut Batch) -> Result<Asked> {
+    fn ask(&self, task: &TaskView<'_>, batch: &mut Batch) -> Result<Asked> {
         let tsc = batch.room(8);
         let mut ops = vec![
             batch.call(
@@ -85,13 +93,20 @@ impl TaskKind for CpuFlags {
             let args = [libc::PR_GET_SPECULATION_CTRL as u32, control, 0, 0, 0].map(Arg::from);
             ops.push(batch.call("prctl(PR_GET_SPECULATION_CTRL)", libc::SYS_prctl, args));
         }
+        let mut data = vec![tsc];
+        if task.leader {
+            let components = batch.room(8);
+            ops.push(batch.call(
+                "arch_prctl(ARCH_GET_XCOMP_PERM)",
+                libc::SYS_arch_prctl,
+                [ARCH_GET_XCOMP_PERM.into(), components.into()],
+            ));
+            data.push(components);
+        }
         for op in &ops {
             batch.may_fail(*op);
         }
-        Ok(Asked {
-            ops,
-            data: vec![tsc],
-        })
+        Ok(Asked { ops, data })
     }
     fn dump(
         &self,
@@ -112,11 +127,19 @@ impl TaskKind for CpuFlags {
                 .iter()
                 .filter_map(|c| Some((*c, set(3 + *c as usize)?)))
                 .collect(),
+            components: asked.data.get(1).map_or(0, |d| replies.u64(*d)),
         };
         Ok(Some(ABOUT.record(task.subject(), &record)?))
     }
     fn restore(&self, task: &mut RestoreTask<'_>, record: &RawRecord) -> Result<()> {
         let record: Record = ABOUT.decode(record)?;
+        if record.components & 1 << XTILEDATA != 0 {
+            task.batch.call(
+                "arch_prctl(ARCH_REQ_XCOMP_PERM, XTILEDATA)",
+                libc::SYS_arch_prctl,
+                [ARCH_REQ_XCOMP_PERM.into(), XTILEDATA.into()],
+            );
+        }
         let mut prctl = |label: String, args: [u32; 5]| {
             task.batch.call(label, libc::SYS_prctl, args.map(Arg::from))
         };

@@ -37,6 +37,8 @@ struct Record {
     /// `SCHED_FLAG_RESET_ON_FORK` and the deadline flags.
     flags: u64,
     nice: i32,
+    /// The nice value to be given with the policy.
+    set_with: i32,
     priority: u32,
     /// Runtime of SCHED_DEADLINE; else the slice, 0 for the kernel's default.
     runtime: u64,
@@ -57,7 +59,7 @@ impl Record {
         bytes[..4].copy_from_slice(&(SIZE as u32).to_le_bytes());
         bytes[4..8].copy_from_slice(&self.policy.to_le_bytes());
         bytes[8..16].copy_from_slice(&self.flags.to_le_bytes());
-        bytes[16..20].copy_from_slice(&self.nice.to_le_bytes());
+        bytes[16..20].copy_from_slice(&self.set_with.to_le_bytes());
         bytes[20..24].copy_from_slice(&self.priority.to_le_bytes());
         bytes[24..32].copy_from_slice(&self.runtime.to_le_bytes());
         bytes[32..40].copy_from_slice(&self.deadline.to_le_bytes());
@@ -91,6 +93,7 @@ impl TaskKind for Scheduler {
             policy: attr.policy,
             flags: attr.flags & FLAGS,
             nice: attr.nice,
+            set_with: attr.nice,
             priority: attr.priority,
             runtime: attr.runtime,
             deadline: attr.deadline,
@@ -104,7 +107,12 @@ impl TaskKind for Scheduler {
             }
         } else {
             // The nice value such a thread would return to, which the attributes do not show.
-            record.nice = task.dir.stat()?.nice as i32;
+            let stat = task.dir.stat()?;
+            record.nice = stat.nice as i32;
+            // SCHED_IDLE keeps it, but is shown with the one it was set with.
+            if attr.policy as i32 == libc::SCHED_IDLE {
+                record.set_with = (stat.priority as i32 - 20).clamp(-20, 19);
+            }
         }
         Ok(Some(ABOUT.record(task.subject(), &record)?))
     }
