@@ -135,6 +135,7 @@ impl Shells<'_> {
     fn wait_fork(&self, from: TaskId) -> Result<Option<Tid>> {
         let tid = self.tid(from);
         let end = self.end();
+        let mut round = 0;
         loop {
             match ptrace::try_siginfo(tid) {
                 Ok(Some(info)) => {
@@ -153,7 +154,8 @@ impl Shells<'_> {
                         _ => continue,
                     };
                 }
-                Ok(None) => std::thread::yield_now(),
+                // Yielding alone can starve a shell that shares our CPU: it must sleep too.
+                Ok(None) => super::pause(&mut round),
                 Err(errno) => {
                     return Err(Error::syscall("ptrace(GETSIGINFO)", errno));
                 }
