@@ -175,15 +175,20 @@ fn write_image(
     let mut cx = DumpCx::new(&request.options, procs);
     // A plan lists all the blockers it can see, not just the first.
     let mut blockers: Vec<Error> = Vec::new();
+    tasks::check_sharing(&cx, &processes, &mut blockers).in_phase(Phase::Collect)?;
+    tree::check_namespaces(procs, &mut blockers).in_phase(Phase::Collect)?;
+    if !blockers.is_empty() {
+        // Descriptors and paths would be looked at in the wrong table or namespace.
+        return Err(all_of(blockers));
+    }
     let tables = files::collect(&mut cx, &mut blockers).in_phase(Phase::Collect)?;
     let mut spaces = memory::collect(&mut cx, &mut blockers).in_phase(Phase::Collect)?;
-    tasks::collect(&mut cx, tracer, tasks, &processes, &mut blockers).in_phase(Phase::Collect)?;
+    tasks::collect(&mut cx, tracer, tasks, &mut blockers).in_phase(Phase::Collect)?;
     if events.cancelled() {
         return Err(freeze::cancelled());
     }
     if !blockers.is_empty() {
-        let first = blockers.remove(0);
-        return Err(first.and_also(blockers).in_phase(Phase::Collect));
+        return Err(all_of(blockers));
     }
 
     events.phase(Phase::Pages);
@@ -219,6 +224,12 @@ fn write_image(
         writer.record(record)?;
     }
     writer.finish_write().in_phase(Phase::Commit)
+}
+
+/// The first blocker, with the others beside it.
+fn all_of(mut blockers: Vec<Error>) -> Error {
+    let first = blockers.remove(0);
+    first.and_also(blockers).in_phase(Phase::Collect)
 }
 
 fn put<T: serde::Serialize>(

@@ -23,10 +23,8 @@ pub(super) fn collect(
     cx: &mut DumpCx<'_>,
     tracer: &Tracer,
     tasks: &[Task],
-    processes: &[Process],
     blockers: &mut Vec<Error>,
 ) -> Result<()> {
-    check_sharing(cx, processes, blockers)?;
     for (index, proc) in cx
         .procs
         .iter()
@@ -98,7 +96,7 @@ fn kinds_for(view: &TaskView<'_>) -> impl Iterator<Item = &'static dyn TaskKind>
 /// Refuses by name what clone(2) can share and we do not carry: descriptor
 /// tables, file-system attributes or memory shared between processes, or not
 /// shared between the threads of one.
-fn check_sharing(cx: &DumpCx<'_>, processes: &[Process], blockers: &mut Vec<Error>) -> Result<()> {
+pub(super) fn check_sharing(cx: &DumpCx<'_>, processes: &[Process], blockers: &mut Vec<Error>) -> Result<()> {
     let what = [
         (KcmpType::Files, "descriptor table (CLONE_FILES)"),
         (KcmpType::Fs, "working directory and umask (CLONE_FS)"),
