@@ -115,7 +115,9 @@ pub fn check_namespaces(procs: &[ProcView], blockers: &mut Vec<Error>) -> Result
         for (file, name) in NAMESPACES {
             let name_of = |dir: &ProcDir| dir.link(&format!("ns/{file}"));
             // A kernel without this namespace has no such link; both are alike then.
-            let (Ok(is), Ok(us)) = (name_of(&proc.dir), name_of(&ours)) else { continue };
+            let (Ok(is), Ok(us)) = (name_of(&proc.dir), name_of(&ours)) else {
+                continue;
+            };
             if is != us {
                 let error = Error::unsupported(format!(
                     "its {name} namespace ({}) is not ours: namespaces are not supported yet",

@@ -96,7 +96,11 @@ fn kinds_for(view: &TaskView<'_>) -> impl Iterator<Item = &'static dyn TaskKind>
 /// Refuses by name what clone(2) can share and we do not carry: descriptor
 /// tables, file-system attributes or memory shared between processes, or not
 /// shared between the threads of one.
-pub(super) fn check_sharing(cx: &DumpCx<'_>, processes: &[Process], blockers: &mut Vec<Error>) -> Result<()> {
+pub(super) fn check_sharing(
+    cx: &DumpCx<'_>,
+    processes: &[Process],
+    blockers: &mut Vec<Error>,
+) -> Result<()> {
     let what = [
         (KcmpType::Files, "descriptor table (CLONE_FILES)"),
         (KcmpType::Fs, "working directory and umask (CLONE_FS)"),
