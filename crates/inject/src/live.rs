@@ -243,13 +243,19 @@ impl Site {
         pidfd::pidfd_getfd(process, fd)
     }
 
-    /// Puts back what lay there (zeros). Only when no session is left.
+    /// Puts back what lay there (zeros), that of a run that was killed too.
     pub fn erase(mut self) -> Result<()> {
         self.erase_inner()
     }
 
     fn erase_inner(&mut self) -> Result<()> {
-        if matches!(self.state, SiteState::Planted | SiteState::Inherited) {
+        // An inherited stub is left alone until it is known that nobody runs it.
+        let ours = match self.state {
+            SiteState::Planted => true,
+            SiteState::Inherited => self.checked.get(),
+            SiteState::Clean | SiteState::Abandoned => false,
+        };
+        if ours {
             self.write(self.base, &vec![0; stub::len()])?;
             self.state = SiteState::Clean;
             step("erase");
@@ -260,10 +266,7 @@ impl Site {
 
 impl Drop for Site {
     fn drop(&mut self) {
-        // An inherited stub is left alone: nobody has checked who runs it.
-        if self.state == SiteState::Planted {
-            let _ = self.erase_inner();
-        }
+        let _ = self.erase_inner();
     }
 }
 
