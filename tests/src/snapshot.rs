@@ -214,7 +214,8 @@ impl Snapshot {
                 .to_owned();
             let remade = link.contains(":[")
                 || link.starts_with("anon_inode:")
-                || link.starts_with("/memfd:");
+                || link.ends_with(" (deleted)");
+            let link = nameless(&link, &inode);
             let shown = match link.split_once(":[") {
                 Some((kind, _)) => format!("{kind}:#{}", names.of(&link)),
                 None if remade => format!("{link} #{}", names.of(&format!("{link} {inode}"))),
@@ -254,6 +255,11 @@ impl Snapshot {
             }
         }
     }
+}
+
+/// The name of a file that never had one (O_TMPFILE), which the kernel shows as its inode number, without that number.
+fn nameless(link: &str, inode: &str) -> String {
+    link.replace(&format!("/#{inode} (deleted)"), "/# (deleted)")
 }
 
 /// In an epoll target's line: `ino` and `sdev` of a target that is made anew, and `pos`, which the target's own lines
@@ -368,9 +374,8 @@ impl Vma {
         let offset = u64::from_str_radix(words.next()?, 16).ok()?;
         let (device, inode) = (words.next()?, words.next()?);
         let path = words.next().unwrap_or_default().trim_start();
-        let remade = ["/memfd:", "/dev/zero (deleted)", "/SYSV", "/anon_hugepage"]
-            .iter()
-            .any(|p| path.starts_with(p));
+        let remade = path.starts_with("/SYSV") || path.ends_with(" (deleted)");
+        let path = nameless(path, inode);
         let what = if remade {
             format!("{path} #{}", names.of(&format!("{path} {device} {inode}")))
         } else {

@@ -67,7 +67,11 @@ pub(super) const PROGRAMS: &[Program] = &[
         "timerfd_ticks",
         "the ticks of a timer that nobody read, and a timer that is not armed",
         timerfd_ticks,
-    ),
+    )
+    .explained(&[(
+        "/ticks",
+        "the kernel counts them when somebody asks, as a dump does: the timer's own line lags behind",
+    )]),
     Program::new(
         "timerfd_absolute",
         "an absolute timer fires at its time",

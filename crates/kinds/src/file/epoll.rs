@@ -10,6 +10,7 @@ use std::collections::HashMap;
 
 use freezeframe_error::{Error, Result};
 use freezeframe_image::{RawRecord, Tag};
+use freezeframe_inject::{Arg, Batch, DataRef, OpRef};
 use freezeframe_sys::kcmp::{EpollSlot, kcmp_epoll};
 use serde::{Deserialize, Serialize};
 
@@ -29,7 +30,7 @@ static ABOUT: About = About {
     title: "Event sets",
     manual: "epoll(7)",
     since: "",
-    carried: "targets (by the open file, whatever became of the number), events and data of each, nested sets; an edge that was reported already may be reported once more; a disarmed EPOLLONESHOT entry is disarmed but for EPOLLERR and EPOLLHUP",
+    carried: "targets (by the open file, whatever became of the number), events and data of each, nested sets; an edge that was reported already may be reported once more; an EPOLLONESHOT entry that was disarmed is disarmed, but for EPOLLERR and EPOLLHUP where its file has nothing ready",
     refused: "a target that no process with this epoll set has open (\"epoll watches fd 7, which the process has closed, and nowhere else open\")",
     programs: &[
         "events::epoll",
@@ -55,6 +56,9 @@ struct Entry {
     events: u32,
     data: u64,
 }
+
+/// The events proper: all but EPOLLET, EPOLLONESHOT, EPOLLWAKEUP and EPOLLEXCLUSIVE.
+const EVENTS: u32 = 0x0fff_ffff;
 
 /// A line of fdinfo.
 #[derive(Debug, PartialEq, Eq)]
@@ -175,56 +179,40 @@ fn add_entries(cx: &mut RestoreFiles<'_>, set: i32, entries: &[Entry]) -> Result
     // Above every number: where one that is in the way waits meanwhile.
     let above = table.fds.iter().map(|e| e.fd).max().unwrap_or(0) + 1;
     let batch = &mut *cx.afterwards;
-    for entry in entries {
-        let mut event = entry.events.to_ne_bytes().to_vec();
-        event.extend_from_slice(&entry.data.to_ne_bytes());
-        let event = batch.data(&event);
+    // Disarmed ones first: they are disarmed by an event, and no other entry's
+    // may be taken for that.
+    let (disarmed, armed): (Vec<_>, Vec<_>) = entries.iter().partition(|e| e.is_disarmed());
+    for entry in disarmed.into_iter().chain(armed) {
         let now = by_number.get(&entry.number);
         let borrowed = now.is_none_or(|(file, _)| *file != entry.file);
         let mut parked = None;
         if borrowed {
             let at = by_file.get(&entry.file).copied().ok_or_else(|| {
-                Error::corrupt(format!(
-                    "epoll target {} is not open in the process",
-                    entry.file.0
-                ))
-                .on_task(cx.pid.0)
+                let what = format!("epoll target {} is not open in the process", entry.file.0);
+                Error::corrupt(what).on_task(cx.pid.0)
             })?;
             if now.is_some() {
-                parked = Some(batch.call(
-                    "fcntl(F_DUPFD)",
-                    libc::SYS_fcntl,
-                    [
-                        entry.number.into(),
-                        libc::F_DUPFD_CLOEXEC.into(),
-                        above.into(),
-                    ],
-                ));
+                let args = [
+                    entry.number.into(),
+                    libc::F_DUPFD_CLOEXEC.into(),
+                    above.into(),
+                ];
+                parked = Some(batch.call("fcntl(F_DUPFD)", libc::SYS_fcntl, args));
             }
-            batch.call(
-                "dup3",
-                libc::SYS_dup3,
-                [at.into(), entry.number.into(), libc::O_CLOEXEC.into()],
-            );
+            let args = [at.into(), entry.number.into(), libc::O_CLOEXEC.into()];
+            batch.call("dup3", libc::SYS_dup3, args);
         }
-        batch.call(
-            format!("epoll_ctl(EPOLL_CTL_ADD, fd {})", entry.number),
-            libc::SYS_epoll_ctl,
-            [
-                set.into(),
-                libc::EPOLL_CTL_ADD.into(),
-                entry.number.into(),
-                event.into(),
-            ],
-        );
+        if entry.is_disarmed() {
+            add_disarmed(batch, set, entry);
+        } else {
+            let event = entry.event(batch, entry.events);
+            control(batch, set, libc::EPOLL_CTL_ADD, entry, event.into());
+        }
         match (parked, now) {
             (Some(parked), Some((_, cloexec))) => {
                 let flags = if *cloexec { libc::O_CLOEXEC } else { 0 };
-                batch.call(
-                    "dup3",
-                    libc::SYS_dup3,
-                    [parked.into(), entry.number.into(), flags.into()],
-                );
+                let args = [parked.into(), entry.number.into(), flags.into()];
+                batch.call("dup3", libc::SYS_dup3, args);
                 batch.call("close", libc::SYS_close, [parked.into()]);
             }
             _ if borrowed => {
@@ -234,6 +222,57 @@ fn add_entries(cx: &mut RestoreFiles<'_>, set: i32, entries: &[Entry]) -> Result
         }
     }
     Ok(())
+}
+
+impl Entry {
+    /// One that EPOLLONESHOT has disarmed: only the bits that are no events are left.
+    fn is_disarmed(&self) -> bool {
+        self.events & EVENTS == 0 && self.events & libc::EPOLLONESHOT as u32 != 0
+    }
+
+    /// A `struct epoll_event`.
+    fn event(&self, batch: &mut Batch, events: u32) -> DataRef {
+        let mut event = events.to_ne_bytes().to_vec();
+        event.extend_from_slice(&self.data.to_ne_bytes());
+        batch.data(&event)
+    }
+}
+
+fn control(batch: &mut Batch, set: i32, op: i32, entry: &Entry, event: Arg) -> OpRef {
+    let label = format!("epoll_ctl(fd {})", entry.number);
+    batch.call(
+        label,
+        libc::SYS_epoll_ctl,
+        [set.into(), op.into(), entry.number.into(), event],
+    )
+}
+
+/// Adds an entry that is disarmed. epoll_ctl(2) always arms EPOLLERR and
+/// EPOLLHUP; so the entry is added for whatever is ready at its file now (a
+/// socket can mostly be written to, say), that event is taken, and the kernel
+/// disarms it. If nothing is ready, it is left armed for those two.
+///
+/// A batch has no branches: the event taken overwrites the pointer that the
+/// second epoll_ctl would have used, which then fails (EFAULT).
+fn add_disarmed(batch: &mut Batch, set: i32, entry: &Entry) {
+    let wanted = (libc::EPOLLIN | libc::EPOLLOUT | libc::EPOLLPRI | libc::EPOLLRDHUP) as u32;
+    let rest = entry.event(batch, entry.events);
+    // Where the pointer's upper half would become one of a library or a stack.
+    if (0x5000..0x8000).contains(&(entry.data as u32)) {
+        control(batch, set, libc::EPOLL_CTL_ADD, entry, rest.into());
+        return;
+    }
+    let event = entry.event(batch, entry.events | wanted);
+    control(batch, set, libc::EPOLL_CTL_ADD, entry, event.into());
+    let taken = batch.room(16);
+    batch.pointer(taken, rest);
+    batch.call(
+        "epoll_wait",
+        libc::SYS_epoll_wait,
+        [set.into(), taken.into(), 1.into(), 0.into()],
+    );
+    let again = control(batch, set, libc::EPOLL_CTL_MOD, entry, Arg::Load64(taken));
+    batch.may_fail(again);
 }
 
 #[cfg(test)]

@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::about::{About, show};
 use crate::cx::{DumpCx, FileItem, FileKind, FileView, RestoreFiles};
-use crate::file::{access, provide_made, status_flags};
+use crate::file::{LARGEFILE, access, provide_made, status_flags};
 use crate::model::FileId;
 
 /// See the module.
@@ -223,9 +223,9 @@ impl FileKind for Pipe {
                 format!("the pipe was dumped as external: give it by --inherit-fd fd[N]:{name}"),
             ));
         }
-        let plain = group.iter().all(|i| {
-            i.common.flags & libc::O_PATH as u32 == 0 && access(i.common.flags) != libc::O_RDWR
-        });
+        let plain = group
+            .iter()
+            .all(|i| !opened(i) && access(i.common.flags) != libc::O_RDWR);
         let count = |mode| {
             group
                 .iter()
@@ -240,6 +240,12 @@ impl FileKind for Pipe {
             by_us(cx, group, &contents)
         }
     }
+}
+
+/// Whether the file came of an open(2) through /proc/PID/fd rather than of
+/// pipe2(2): the kernel adds O_LARGEFILE then.
+fn opened(item: &FileItem<'_>) -> bool {
+    item.common.flags & (libc::O_PATH as u32 | LARGEFILE) != 0
 }
 
 /// Appends the calls that make a pipe of at most one end each.
@@ -320,7 +326,7 @@ fn by_us(cx: &mut RestoreFiles<'_>, group: &[FileItem<'_>], contents: &Contents)
     let mut made = Vec::new();
     for item in group {
         let end = match access(item.common.flags) {
-            _ if item.common.flags & libc::O_PATH as u32 != 0 => None,
+            _ if opened(item) => None,
             libc::O_RDONLY => r.take(),
             libc::O_WRONLY => w.take(),
             _ => None,

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::about::{About, show};
 use crate::cx::{DumpCx, FileItem, FileKind, FileView, Provided, RestoreFiles};
+use crate::file::unsupported::check_file_system;
 use crate::file::{check_locks, is_opath, shown};
 use crate::model::FileId;
 
@@ -62,7 +63,7 @@ pub fn open_flags(flags: u32) -> i32 {
 }
 
 /// The bits of O_TMPFILE that O_DIRECTORY has not.
-const TMPFILE: i32 = libc::O_TMPFILE & !libc::O_DIRECTORY;
+pub(super) const TMPFILE: i32 = libc::O_TMPFILE & !libc::O_DIRECTORY;
 
 /// Whether the name the file was opened by leads to it no more because it was
 /// taken away: the kernel says so behind the link.
@@ -114,6 +115,7 @@ impl FileKind for Regular {
     }
     fn dump(&self, cx: &mut DumpCx<'_>, file: &FileView<'_>) -> Result<RawRecord> {
         check_proc(file)?;
+        check_file_system(file)?;
         check_name(file)?;
         check_locks(cx, file)?;
         let record = Record {

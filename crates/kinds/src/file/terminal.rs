@@ -3,10 +3,13 @@
 //! A terminal whose other side is in the tree too is not carried yet.
 
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 
 use freezeframe_error::{Error, Kind, Result, SysExt};
 use freezeframe_image::{RawRecord, Tag};
 use freezeframe_sys::fd;
+use freezeframe_sys::ids::Pid;
+use freezeframe_sys::proc::ProcDir;
 use nix::fcntl::OFlag;
 use serde::{Deserialize, Serialize};
 
@@ -28,8 +31,15 @@ static ABOUT: About = About {
     manual: "pty(7), tty(4)",
     since: "",
     carried: "with `--shell-job`, onto the restorer's terminal; with `--external tty[RDEV:DEV]` and `--inherit-fd fd[N]:tty[RDEV:DEV]`, onto what the caller gives. Settings (termios) are those of that terminal",
-    refused: "without either (\"a terminal is not carried without --shell-job (-j)\"), the master of a pseudo-terminal (\"a pseudo-terminal master is not supported yet\")",
-    programs: &["sessions::terminal"],
+    refused: "without either (\"a terminal (tty) is not carried without --shell-job (-j)\"), the master of a pseudo-terminal (\"a pseudo-terminal master (tty) is not supported yet\")",
+    programs: &[
+        "terminal::stdio",
+        "terminal::group",
+        "terminal::reader",
+        "terminal::dev_tty",
+        "terminal::no_terminal",
+        "terminal::without_flag",
+    ],
     show: show::<Record>,
 };
 
@@ -77,10 +87,10 @@ impl FileKind for Terminal {
         let name = self.external_name(file).unwrap_or_default();
         let external = cx.is_external(&name);
         if !external && numbers(file.stat.rdev) == PTMX {
-            return Err(file.refuse("a pseudo-terminal master is not supported yet"));
+            return Err(file.refuse("a pseudo-terminal master (tty) is not supported yet"));
         }
         if !external && !cx.options.shell_job {
-            return Err(file.refuse("a terminal is not carried without --shell-job (-j)"));
+            return Err(file.refuse("a terminal (tty) is not carried without --shell-job (-j)"));
         }
         ABOUT.record(
             file.subject(),
@@ -134,11 +144,34 @@ fn open_own(record: &Record, flags: OFlag) -> Result<OwnedFd> {
             return fd::reopen(own, flags);
         }
     }
+    let name = controlling_name(record).unwrap_or_else(|| "/dev/tty".to_string());
     nix::fcntl::open(
-        "/dev/tty",
+        name.as_str(),
         flags | OFlag::O_CLOEXEC,
         nix::sys::stat::Mode::empty(),
     )
-    .sys("open(/dev/tty)")
-    .map_err(|e| e.context("the restorer has no terminal for --shell-job"))
+    .sys("open")
+    .map_err(|e| {
+        e.on(name)
+            .context("the restorer has no terminal for --shell-job")
+    })
+}
+
+/// The name of our controlling terminal, where /dev/tty is not what is wanted.
+fn controlling_name(record: &Record) -> Option<String> {
+    if numbers(record.rdev) == CONTROLLING {
+        return None;
+    }
+    let own = ProcDir::open(Pid(std::process::id() as i32))
+        .and_then(|p| p.stat())
+        .ok()?;
+    let rdev = u64::from(own.tty_nr as u32);
+    let (major, minor) = numbers(rdev);
+    let name = if PTY.contains(&major) {
+        format!("/dev/pts/{}", (major - PTY.start()) * 256 + minor)
+    } else {
+        format!("/dev/tty{minor}")
+    };
+    let there = std::fs::metadata(&name).is_ok_and(|m| m.rdev() == rdev);
+    (major != 0 && there).then_some(name)
 }

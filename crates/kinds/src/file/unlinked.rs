@@ -2,7 +2,7 @@
 //! object of the tree ([`crate::mem::ghost`]), so that what is open and what is
 //! mapped of it stay one file; each open file is opened anew.
 
-use freezeframe_error::{Error, Result};
+use freezeframe_error::{Error, Result, SysExt};
 use freezeframe_image::{RawRecord, Tag};
 use freezeframe_sys::fd;
 use nix::fcntl::OFlag;
@@ -10,7 +10,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::about::{About, show};
 use crate::cx::{DumpCx, FileItem, FileKind, FileView, RestoreFiles};
-use crate::file::regular::lost_its_name;
+use crate::file::regular::{TMPFILE, lost_its_name};
+use crate::file::unsupported::check_file_system;
 use crate::file::{access, check_locks, is_opath, status_flags};
 use crate::model::{FileId, ObjectId};
 
@@ -51,6 +52,7 @@ impl FileKind for Unlinked {
         Some(format!("file[{:x}:{:x}]", file.info.mnt_id, file.stat.ino))
     }
     fn dump(&self, cx: &mut DumpCx<'_>, file: &FileView<'_>) -> Result<RawRecord> {
+        check_file_system(file)?;
         check_locks(cx, file)?;
         let source = fd::reopen(file.ours()?, OFlag::O_RDONLY).map_err(|e| file.blame(e))?;
         let object = crate::mem::ghost::object(cx, file.link, file.stat, source)
@@ -76,12 +78,16 @@ impl FileKind for Unlinked {
                 Error::corrupt(format!("memory object {} is not there", record.object.0))
             })?;
             let flags = access(item.common.flags) | status_flags(item.common.flags);
-            // What O_TMPFILE adds to the flags would make another file.
-            let how = OFlag::from_bits_retain(flags & !libc::O_TMPFILE);
-            let file = fd::reopen(object, how)?;
-            if record.position != 0 {
-                fd::set_position(&file, record.position)?;
-            }
+            let own = fd::status_flags(object)?.bits();
+            let file = if flags & own & TMPFILE != 0 && access(item.common.flags) == libc::O_RDWR {
+                // Only the open file that O_TMPFILE gave has the flag: this one.
+                fd::set_status_flags(object, OFlag::from_bits_retain(flags))?;
+                object.try_clone().sys("dup")?
+            } else {
+                // What O_TMPFILE adds to the flags would make another file.
+                fd::reopen(object, OFlag::from_bits_retain(flags & !libc::O_TMPFILE))?
+            };
+            fd::set_position(&file, record.position)?;
             cx.provide_ours(item.id, file);
         }
         Ok(())

@@ -1,6 +1,6 @@
 //! What is not carried: refused by its name.
 
-use freezeframe_error::{Error, Result};
+use freezeframe_error::{Error, Result, SysExt};
 use freezeframe_image::{RawRecord, Tag};
 
 use crate::about::{About, show};
@@ -21,7 +21,16 @@ static ABOUT: About = About {
     since: "",
     carried: "nothing",
     refused: "sockets but unix pairs (\"TCP sockets are not supported yet\", and so on for each family), io_uring, userfaultfd, fanotify, bpf, perf_event, kvm, namespace files, other anonymous inodes by their names, devices by their numbers (\"character device 10:229 is not supported\")",
-    programs: &["refused::io_uring"],
+    programs: &[
+        "beyond::io_uring",
+        "beyond::userfaultfd",
+        "beyond::perf_event",
+        "beyond::bpf_map",
+        "beyond::fanotify",
+        "beyond::message_queue",
+        "beyond::kmsg",
+        "memory::secret",
+    ],
     show: show::<()>,
 };
 
@@ -62,8 +71,8 @@ const ANONYMOUS: [(&str, &str); 16] = [
     ("[userfaultfd]", "userfaultfd"),
     ("[fanotify]", "fanotify"),
     ("[perf_event]", "a perf event"),
-    ("bpf-map", "a BPF map"),
-    ("bpf-prog", "a BPF program"),
+    ("bpf-map", "a BPF map (bpf)"),
+    ("bpf-prog", "a BPF program (bpf)"),
     ("bpf_link", "a BPF link"),
     ("bpf-link", "a BPF link"),
     ("btf", "a BTF object"),
@@ -76,6 +85,27 @@ const ANONYMOUS: [(&str, &str); 16] = [
     ("inotify", "inotify"),
 ];
 
+/// File systems whose files are not what a path can give again, by their magic
+/// numbers (statfs(2)).
+const FILE_SYSTEMS: [(u64, &str); 4] = [
+    (0x1980_0202, "a POSIX message queue (mqueue)"),
+    (0x5345_434d, "secret memory (memfd_secret)"),
+    (0x9584_58f6, "hugetlb memory"),
+    (0xcafe_4a11, "a pinned BPF object (bpf)"),
+];
+
+/// Refuses files of such file systems, by name.
+pub fn check_file_system(file: &FileView<'_>) -> Result<()> {
+    let fs = nix::sys::statfs::fstatfs(file.ours()?)
+        .sys("fstatfs")
+        .map_err(|e| file.blame(e))?;
+    let magic = fs.filesystem_type().0 as u64 & 0xffff_ffff;
+    match FILE_SYSTEMS.iter().find(|(m, _)| *m == magic) {
+        Some((_, words)) => Err(file.refuse(format!("{words} is not supported"))),
+        None => Ok(()),
+    }
+}
+
 /// Kinds of namespace, as links show them.
 const NAMESPACES: [&str; 8] = ["cgroup", "ipc", "mnt", "net", "pid", "time", "user", "uts"];
 
@@ -84,7 +114,7 @@ fn what(link: &[u8], mode: u32, rdev: u64, opath: bool) -> String {
     let link = shown(link);
     let name = match mode & libc::S_IFMT {
         libc::S_IFCHR => format!(
-            "character device {}:{}",
+            "character device {}:{} ({link})",
             libc::major(rdev),
             libc::minor(rdev)
         ),
@@ -127,7 +157,10 @@ mod tests {
     fn each_is_called_by_its_name() {
         let anon = |link: &str| what(link.as_bytes(), 0o600, 0, false);
         assert_eq!(anon("anon_inode:[io_uring]"), "io_uring is not supported");
-        assert_eq!(anon("anon_inode:bpf-map"), "a BPF map is not supported");
+        assert_eq!(
+            anon("anon_inode:bpf-map"),
+            "a BPF map (bpf) is not supported"
+        );
         assert_eq!(
             anon("anon_inode:kvm-vcpu:0"),
             "a KVM virtual CPU is not supported"
@@ -142,7 +175,7 @@ mod tests {
         );
         assert_eq!(
             what(b"/dev/fuse", libc::S_IFCHR, libc::makedev(10, 229), false),
-            "character device 10:229 is not supported"
+            "character device 10:229 (/dev/fuse) is not supported"
         );
         assert_eq!(
             what(b"anon_inode:[eventfd]", 0o600, 0, true),

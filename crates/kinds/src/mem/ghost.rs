@@ -43,6 +43,13 @@ struct Record {
     mode: u32,
     uid: u32,
     gid: u32,
+    /// Made with O_TMPFILE: it may still be given a name by linkat(2).
+    linkable: bool,
+}
+
+/// The name that the kernel shows for a file made with O_TMPFILE.
+fn never_had_a_name(path: &[u8], ino: u64) -> bool {
+    path.ends_with(format!("/#{ino}").as_bytes())
 }
 
 /// The limit where the caller gives none, as CRIU has it.
@@ -61,7 +68,6 @@ pub fn object(
     };
     cx.object(ObjectKey::Inode(stat.dev, stat.ino), |id| {
         let path = strip_deleted(link).unwrap_or(link);
-        // O_TMPFILE: never had a name, and may be given one still (nlink 0 too).
         if stat.nlink != 0 {
             return Err(Error::unsupported(
                 "a deleted file that has other names is not supported",
@@ -79,6 +85,7 @@ pub fn object(
             mode: stat.mode & 0o7777,
             uid: stat.uid,
             gid: stat.gid,
+            linkable: never_had_a_name(path, stat.ino),
         };
         let source = ObjectSource {
             fd: source,
@@ -150,19 +157,33 @@ impl MemKind for Ghost {
     }
 }
 
-/// Makes the file and removes its name, in one batch.
+/// Makes the file and removes its name (or gives it none), in one batch.
 fn create(cx: &mut dyn MakeObject, path: &[u8], record: &Record) -> Result<i32> {
     let mut batch = Batch::new();
-    let path = batch.cstr(path);
     let at = libc::AT_FDCWD;
-    let flags = libc::O_RDWR | libc::O_CREAT | libc::O_EXCL | libc::O_CLOEXEC | libc::O_NOFOLLOW;
-    let args = [at.into(), path.into(), flags.into(), 0o600.into()];
-    let fd = batch.call("open(O_CREAT) of a deleted file", libc::SYS_openat, args);
-    batch.call(
-        "unlink of a deleted file",
-        libc::SYS_unlinkat,
-        [at.into(), path.into(), 0.into()],
-    );
+    let how = libc::O_RDWR | libc::O_CLOEXEC;
+    let fd = if record.linkable {
+        let directory = path.iter().rposition(|b| *b == b'/').unwrap_or(0).max(1);
+        let directory = batch.cstr(&path[..directory]);
+        let args = [
+            at.into(),
+            directory.into(),
+            (how | libc::O_TMPFILE).into(),
+            0o600.into(),
+        ];
+        batch.call("open(O_TMPFILE)", libc::SYS_openat, args)
+    } else {
+        let path = batch.cstr(path);
+        let flags = how | libc::O_CREAT | libc::O_EXCL | libc::O_NOFOLLOW;
+        let args = [at.into(), path.into(), flags.into(), 0o600.into()];
+        let fd = batch.call("open(O_CREAT) of a deleted file", libc::SYS_openat, args);
+        batch.call(
+            "unlink of a deleted file",
+            libc::SYS_unlinkat,
+            [at.into(), path.into(), 0.into()],
+        );
+        fd
+    };
     batch.call(
         "ftruncate",
         libc::SYS_ftruncate,

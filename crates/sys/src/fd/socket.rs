@@ -414,19 +414,14 @@ impl Drop for PeekOffset<'_> {
 
 const PEEK: i32 = libc::MSG_PEEK | libc::MSG_DONTWAIT;
 
-/// Whether the queue is empty, found without changing anything.
+/// Whether the queue is empty, found without changing anything: even one peek
+/// marks a message without bytes as seen.
 fn is_queue_empty(socket: BorrowedFd<'_>) -> Result<bool> {
-    // Neither bytes nor descriptors are asked for here.
-    let mut byte = 0u8;
-    // SAFETY: recv writes at most one byte.
-    let got = unsafe { libc::recv(socket.as_raw_fd(), (&raw mut byte).cast(), 1, PEEK) };
-    match Errno::result(got) {
-        Ok(_) => Ok(false),
-        Err(Errno::EAGAIN) => Ok(true),
-        // A message of a pending error of the socket is not ours to take
-        // silently; the caller learns of it.
-        Err(errno) => Err(errno).sys("recv"),
-    }
+    let mut fds = [PollFd::new(socket, PollFlags::POLLIN)];
+    nix::poll::poll(&mut fds, PollTimeout::ZERO).sys("poll")?;
+    Ok(!fds[0]
+        .revents()
+        .is_some_and(|e| e.contains(PollFlags::POLLIN)))
 }
 
 /// The bytes queued on a stream socket, taking nothing out: runs that each
