@@ -26,7 +26,7 @@ static ABOUT: About = About {
     since: "",
     carried: "the mask of each thread",
     refused: "",
-    programs: &["affinity"],
+    programs: &["threads::affinity"],
     show: show::<Record>,
 };
 

@@ -26,7 +26,10 @@ static ABOUT: About = About {
     since: "",
     carried: "address, size, SS_AUTODISARM",
     refused: "",
-    programs: &["altstack"],
+    programs: &[
+        "signals::alternate_stack",
+        "signals::alternate_stack_autodisarm",
+    ],
     show: show::<Record>,
 };
 

@@ -23,7 +23,7 @@ static ABOUT: About = About {
     since: "",
     carried: "the name of each thread",
     refused: "",
-    programs: &["comm"],
+    programs: &["threads::ids_and_names"],
     show: show::<Record>,
 };
 

@@ -1,6 +1,6 @@
 //! Flags of a thread that concern the CPU and memory errors: whether RDTSC and CPUID
 //! are let through (`PR_SET_TSC`, `ARCH_SET_CPUID`), whether the process may use the tile registers of AMX (`ARCH_REQ_XCOMP_PERM`), mitigations of speculation
-//! (`PR_SET_SPECULATION_CTRL`), what a memory error does (`PR_MCE_KILL`).
+//! (`PR_SET_SPECULATION_CTRL`), what a memory error does (`PR_MCE_KILL`), `PR_SET_IO_FLUSHER`.
 //!
 //! Only the thread itself can ask.
 
@@ -23,9 +23,15 @@ static ABOUT: About = About {
     title: "TSC, CPUID, speculation and memory-error flags",
     manual: "PR_SET_TSC(2const), PR_SET_SPECULATION_CTRL(2const), PR_MCE_KILL(2const), arch_prctl(2)",
     since: "",
-    carried: "PR_SET_TSC, permission for AMX, speculation controls, PR_MCE_KILL",
-    refused: "a thread for which CPUID faults (\"CPUID faulting is not supported\"); PR_SET_IO_FLUSHER",
-    programs: &["cpu_flags"],
+    carried: "PR_SET_TSC, permission for AMX, speculation controls, PR_MCE_KILL, PR_SET_IO_FLUSHER (takes CAP_SYS_RESOURCE)",
+    refused: "a thread for which CPUID faults (\"CPUID faulting is not supported\"); PR_SET_IO_FLUSHER of a thread whose process's first thread has it not",
+    programs: &[
+        "process::time_stamp_counter",
+        "process::speculation",
+        "process::machine_check",
+        "process::io_flusher",
+        "threads::registers_amx",
+    ],
     show: show::<Record>,
 };
 
@@ -39,6 +45,8 @@ struct Record {
     speculation: Vec<(u32, u32)>,
     /// State components the process may use, as `ARCH_GET_XCOMP_PERM` gives them; with its leader.
     components: u64,
+    /// `PR_SET_IO_FLUSHER`
+    io_flusher: bool,
 }
 
 /// `ARCH_GET_XCOMP_PERM`, `ARCH_REQ_XCOMP_PERM`
@@ -59,6 +67,18 @@ const SETTINGS: u32 = ENABLE | 1 << 2 | 1 << 3 | 1 << 4;
 const MCE_CLEAR: i32 = 0;
 const MCE_SET: i32 = 1;
 const MCE_DEFAULT: i32 = 2;
+
+/// `PR_SET_IO_FLUSHER`, and what it sets of the flags in /proc/PID/stat: PF_MEMALLOC_NOIO, PF_LOCAL_THROTTLE.
+const PR_SET_IO_FLUSHER: u32 = 57;
+const IO_FLUSHER: u32 = 0x0008_0000 | 0x0010_0000;
+
+/// Whether the thread is one. To ask takes CAP_SYS_RESOURCE; its flags show it. Threads inherit
+/// it, so they are looked at only where the first one is.
+fn is_io_flusher(task: &TaskView<'_>) -> Result<bool> {
+    let is = |flags: u32| flags & IO_FLUSHER == IO_FLUSHER;
+    let first = is(task.proc.stat.flags);
+    Ok(first && (task.leader || is(task.dir.stat()?.flags)))
+}
 
 impl TaskKind for CpuFlags {
     fn about(&self) -> &'static About {
@@ -128,6 +148,7 @@ impl TaskKind for CpuFlags {
                 .filter_map(|c| Some((*c, set(3 + *c as usize)?)))
                 .collect(),
             components: asked.data.get(1).map_or(0, |d| replies.u64(*d)),
+            io_flusher: is_io_flusher(task)?,
         };
         Ok(Some(ABOUT.record(task.subject(), &record)?))
     }
@@ -140,6 +161,7 @@ impl TaskKind for CpuFlags {
                 [ARCH_REQ_XCOMP_PERM.into(), XTILEDATA.into()],
             );
         }
+        let io_flusher = record.io_flusher;
         let mut prctl = |label: String, args: [u32; 5]| {
             task.batch.call(label, libc::SYS_prctl, args.map(Arg::from))
         };
@@ -147,6 +169,12 @@ impl TaskKind for CpuFlags {
             prctl(
                 "prctl(PR_SET_TSC)".to_string(),
                 [libc::PR_SET_TSC as u32, tsc as u32, 0, 0, 0],
+            );
+        }
+        if io_flusher {
+            prctl(
+                "prctl(PR_SET_IO_FLUSHER)".to_string(),
+                [PR_SET_IO_FLUSHER, 1, 0, 0, 0],
             );
         }
         if let Some(policy) = record.mce {

@@ -25,7 +25,7 @@ static ABOUT: About = About {
     since: "",
     carried: "the flag",
     refused: "the value 2, restored as 0",
-    programs: &["dumpable"],
+    programs: &["process::not_dumpable", "process::dumpable_after_setuid"],
     show: show::<Record>,
 };
 

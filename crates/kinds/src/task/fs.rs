@@ -27,7 +27,12 @@ static ABOUT: About = About {
     since: "",
     carried: "cwd and root by path, umask",
     refused: "a directory that was removed, or is not reached by its path",
-    programs: &["cwd", "chroot", "umask"],
+    programs: &[
+        "process::working_directory",
+        "process::working_directory_gone",
+        "process::root_directory",
+        "process::umask",
+    ],
     show: show::<Record>,
 };
 

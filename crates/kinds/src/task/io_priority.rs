@@ -25,7 +25,7 @@ static ABOUT: About = About {
     since: "",
     carried: "class, level and hint of each thread",
     refused: "the sharing of an I/O context (CLONE_IO)",
-    programs: &["io_priority"],
+    programs: &["threads::io_priority"],
     show: show::<Record>,
 };
 

@@ -25,7 +25,11 @@ static ABOUT: About = About {
     since: "",
     carried: "time left and interval of ITIMER_REAL, ITIMER_VIRTUAL, ITIMER_PROF",
     refused: "",
-    programs: &["itimers"],
+    programs: &[
+        "timers::interval_timers",
+        "timers::interval_timer_fires",
+        "timers::alarm_soon",
+    ],
     show: show::<Record>,
 };
 

@@ -27,7 +27,7 @@ static ABOUT: About = About {
     since: "",
     carried: "the login UID, where permitted",
     refused: "",
-    programs: &["login_uid"],
+    programs: &["process::login_uid"],
     show: show::<Record>,
 };
 

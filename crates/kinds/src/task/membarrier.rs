@@ -23,7 +23,7 @@ static ABOUT: About = About {
     since: "6.3",
     carried: "every registration",
     refused: "",
-    programs: &["membarrier"],
+    programs: &["basic::one_thread"],
     show: show::<Record>,
 };
 

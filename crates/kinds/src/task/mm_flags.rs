@@ -26,7 +26,11 @@ static ABOUT: About = About {
     since: "",
     carried: "THP disable, memory-deny-write-execute, KSM for the whole process, core dump filter",
     refused: "",
-    programs: &["thp_disable", "mdwe", "memory_merge", "coredump_filter"],
+    programs: &[
+        "process::no_huge_pages",
+        "process::core_filter",
+        "process::no_write_exec",
+    ],
     show: show::<Record>,
 };
 

@@ -25,7 +25,7 @@ static ABOUT: About = About {
     since: "",
     carried: "the value, where CAP_SYS_RESOURCE or the restorer's own value allows it",
     refused: "",
-    programs: &["oom_score_adj"],
+    programs: &["process::oom_score"],
     show: show::<Record>,
 };
 

@@ -25,7 +25,7 @@ static ABOUT: About = About {
     since: "",
     carried: "the signal of each thread",
     refused: "",
-    programs: &["parent_death"],
+    programs: &["tree::parent_death_signal"],
     show: show::<Record>,
 };
 

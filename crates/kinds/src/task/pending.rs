@@ -32,7 +32,13 @@ static ABOUT: About = About {
     since: "",
     carried: "signals queued for threads and for processes, with siginfo, in their order",
     refused: "a SIGSTOP sent at the very instant of the dump (\"try again\")",
-    programs: &["pending_signals", "pending_shared"],
+    programs: &[
+        "signals::pending_shared",
+        "signals::pending_private",
+        "signals::pending_order",
+        "signals::pending_child",
+        "signals::pending_stopped",
+    ],
     show: show::<Record>,
 };
 

@@ -24,7 +24,7 @@ static ABOUT: About = About {
     since: "",
     carried: "the flags of each thread",
     refused: "",
-    programs: &["personality"],
+    programs: &["process::personality"],
     show: show::<Record>,
 };
 

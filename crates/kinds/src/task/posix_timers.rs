@@ -38,7 +38,13 @@ static ABOUT: About = About {
     since: "6.15",
     carried: "id, clock, notification (signal, thread, value), time left, interval",
     refused: "a timer on CLOCK_THREAD_CPUTIME_ID in a process of several threads, or on a clock device; overrun counts",
-    programs: &["posix_timers"],
+    programs: &[
+        "timers::posix_timers",
+        "timers::posix_timer_values",
+        "timers::posix_timer_overrun",
+        "timers::posix_timer_cpu",
+        "timers::posix_timer_next_id",
+    ],
     show: show::<Record>,
 };
 

@@ -28,7 +28,15 @@ static ABOUT: About = About {
     since: "",
     carried: "general registers, FS and GS base, FPU, SSE, AVX, AVX-512, AMX, PKRU (all XSAVE state)",
     refused: "a 32-bit task (\"32-bit tasks are not supported\")",
-    programs: &["registers"],
+    programs: &[
+        "threads::registers",
+        "threads::registers_avx512",
+        "threads::registers_ymm",
+        "threads::registers_x87",
+        "threads::registers_amx",
+        "threads::protection_key_rights",
+        "threads::segment_bases",
+    ],
     show: show::<Record>,
 };
 
@@ -36,8 +44,10 @@ static ABOUT: About = About {
 struct Record {
     /// `user_regs_struct`, as 27 little-endian u64.
     general: Vec<u8>,
-    /// The XSAVE area in the CPU's standard format.
+    /// The XSAVE area in the CPU's standard format, without the zeros at its end.
     xstate: Vec<u8>,
+    /// Its length with them.
+    xstate_len: u32,
 }
 
 /// XSAVE areas larger than this are not believed.
@@ -64,21 +74,31 @@ impl TaskKind for Registers {
         _replies: &Replies,
     ) -> Result<Option<RawRecord>> {
         // The registers are those of the stop, not of now: the stub is in the thread.
-        let xstate = ptrace::getregset(task.tid, nt::X86_XSTATE).on_task(task.tid.0)?;
+        let mut xstate = ptrace::getregset(task.tid, nt::X86_XSTATE).on_task(task.tid.0)?;
+        let xstate_len = xstate.len() as u32;
+        xstate.truncate(
+            xstate
+                .iter()
+                .rposition(|b| *b != 0)
+                .map_or(0, |last| last + 1),
+        );
         let record = Record {
             general: task.regs.to_bytes().to_vec(),
             xstate,
+            xstate_len,
         };
         Ok(Some(ABOUT.record(task.subject(), &record)?))
     }
     fn restore(&self, task: &mut RestoreTask<'_>, record: &RawRecord) -> Result<()> {
-        let record: Record = ABOUT.decode(record)?;
-        if record.xstate.len() > MAX_XSTATE {
-            return Err(Error::corrupt("the XSAVE area is too long").on_task(task.tid.0));
+        let mut record: Record = ABOUT.decode(record)?;
+        let len = record.xstate_len as usize;
+        if len > MAX_XSTATE || record.xstate.len() > len {
+            return Err(Error::corrupt("the XSAVE area has a wrong length").on_task(task.tid.0));
         }
         let regs = Regs::from_bytes(&record.general).ok_or_else(|| {
             Error::corrupt("the general registers have a wrong length").on_task(task.tid.0)
         })?;
+        record.xstate.resize(len, 0);
         task.last.regs = Some(regs);
         task.last.xstate = record.xstate;
         Ok(())

@@ -59,7 +59,7 @@ static ABOUT: About = About {
               never too short",
     refused: "the time that was left of a call interrupted before, of epoll_pwait2, semtimedop, \
               sigtimedwait and io_getevents: they wait for their full time again",
-    programs: &["nanosleep_left", "poll_left", "futex_left", "epoll_left"],
+    programs: &["process::timeouts", "process::blocked_everywhere"],
     show: show::<Record>,
 };
 

@@ -27,7 +27,7 @@ static ABOUT: About = About {
     since: "",
     carried: "soft and hard, all sixteen",
     refused: "a soft limit above what the restorer may set (named); CPU time used so far",
-    programs: &["rlimits"],
+    programs: &["process::limits", "process::limits_tight"],
     show: show::<Record>,
 };
 

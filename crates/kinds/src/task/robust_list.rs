@@ -25,7 +25,7 @@ static ABOUT: About = About {
     since: "",
     carried: "address of the list head",
     refused: "",
-    programs: &["robust_list"],
+    programs: &["threads::robust_list"],
     show: show::<Record>,
 };
 

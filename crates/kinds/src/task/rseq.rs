@@ -28,7 +28,7 @@ static ABOUT: About = About {
     since: "",
     carried: "address, size, signature; a critical section is aborted, as by any preemption",
     refused: "",
-    programs: &["rseq"],
+    programs: &["threads::rseq"],
     show: show::<Record>,
 };
 

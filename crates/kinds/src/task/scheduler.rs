@@ -27,7 +27,7 @@ static ABOUT: About = About {
     since: "",
     carried: "policy, priority, nice, reset-on-fork, deadline parameters, slice",
     refused: "utilization clamps",
-    programs: &["scheduler", "nice"],
+    programs: &["threads::priorities", "threads::deadline"],
     show: show::<Record>,
 };
 

@@ -28,7 +28,13 @@ static ABOUT: About = About {
     since: "",
     carried: "strict mode; filters in their order with SECCOMP_FILTER_FLAG_LOG",
     refused: "a filter that asks a listener (SECCOMP_RET_USER_NOTIF); SECCOMP_FILTER_FLAG_SPEC_ALLOW is not seen",
-    programs: &["seccomp_filter", "seccomp_strict"],
+    programs: &[
+        "credentials::seccomp_filter",
+        "credentials::seccomp_chain",
+        "credentials::seccomp_threads",
+        "credentials::seccomp_strict",
+        "credentials::seccomp_tight",
+    ],
     show: show::<Record>,
 };
 

@@ -24,7 +24,7 @@ static ABOUT: About = About {
     since: "",
     carried: "handler, flags, restorer and mask of every signal",
     refused: "",
-    programs: &["sigaction"],
+    programs: &["signals::actions", "signals::in_handler"],
     show: show::<Vec<Action>>,
 };
 

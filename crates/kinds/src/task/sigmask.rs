@@ -25,7 +25,7 @@ static ABOUT: About = About {
     since: "",
     carried: "the mask of each thread",
     refused: "",
-    programs: &["sigmask"],
+    programs: &["signals::masks", "signals::suspended"],
     show: show::<Record>,
 };
 

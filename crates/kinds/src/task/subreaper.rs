@@ -23,7 +23,7 @@ static ABOUT: About = About {
     since: "",
     carried: "the flag",
     refused: "",
-    programs: &["subreaper"],
+    programs: &["tree::subreaper", "tree::subreaper_flag"],
     show: show::<Record>,
 };
 

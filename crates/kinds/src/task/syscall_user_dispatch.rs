@@ -25,7 +25,7 @@ static ABOUT: About = About {
     since: "6.4",
     carried: "that it is off",
     refused: "a thread that has it on (\"syscall user dispatch is not supported\")",
-    programs: &["syscall_user_dispatch"],
+    programs: &["threads::user_dispatch"],
     show: show::<Record>,
 };
 

@@ -23,7 +23,7 @@ static ABOUT: About = About {
     since: "",
     carried: "the address",
     refused: "",
-    programs: &["tid_address"],
+    programs: &["threads::clear_tid"],
     show: show::<Record>,
 };
 

@@ -25,7 +25,7 @@ static ABOUT: About = About {
     since: "",
     carried: "the current slack",
     refused: "the default slack, which no interface shows",
-    programs: &["timer_slack"],
+    programs: &["threads::timer_slack"],
     show: show::<Record>,
 };
 
