@@ -49,6 +49,21 @@ pub fn differences(before: &Snapshot, after: &Snapshot, more: &[(&str, &str)]) -
             .any(|(part, _)| key.contains(part))
     };
     let mut found = Vec::new();
+    let state =
+        |shot: &Snapshot, pid: i32| shot.values.get(&format!("{pid}/status/State")).cloned();
+    let mut ended: Vec<String> = Vec::new();
+    for pid in &before.pids {
+        let (was, is) = (state(before, *pid), state(after, *pid));
+        let dead = |s: &Option<String>| s.as_ref().is_none_or(|s| s.starts_with(['Z', 'X']));
+        if dead(&is) && !dead(&was) {
+            found.push(format!(
+                "{pid} has ended: {}",
+                is.unwrap_or("it is not there".to_owned())
+            ));
+            ended.push(format!("{pid}/"));
+        }
+    }
+    let explained = |key: &str| explained(key) || ended.iter().any(|pid| key.starts_with(pid));
     let keys = before.values.keys().chain(
         after
             .values
@@ -63,8 +78,16 @@ pub fn differences(before: &Snapshot, after: &Snapshot, more: &[(&str, &str)]) -
             _ => {}
         }
     }
+    if found.len() > MOST {
+        let more = found.len() - MOST;
+        found.truncate(MOST);
+        found.push(format!("and {more} more"));
+    }
     found
 }
+
+/// How many differences are told: who wants more has enough to begin with.
+const MOST: usize = 30;
 
 /// A changed value; of a long one only the lines that differ.
 fn describe(key: &str, was: &str, is: &str) -> String {

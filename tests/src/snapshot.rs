@@ -54,6 +54,12 @@ impl Snapshot {
             .values
             .get(&format!("{pid}/status/State"))
             .is_some_and(|s| s.starts_with('Z'));
+        if zombie {
+            // No signal is ever delivered to it: how it would take one is left over from its life.
+            for mask in ["SigBlk", "SigIgn", "SigCgt"] {
+                self.values.remove(&format!("{pid}/status/{mask}"));
+            }
+        }
         let children: Vec<String> = children(pid).iter().map(i32::to_string).collect();
         self.put(format!("{pid}/children"), children.join(" "));
         for name in [

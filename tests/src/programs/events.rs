@@ -76,7 +76,7 @@ pub(super) const PROGRAMS: &[Program] = &[
         "timerfd_absolute",
         "an absolute timer fires at its time",
         timerfd_absolute,
-    ),
+    ).explained(&[("/ticks", "the timers run on")]),
     Program::new(
         "inotify",
         "inotify watches with their numbers and masks go on telling",

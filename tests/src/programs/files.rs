@@ -89,7 +89,12 @@ pub(super) const PROGRAMS: &[Program] = &[
     ),
     Program::new("deleted", "an open file whose name is gone", deleted)
         .carried_or_refused("delete"),
-    Program::new("tmpfile", "a file made with O_TMPFILE", tmpfile).carried_or_refused("delete"),
+    Program::new("tmpfile", "a file made with O_TMPFILE", tmpfile)
+        .carried_or_refused("delete")
+        .explained(&[(
+            "/flags",
+            "O_TMPFILE says how it was opened; no file made otherwise can have it",
+        )]),
     Program::new("locks", "a flock and a record lock", locks).carried_or_refused("lock"),
 ];
 

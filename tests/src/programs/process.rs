@@ -4,6 +4,8 @@ use super::os::{self, PAGE, Region, errno};
 use super::{Cx, Program};
 use std::fs;
 use std::path::Path;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::SeqCst;
 
 pub(super) const PROGRAMS: &[Program] = &[
     Program::new("limits", "every resource limit, soft and hard", limits),
@@ -43,7 +45,10 @@ pub(super) const PROGRAMS: &[Program] = &[
     ),
     Program::new("no_huge_pages", "PR_SET_THP_DISABLE", no_huge_pages),
     Program::new("core_filter", "the core dump filter", core_filter),
-    Program::new("login_uid", "loginuid", login_uid),
+    Program::new("login_uid", "loginuid", login_uid).explained(&[(
+        "/sessionid",
+        "the kernel gives a new audit session to whom it gives a login",
+    )]),
     Program::new(
         "no_write_exec",
         "PR_SET_MDWE: memory that is written cannot be executed",
@@ -429,9 +434,52 @@ fn io_flusher(cx: &Cx) {
 /// A call that waits, in a thread, what it gave when it came back, and how that is brought about at the check.
 struct Waiting {
     name: &'static str,
-    thread: std::thread::JoinHandle<Result<i64, i32>>,
+    thread: Held<Result<i64, i32>>,
     end: Box<dyn FnOnce()>,
     wanted: Result<i64, i32>,
+}
+
+/// A thread that keeps what its call gave and stays until it is asked for, so that the process has the same threads
+/// before and after.
+struct Held<T> {
+    thread: std::thread::JoinHandle<T>,
+    done: std::sync::Arc<AtomicBool>,
+    leave: std::sync::Arc<AtomicBool>,
+}
+
+impl<T: Send + 'static> Held<T> {
+    /// Starts `call` and gives its TID too.
+    fn start(call: impl FnOnce() -> T + Send + 'static) -> (Self, i32) {
+        let (done, leave) = (
+            std::sync::Arc::<AtomicBool>::default(),
+            std::sync::Arc::<AtomicBool>::default(),
+        );
+        let (own_done, own_leave) = (done.clone(), leave.clone());
+        let (tell, told) = std::sync::mpsc::channel();
+        let thread = std::thread::spawn(move || {
+            tell.send(os::gettid()).unwrap();
+            drop(tell);
+            let got = call();
+            own_done.store(true, SeqCst);
+            while !own_leave.load(SeqCst) {
+                os::sleep_ms(1);
+            }
+            got
+        });
+        (
+            Held {
+                thread,
+                done,
+                leave,
+            },
+            told.recv().unwrap(),
+        )
+    }
+
+    fn end(self) -> T {
+        self.leave.store(true, SeqCst);
+        self.thread.join().unwrap()
+    }
 }
 
 fn waiting(
@@ -440,13 +488,10 @@ fn waiting(
     wanted: Result<i64, i32>,
     end: impl FnOnce() + 'static,
 ) -> Waiting {
-    let (tell, told) = std::sync::mpsc::channel();
-    let thread = std::thread::spawn(move || {
-        tell.send(os::gettid()).unwrap();
+    let (thread, tid) = Held::start(move || {
         let got = call();
         got.as_ref().copied().map_err(|_| errno(&got))
     });
-    let tid = told.recv().unwrap();
     while os::state_of_thread(tid) != 'S' {
         os::sleep_ms(1);
     }
@@ -648,7 +693,7 @@ fn blocked_everywhere(cx: &Cx) {
     ];
     let ended = || {
         all.iter()
-            .filter(|w| w.thread.is_finished() && !w.name.starts_with("clock"))
+            .filter(|w| w.thread.done.load(SeqCst) && !w.name.starts_with("clock"))
             .count()
     };
     let spoilt = std::cell::Cell::new(0);
@@ -657,7 +702,7 @@ fn blocked_everywhere(cx: &Cx) {
     cx.same("calls that came back by themselves", ended(), spoilt.get());
     for one in all {
         (one.end)();
-        cx.same(one.name, one.thread.join().unwrap(), one.wanted);
+        cx.same(one.name, one.thread.end(), one.wanted);
     }
 }
 
@@ -841,28 +886,25 @@ fn timeouts(cx: &Cx) {
             libc::EAGAIN,
         ),
     ];
-    let (tell, told) = std::sync::mpsc::channel();
     let threads: Vec<_> = calls
         .into_iter()
         .map(|(name, call, wanted)| {
-            let tell = tell.clone();
-            std::thread::spawn(move || {
-                tell.send(os::gettid()).unwrap();
+            Held::start(move || {
                 let start = os::now();
                 let got = call();
                 (name, errno(&got), wanted, got.ok(), os::now() - start)
             })
         })
         .collect();
-    for tid in told.iter().take(threads.len()) {
-        cx.until(|| os::state_of_thread(tid) == 'S');
+    for (_, tid) in &threads {
+        cx.until(|| os::state_of_thread(*tid) == 'S');
     }
     let start = os::now();
     let spoilt = std::cell::Cell::new(0);
     cx.ready(|| spoilt.set(10 * LONG));
     let slept = os::now() - start;
-    for thread in threads {
-        let (name, errno, wanted, value, took) = thread.join().unwrap();
+    for (thread, _) in threads {
+        let (name, errno, wanted, value, took) = thread.end();
         cx.same(name, (errno, value.unwrap_or(0)), (wanted, 0));
         // Never early. Late by no more than the time it was away and a little.
         cx.between(
