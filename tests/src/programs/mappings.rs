@@ -49,6 +49,11 @@ pub(super) const PROGRAMS: &[Program] = &[
         "a shared mapping of a memfd whose descriptor is closed, in two processes",
         memfd_closed,
     ),
+    Program::new(
+        "memfd_read_only",
+        "a memfd mapped by a descriptor for reading alone, and by another one",
+        memfd_read_only,
+    ),
     Program::new("shm_file", "a file in /dev/shm, mapped shared", shm_file),
     Program::new(
         "cow_family",
@@ -343,6 +348,25 @@ fn memfd_closed(cx: &Cx) {
     cx.join("child", child);
     cx.same("the child's word", region.word(PAGE).load(SeqCst), 31);
     cx.same("a byte", region.get(5), os::bytes(1, PAGE)[5]);
+}
+
+fn memfd_read_only(cx: &Cx) {
+    let fd = memfd_with(1, 4);
+    let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&fd));
+    let reader = os::open(path.as_ref(), libc::O_RDONLY).unwrap();
+    let number = std::os::fd::AsRawFd::as_raw_fd(&reader);
+    let shared = Region::map(0, 4 * PAGE, libc::PROT_READ, libc::MAP_SHARED, number, 0).unwrap();
+    let writable = Region::file(&fd, 4 * PAGE, libc::MAP_SHARED);
+    drop((fd, reader));
+    cx.ready(|| flip(&writable, 5));
+    cx.same("a byte", shared.get(5), os::bytes(1, PAGE)[5]);
+    cx.same(
+        "errno when it is to be writable",
+        os::errno(&shared.protect(RW)),
+        libc::EACCES,
+    );
+    writable.set(PAGE, 0x77);
+    cx.same("written by the other", shared.get(PAGE), 0x77);
 }
 
 fn shm_file(cx: &Cx) {

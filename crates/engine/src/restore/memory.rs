@@ -18,6 +18,7 @@ use freezeframe_kinds::{Backing, MakeMapping, MakeObject, RestoreOptions, Sharin
 use freezeframe_pages::{Delta, PAGE, PageReader, ReadRun};
 use freezeframe_sys::ids::Pid;
 use freezeframe_sys::proc::VmFlags;
+use nix::fcntl::OFlag;
 
 use super::load::{Loaded, TASK_SIZE};
 
@@ -218,14 +219,21 @@ impl Memory<'_> {
             }
         }
         let pages = send_pages(self.reader, shells, task)?;
-        let mut objects: HashMap<ObjectId, i32> = HashMap::new();
+        let mut objects: HashMap<(ObjectId, bool), i32> = HashMap::new();
         for f in &fresh {
+            let key = (f.vma.object, is_read_only(f.vma));
             if let Some(fd) = self
                 .objects
-                .get(&f.vma.object)
-                .filter(|_| !objects.contains_key(&f.vma.object))
+                .get(&key.0)
+                .filter(|_| !objects.contains_key(&key))
             {
-                objects.insert(f.vma.object, shells.send_fd(task, fd.as_fd())?);
+                let number = if key.1 {
+                    let again = freezeframe_sys::fd::reopen(fd, OFlag::O_RDONLY)?;
+                    shells.send_fd(task, again.as_fd())?
+                } else {
+                    shells.send_fd(task, fd.as_fd())?
+                };
+                objects.insert(key, number);
             }
         }
         let mut batch = Batch::new();
@@ -320,7 +328,7 @@ impl Memory<'_> {
         batch: &mut Batch,
         pid: Pid,
         fresh: &[Fresh<'_>],
-        objects: &HashMap<ObjectId, i32>,
+        objects: &HashMap<(ObjectId, bool), i32>,
     ) -> Result<()> {
         // One open per object, however many VMAs map it.
         let mut opened: HashMap<ObjectId, Arg> = HashMap::new();
@@ -347,7 +355,7 @@ impl Memory<'_> {
                     }
                     Backing::Object => {
                         let number = objects
-                            .get(&vma.object)
+                            .get(&(vma.object, is_read_only(vma)))
                             .ok_or_else(|| Error::bug("an object was not made"))?;
                         (Some(Arg::from(*number)), 0)
                     }
@@ -391,6 +399,11 @@ impl Memory<'_> {
         }
         Ok(())
     }
+}
+
+/// Whether it maps what was opened for reading alone: it can never be made writable.
+fn is_read_only(vma: &Vma) -> bool {
+    vma.shared && !VmFlags::from_bits(vma.flags).contains(VmFlags::MAY_WRITE)
 }
 
 fn is_anonymous(vma: &Vma) -> bool {
