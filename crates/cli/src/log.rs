@@ -80,6 +80,7 @@ impl Log {
             return;
         }
         let word = match level {
+            Level::Error if self.path.is_none() => format!("{} ({area}): ", error_word()),
             Level::Error => format!("Error ({area}): "),
             Level::Warning => format!("Warn  ({area}): "),
             Level::Info | Level::Debug => String::new(),

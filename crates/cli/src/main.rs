@@ -6,6 +6,7 @@
 //! of its own.
 
 mod actions;
+mod config;
 mod ears;
 mod grammar;
 mod guard;
@@ -21,20 +22,27 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use actions::Act;
+use freezeframe::{Error, Kind, Target};
 use grammar::{Stop, Usage};
 
 fn main() {
     let args: Vec<OsString> = std::env::args_os().collect();
+    let as_criu = called_as_criu(&args);
     // No thread may exist before the engine's process is forked.
-    let code = match grammar::parse(&args).and_then(|line| run(&line)) {
+    let line = config::expand(&args, as_criu).map_err(Stop::from);
+    let line = line.and_then(|args| grammar::parse(&args));
+    let code = match line.and_then(|line| run(&line)) {
         Ok(code) => code,
         Err(Stop::Version) => {
-            version(&args);
+            version(as_criu);
             outcome::DONE
         }
         Err(Stop::Clap(e)) => {
             let _ = e.print();
             if e.use_stderr() {
+                let rendered = e.render().to_string();
+                let first = rendered.lines().next().unwrap_or_default();
+                usage_json(&args, first.trim_start_matches("error: "));
                 outcome::USAGE
             } else {
                 outcome::DONE
@@ -62,18 +70,26 @@ fn run(line: &grammar::Line) -> Result<i32, Stop> {
 /// Says what is wrong with the command line.
 fn usage(args: &[OsString], text: &str) -> i32 {
     eprintln!("Error (options): {text}\nkind=usage target=untouched exit=2");
-    if args.iter().any(|a| a == "--json") {
-        let e = freezeframe::Error::new(freezeframe::Kind::Usage, text.to_owned())
-            .leaving(freezeframe::Target::Untouched);
-        outcome::print(&outcome::failure(&e));
-    }
+    usage_json(args, text);
     outcome::USAGE
 }
 
-/// Called as `criu`, in the form that CRIU's users read.
-fn version(args: &[OsString]) {
+fn usage_json(args: &[OsString], text: &str) {
+    if args.iter().any(|a| a == "--json") {
+        let e = Error::new(Kind::Usage, text.to_owned()).leaving(Target::Untouched);
+        outcome::print(&outcome::failure(&e));
+    }
+}
+
+/// Called by a link of that name we are CRIU to whoever calls.
+fn called_as_criu(args: &[OsString]) -> bool {
     let name = args.first().and_then(|a| Path::new(a).file_name());
-    if name.is_some_and(|n| n.as_bytes() == b"criu") {
+    name.is_some_and(|n| n.as_bytes() == b"criu")
+}
+
+/// Called as `criu`, in the form that CRIU's users read.
+fn version(as_criu: bool) {
+    if as_criu {
         println!(
             "Version: 4.2\nGitID: freezeframe-{}",
             env!("CARGO_PKG_VERSION")
