@@ -18,3 +18,4 @@ pub mod step;
 pub mod tracer;
 
 pub use batch::{Arg, Batch, DataRef, OpRef, Replies};
+pub use freezeframe_stub::layout::Undo;

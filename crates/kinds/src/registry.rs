@@ -64,6 +64,7 @@ pub static TASKS: &[&dyn TaskKind] = &[
     &task::registers::Registers,
     &task::restart::Restart,
     &task::sigmask::SigMask,
+    &task::lock_future::LockFuture,
     &task::rlimits::Rlimits,
     &task::membarrier::Membarrier,
     &task::robust_list::RobustList,

@@ -9,6 +9,7 @@ pub mod dumpable;
 pub mod fs;
 pub mod io_priority;
 pub mod itimers;
+pub mod lock_future;
 pub mod login_uid;
 pub mod membarrier;
 pub mod mm_flags;
