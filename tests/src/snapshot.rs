@@ -136,6 +136,16 @@ impl Snapshot {
             };
             self.put(format!("{key}/status/{name}"), value);
         }
+        let zombie = self
+            .values
+            .get(&format!("{key}/status/State"))
+            .is_some_and(|s| s.starts_with('Z'));
+        if zombie {
+            // What a process that has ended would do at a signal is of no use to anybody.
+            for name in ["SigBlk", "SigCgt", "SigIgn"] {
+                self.values.remove(&format!("{key}/status/{name}"));
+            }
+        }
         let stat = shown(&fs::read(format!("{dir}/stat")).unwrap_or_default());
         if let Some((_, rest)) = stat.rsplit_once(')') {
             for (name, value) in STAT.iter().zip(rest.split_whitespace()) {

@@ -259,6 +259,8 @@ impl<'a> Planner<'a> {
                     who: p.pid(),
                     group: p.pgid,
                 });
+            } else if p.pgid == p.sid {
+                // Born in that group, with the session whose leader is gone.
             } else if p.pgid != root.pgid || root.sid == root.pid() {
                 dead.entry(p.pgid).or_default().push(p);
             }
