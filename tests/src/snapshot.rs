@@ -142,7 +142,7 @@ impl Snapshot {
             .is_some_and(|s| s.starts_with('Z'));
         if zombie {
             // What a process that has ended would do at a signal is of no use to anybody.
-            for name in ["SigBlk", "SigCgt", "SigIgn"] {
+            for name in ["SigBlk", "SigCgt", "SigIgn", "SigPnd", "ShdPnd"] {
                 self.values.remove(&format!("{key}/status/{name}"));
             }
         }

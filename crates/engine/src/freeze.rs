@@ -290,7 +290,15 @@ impl Frozen {
                 first.get_or_insert(e.on_task(task.tid.0));
             }
         }
-        first.map_or(Ok(()), Err)
+        if let Some(e) = first {
+            return Err(e);
+        }
+        let stopped = self
+            .procs
+            .iter()
+            .filter(|p| !p.tids.is_empty() && (stop || self.group_stop(p.pid).is_some()));
+        stopped.for_each(|p| await_stop(&p.dir));
+        Ok(())
     }
 
     /// Kills the tree, children before parents, and waits until it is dead.
@@ -301,5 +309,15 @@ impl Frozen {
             self.tracer.kill(proc.pid, deadline).on_task(proc.pid.0)?;
         }
         Ok(())
+    }
+}
+
+/// A task that was in a job-control stop enters it again by itself once it is
+/// let go: whoever looks next should find it there. Bounded, since somebody may
+/// have continued it.
+pub(crate) fn await_stop(dir: &ProcDir) {
+    let deadline = Instant::now() + Duration::from_millis(200);
+    while Instant::now() < deadline && dir.stat().is_ok_and(|s| s.state != 'T') {
+        std::thread::sleep(Duration::from_micros(100));
     }
 }

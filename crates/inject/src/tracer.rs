@@ -34,6 +34,9 @@ use crate::arch;
 use crate::live;
 use crate::step::step;
 
+/// How long one task is waited for before the next has its turn.
+const TURN: Duration = Duration::from_millis(2);
+
 /// How long a single wait may last unless the caller says otherwise.
 pub const DEFAULT_WAIT: Duration = Duration::from_secs(10);
 
@@ -290,9 +293,15 @@ impl Tracer {
                 }
             }
         }
+        // In turn, so that one that does not stop keeps no other from being mended:
+        // what a stop ends with EINTR is made restartable as soon as it is seen.
         while let Some(tid) = waiting.pop_front() {
-            if let Some(task) = self.wait_stopped(tid, deadline)? {
-                done.push(task);
+            let soon = Instant::now() + TURN;
+            match self.wait_stopped(tid, soon.min(deadline)) {
+                Ok(Some(task)) => done.push(task),
+                Ok(None) => {}
+                Err(e) if e.kind() == Kind::Timeout && soon < deadline => waiting.push_back(tid),
+                Err(e) => return Err(e),
             }
         }
         Ok(done)

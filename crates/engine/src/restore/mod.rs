@@ -112,6 +112,15 @@ fn restore(request: &RestoreRequest, events: &dyn Events) -> Result<RestoreRepor
     shells
         .resume_all(finals)
         .map_err(|e| e.leaving(Target::Unknown))?;
+    for p in &loaded.procs {
+        let stopped = matches!(p.life, Life::Stopped(_)) || request.leave_stopped;
+        if stopped
+            && p.is_alive()
+            && let Ok(dir) = ProcDir::open(Pid(p.pid()))
+        {
+            crate::freeze::await_stop(&dir);
+        }
+    }
     report.processes = loaded.procs.len() as u64;
     report.threads = loaded.procs.iter().map(|p| p.threads.len() as u64).sum();
     report.pages_restored = reader.indexes().flat_map(|(_, e)| e).map(|e| e.pages).sum();
