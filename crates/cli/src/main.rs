@@ -5,6 +5,16 @@
 //! goes through [`ears`] to the [`log`]; [`guard`] runs the engine in a process
 //! of its own.
 
+/// println!, for a reader that may have gone: `inspect | head` is no failure.
+macro_rules! say {
+    ($($arg:tt)*) => { $crate::outcome::write(&format!("{}\n", format_args!($($arg)*))) };
+}
+
+/// The same on stderr.
+macro_rules! complain {
+    ($($arg:tt)*) => { $crate::outcome::complain(&format!("{}\n", format_args!($($arg)*))) };
+}
+
 mod actions;
 mod config;
 mod ears;
@@ -69,7 +79,7 @@ fn run(line: &grammar::Line) -> Result<i32, Stop> {
 
 /// Says what is wrong with the command line.
 fn usage(args: &[OsString], text: &str) -> i32 {
-    eprintln!("Error (options): {text}\nkind=usage target=untouched exit=2");
+    complain!("Error (options): {text}\nkind=usage target=untouched exit=2");
     usage_json(args, text);
     outcome::USAGE
 }
@@ -90,11 +100,11 @@ fn called_as_criu(args: &[OsString]) -> bool {
 /// Called as `criu`, in the form that CRIU's users read.
 fn version(as_criu: bool) {
     if as_criu {
-        println!(
+        say!(
             "Version: 4.2\nGitID: freezeframe-{}",
             env!("CARGO_PKG_VERSION")
         );
     } else {
-        println!("freezeframe {}", env!("CARGO_PKG_VERSION"));
+        say!("freezeframe {}", env!("CARGO_PKG_VERSION"));
     }
 }

@@ -132,7 +132,7 @@ pub(crate) static OPTIONS: &[Opt] = &[
     // A restore.
     opt("restore-detached", "Return when the tree runs, instead of waiting for its end").short('d').on(&[Restore]),
     opt("restore-sibling", "Make the root a child of our parent").short('S').on(&[Restore]),
-    opt("pidfile", "Write the PID of the tree's root to FILE in the work directory").takes("FILE").on(RUNS),
+    opt("pidfile", "Write the PID of the tree's root to FILE in the work directory").takes("FILE").on(&[Restore, Service, PageServer, LazyPages]),
     opt("inherit-fd", "Our descriptor N stands for the resource NAME: fd[N]:NAME, as in 'fd[3]:pipe:[1234]'")
         .takes("FD")
         .on(&[Restore])

@@ -66,8 +66,20 @@ fn one(e: &Error) -> Value {
 
 /// Writes one JSON value to stdout, in one line.
 pub(crate) fn print(value: &Value) {
-    // A reader that has gone is his own affair.
-    let _ = writeln!(std::io::stdout(), "{value}");
+    write(&format!("{value}\n"));
+}
+
+/// Writes to stdout. A reader that has gone is his own affair: what was to be
+/// done is done.
+pub(crate) fn write(text: &str) {
+    let mut out = std::io::stdout().lock();
+    let _ = out.write_all(text.as_bytes());
+    let _ = out.flush();
+}
+
+/// Writes to stderr, likewise.
+pub(crate) fn complain(text: &str) {
+    let _ = std::io::stderr().lock().write_all(text.as_bytes());
 }
 
 #[cfg(test)]

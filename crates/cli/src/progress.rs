@@ -44,6 +44,7 @@ impl Progress {
         }
         let rate = (self.done as f64 / elapsed.as_secs_f64()) as u64;
         self.bar.set_length(self.total);
+        self.bar.set_position(self.done);
         self.bar.set_message(format!(
             "{} of {}, {} pages, {}/s",
             HumanBytes(self.done),
@@ -51,7 +52,6 @@ impl Progress {
             self.done / 4096,
             HumanBytes(rate)
         ));
-        self.bar.set_position(self.done);
     }
 }
 

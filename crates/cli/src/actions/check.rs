@@ -51,21 +51,21 @@ pub(crate) fn run(line: &Line) -> Result<i32, Stop> {
         .into_iter()
         .chain(right_lines(&rights))
     {
-        println!("{text}");
+        say!("{text}");
     }
-    println!();
+    say!("");
     if required > 0 {
-        println!(
+        say!(
             "Does not look good: {} missing.",
             count(required, "required feature")
         );
     } else if others > 0 && extra {
-        println!(
+        say!(
             "Looks good but {} missing: see above what is lost.",
             count(others, "feature")
         );
     } else {
-        println!("Looks good.");
+        say!("Looks good.");
     }
     Ok(code)
 }
@@ -77,7 +77,7 @@ fn one_by_one(names: &[&std::ffi::OsStr], json: bool) -> Result<i32, Stop> {
     for name in names {
         let name = name.to_string_lossy();
         if name == "list" {
-            probe::names().for_each(|name| println!("{name}"));
+            probe::names().for_each(|name| say!("{name}"));
             continue;
         }
         let feature = probe::one(&name).ok_or_else(|| {
@@ -90,9 +90,9 @@ fn one_by_one(names: &[&std::ffi::OsStr], json: bool) -> Result<i32, Stop> {
             code = outcome::FAILED;
         }
         if !json && feature.present {
-            println!("{name} is supported");
+            say!("{name} is supported");
         } else if !json {
-            println!("{name} is not supported: {}", table::shown(&feature.detail));
+            say!("{name} is not supported: {}", table::shown(&feature.detail));
         }
         found.push(feature);
     }

@@ -22,6 +22,8 @@ pub(crate) fn run(line: &Line) -> Result<i32, Stop> {
                 word.to_string_lossy()
             ))
         })?;
-    generate(shell, &mut command(), "freezeframe", &mut std::io::stdout());
+    let mut script = Vec::new();
+    generate(shell, &mut command(), "freezeframe", &mut script);
+    outcome::write(&String::from_utf8_lossy(&script));
     Ok(outcome::DONE)
 }

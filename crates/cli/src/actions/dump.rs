@@ -142,7 +142,7 @@ fn tell(pid: i32, dir: &Path, after: After, r: &DumpReport, stats: bool) {
             After { stopped: true, .. } => "it is stopped",
             _ => "it has been ended",
         };
-        println!(
+        say!(
             "Dumped {} with {} under PID {pid} to {}: {} of memory, frozen for {}; {now}.",
             count(r.processes, "process"),
             count(r.threads, "thread"),
@@ -152,13 +152,13 @@ fn tell(pid: i32, dir: &Path, after: After, r: &DumpReport, stats: bool) {
         );
     }
     if stats {
-        println!("Displaying dump stats:");
-        println!("Freezing time: {} us", r.freezing.as_micros());
-        println!("Frozen time: {} us", r.frozen.as_micros());
-        println!("Memory dump time: {} us", r.memory.as_micros());
-        println!("Memory pages scanned: {}", r.pages_scanned);
-        println!("Memory pages zero: {}", r.pages_zero);
-        println!("Memory pages equal to a relative's: {}", r.pages_shared);
-        println!("Memory pages written: {}", r.pages_written);
+        say!("Displaying dump stats:");
+        say!("Freezing time: {} us", r.freezing.as_micros());
+        say!("Frozen time: {} us", r.frozen.as_micros());
+        say!("Memory dump time: {} us", r.memory.as_micros());
+        say!("Memory pages scanned: {}", r.pages_scanned);
+        say!("Memory pages zero: {}", r.pages_zero);
+        say!("Memory pages equal to a relative's: {}", r.pages_shared);
+        say!("Memory pages written: {}", r.pages_written);
     }
 }

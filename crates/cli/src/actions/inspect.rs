@@ -77,7 +77,7 @@ impl Shown {
 
     /// A kind's record as JSON, with byte strings as people write them.
     fn record(about: &About, record: &RawRecord) -> Result<Value> {
-        let mut value = (about.show)(record)?;
+        let mut value = (about.show)(record).map_err(|e| e.on(record))?;
         soften("", &mut value);
         Ok(value)
     }

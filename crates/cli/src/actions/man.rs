@@ -32,7 +32,6 @@ pub(crate) fn run(_line: &Line) -> Result<i32, Stop> {
         man.render_extra_section(page)
     };
     render(&mut page).map_err(|e| Usage(format!("the manual page cannot be made: {e}")))?;
-    // A pager that has gone is its own affair.
-    let _ = std::io::stdout().write_all(&page);
+    outcome::write(&String::from_utf8_lossy(&page));
     Ok(outcome::DONE)
 }

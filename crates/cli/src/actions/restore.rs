@@ -152,7 +152,7 @@ fn result_json(dir: &Path, r: &RestoreReport) -> serde_json::Value {
 fn tell(dir: &Path, r: &RestoreReport, stats: bool) {
     use crate::words::{bytes, count, time};
     if std::io::stdout().is_terminal() {
-        println!(
+        say!(
             "Restored {} with {} from {}: {} of memory in {}; PID {} runs.",
             count(r.processes, "process"),
             count(r.threads, "thread"),
@@ -163,10 +163,10 @@ fn tell(dir: &Path, r: &RestoreReport, stats: bool) {
         );
     }
     if stats {
-        println!("Displaying restore stats:");
-        println!("Forking time: {} us", r.forking.as_micros());
-        println!("Restore time: {} us", r.total.as_micros());
-        println!("Pages restored: {}", r.pages_restored);
+        say!("Displaying restore stats:");
+        say!("Forking time: {} us", r.forking.as_micros());
+        say!("Restore time: {} us", r.total.as_micros());
+        say!("Pages restored: {}", r.pages_restored);
     }
 }
 

@@ -14,7 +14,7 @@ use crate::outcome;
 pub(crate) fn run(line: &Line) -> Result<i32, Stop> {
     let text = markdown();
     let Some(file) = line.value("check").map(Path::new) else {
-        print!("{text}");
+        outcome::write(&text);
         return Ok(outcome::DONE);
     };
     let found = std::fs::read_to_string(file)
@@ -24,7 +24,7 @@ pub(crate) fn run(line: &Line) -> Result<i32, Stop> {
     }
     let differs = found.lines().zip(text.lines()).position(|(a, b)| a != b);
     let at = differs.unwrap_or_else(|| found.lines().count().min(text.lines().count())) + 1;
-    eprintln!(
+    complain!(
         "{} is stale from line {at} on; make it new by: freezeframe support > {}",
         file.display(),
         file.display()

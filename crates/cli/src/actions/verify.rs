@@ -31,7 +31,7 @@ pub(crate) fn run(line: &Line) -> Result<i32, Stop> {
                     "page_bytes": found.page_bytes,
                 }));
             } else {
-                println!(
+                say!(
                     "{}: good ({}, {}, {} of pages; every checksum is right)",
                     dir.display(),
                     count(found.processes, "process"),

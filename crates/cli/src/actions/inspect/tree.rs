@@ -1,7 +1,6 @@
 //! For people.
 
 use std::collections::{HashMap, HashSet};
-use std::io::Write;
 use std::time::{Duration, UNIX_EPOCH};
 
 use freezeframe::Result;
@@ -10,6 +9,7 @@ use freezeframe_kinds::registry;
 use freezeframe_pages::PageStats;
 
 use super::Shown;
+use crate::outcome;
 use crate::table::{lines, shown as clean};
 use crate::words::{bytes, count};
 
@@ -19,8 +19,7 @@ pub(super) fn print(image: &Shown, all: bool) -> Result<()> {
     processes(image, all, &mut out)?;
     let mut text = out.join("\n");
     text.push('\n');
-    // A pager that has gone is its own affair.
-    let _ = std::io::stdout().lock().write_all(text.as_bytes());
+    outcome::write(&text);
     Ok(())
 }
 
