@@ -148,15 +148,23 @@ fn check_host(loaded: &Loaded, request: &RestoreRequest) -> Result<()> {
             "the image was made with --shell-job; restore it with --shell-job (-j) too",
         ));
     }
+    let until = Instant::now() + request.timeout;
     for process in &loaded.procs {
         for id in std::iter::once(&process.pid()).chain(process.threads.iter().skip(1)) {
-            check_free(*id)?;
+            while matches!(check_free(*id), Err(zombie) if zombie.kind() == Kind::TargetBusy)
+                && Instant::now() < until
+            {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            check_free(*id).map_err(|e| e.with_kind(Kind::ResourceInUse))?;
         }
     }
     Ok(())
 }
 
-/// Refuses an image of which a PID or TID is taken, and says by whom.
+/// Refuses an image of which a PID or TID is taken, and says by whom: with
+/// `TargetBusy` by a zombie that has come to init, which will reap it. (A tree
+/// that was dumped a moment ago leaves such, and some inits take seconds.)
 fn check_free(id: i32) -> Result<()> {
     let Ok(dir) = ProcDir::open(Pid(id)) else {
         return Ok(());
@@ -165,15 +173,20 @@ fn check_free(id: i32) -> Result<()> {
         .comm()
         .map(|c| String::from_utf8_lossy(&c).into_owned())
         .unwrap_or_default();
-    let state = match dir.stat() {
-        Ok(stat) if stat.is_zombie() => {
-            format!(", a zombie that its parent {} has not reaped", stat.ppid)
-        }
-        Ok(_) => String::new(),
+    let (kind, state) = match dir.stat() {
+        Ok(stat) if stat.is_zombie() => (
+            if stat.ppid == 1 {
+                Kind::TargetBusy
+            } else {
+                Kind::ResourceInUse
+            },
+            format!(", a zombie that its parent {} has not reaped", stat.ppid),
+        ),
+        Ok(_) => (Kind::ResourceInUse, String::new()),
         Err(_) => return Ok(()),
     };
     Err(Error::new(
-        Kind::ResourceInUse,
+        kind,
         format!(
             "the PID is taken by process {id} ({}{state})",
             comm.trim_end()

@@ -24,7 +24,7 @@ pub(super) fn print(image: &Shown, all: bool) -> Result<()> {
 }
 
 /// How many VMAs, and how many descriptors, of a process are shown unless all are.
-const SOME_VMAS: usize = 16;
+const SOME_VMAS: usize = 6;
 const SOME_DESCRIPTORS: usize = 32;
 
 fn header(image: &Shown) -> Vec<String> {
@@ -223,9 +223,12 @@ fn space(image: &Shown, p: &Process, all: bool, out: &mut Vec<String>) {
             .map(|line| format!("  {line}")),
     );
     if left > 0 {
+        let stored = match rest.stored {
+            0 => "nothing".to_owned(),
+            n => bytes(n),
+        };
         out.push(format!(
-            "  and {left} more with {} stored (--all shows them)",
-            bytes(rest.stored)
+            "  and {left} more with {stored} stored (--all shows them)"
         ));
     }
 }
