@@ -75,6 +75,17 @@ pub(super) const PROGRAMS: &[Program] = &[
         "14 calls with a timeout: none ends early, none is told of an interruption",
         timeouts,
     ),
+    Program::new(
+        "timeouts_left",
+        "calls with a timeout that has mostly passed wait for what is left of it",
+        timeouts_left,
+    ),
+    Program::new("membarrier", "registrations for membarrier", membarrier),
+    Program::new(
+        "memory_merge",
+        "PR_SET_MEMORY_MERGE: all memory may be merged",
+        memory_merge,
+    ),
 ];
 
 fn limits(cx: &Cx) {
@@ -914,4 +925,136 @@ fn timeouts(cx: &Cx) {
             2 * LONG + slept + 3000 * MS,
         );
     }
+}
+
+fn timeouts_left(cx: &Cx) {
+    const MS: i64 = 1_000_000;
+    const LONG: i64 = 2000 * MS;
+    // More than this of it has passed when the dump may begin.
+    const PASSED: i64 = 1200 * MS;
+    let page = Region::anon(PAGE);
+    let set = os::fd_from(libc::SYS_epoll_create1, [0; 6]).unwrap();
+    let setn = fd_number(&set);
+    let ms = (LONG / MS) as usize;
+    type Call = Box<dyn FnOnce() -> os::Result<i64> + Send>;
+    let calls: Vec<(&str, Call)> = vec![
+        (
+            "nanosleep",
+            Box::new(|| {
+                let time = os::timespec(LONG);
+                os::syscall(libc::SYS_nanosleep, [os::at(&time), 0, 0, 0, 0, 0])
+            }),
+        ),
+        (
+            "nanosleep with a rest",
+            Box::new(|| {
+                let mut time = os::timespec(LONG);
+                let at = os::at_mut(&mut time);
+                os::syscall(libc::SYS_nanosleep, [at, at, 0, 0, 0, 0])
+            }),
+        ),
+        (
+            "clock_nanosleep",
+            Box::new(|| {
+                let time = os::timespec(LONG);
+                os::syscall(libc::SYS_clock_nanosleep, [7, 0, os::at(&time), 0, 0, 0])
+            }),
+        ),
+        (
+            "poll",
+            Box::new(move || os::syscall(libc::SYS_poll, [0, 0, ms, 0, 0, 0])),
+        ),
+        (
+            "select",
+            Box::new(|| {
+                let time = [0i64, LONG / 1000];
+                os::syscall(libc::SYS_select, [0, 0, 0, 0, os::at(&time), 0])
+            }),
+        ),
+        (
+            "epoll_wait",
+            Box::new(move || os::syscall(libc::SYS_epoll_wait, [setn, page.addr, 4, ms, 0, 0])),
+        ),
+        (
+            "futex wait",
+            Box::new(move || {
+                let time = os::timespec(LONG);
+                os::syscall(
+                    libc::SYS_futex,
+                    [page.addr + 512, 128, 0, os::at(&time), 0, 0],
+                )
+            }),
+        ),
+    ];
+    // How long the process did not run, and how often: what is missing between the ticks of a thread that does little else.
+    let away = std::sync::Arc::<std::sync::atomic::AtomicI64>::default();
+    let rounds = std::sync::Arc::<std::sync::atomic::AtomicI64>::default();
+    let (counted, counted_rounds) = (away.clone(), rounds.clone());
+    std::thread::spawn(move || {
+        let mut last = os::now();
+        loop {
+            os::sleep_ms(1);
+            let now = os::now();
+            if now - last > 8 * MS {
+                counted.fetch_add(now - last, SeqCst);
+                counted_rounds.fetch_add(1, SeqCst);
+            }
+            last = now;
+        }
+    });
+    let (tell, told) = std::sync::mpsc::channel();
+    let count = calls.len();
+    for (name, call) in calls {
+        let tell = tell.clone();
+        std::thread::spawn(move || {
+            let start = os::now();
+            let _ = call();
+            tell.send((name, os::now() - start)).unwrap();
+            // Stays, so that the process has the same threads before and after.
+            loop {
+                os::sleep_ms(1000);
+            }
+        });
+    }
+    let start = os::now();
+    while os::now() - start < PASSED {
+        os::sleep_ms(5);
+    }
+    let spoilt = std::cell::Cell::new(0);
+    cx.ready(|| spoilt.set(10 * LONG));
+    for (name, took) in told.iter().take(count) {
+        // Of a call that is interrupted twice, the kernel does not show what was left the second time.
+        let again = match rounds.load(SeqCst) {
+            0 | 1 => 0,
+            _ => LONG,
+        };
+        let most = LONG + away.load(SeqCst) + again + PASSED / 2;
+        cx.between(name, took, LONG + spoilt.get(), most);
+    }
+}
+
+fn membarrier(cx: &Cx) {
+    const REGISTER_PRIVATE_EXPEDITED: usize = 1 << 4;
+    const REGISTER_SYNC_CORE: usize = 1 << 6;
+    const GET_REGISTRATIONS: usize = 1 << 9;
+    let command = |command| os::syscall(libc::SYS_membarrier, [command, 0, 0, 0, 0, 0]).unwrap();
+    command(REGISTER_PRIVATE_EXPEDITED);
+    let was = command(GET_REGISTRATIONS);
+    cx.ready(|| command(REGISTER_SYNC_CORE));
+    cx.same("the registrations", command(GET_REGISTRATIONS), was);
+}
+
+fn memory_merge(cx: &Cx) {
+    const PR_SET_MEMORY_MERGE: i32 = 67;
+    const PR_GET_MEMORY_MERGE: i32 = 68;
+    os::prctl(PR_SET_MEMORY_MERGE, [1, 0, 0, 0]).unwrap();
+    let region = Region::anon(4 * PAGE);
+    region.fill(1);
+    cx.ready(|| os::prctl(PR_SET_MEMORY_MERGE, [0; 4]));
+    cx.same(
+        "PR_GET_MEMORY_MERGE",
+        os::prctl(PR_GET_MEMORY_MERGE, [0; 4]).unwrap(),
+        1,
+    );
+    cx.try_part("memory", || region.verify(1));
 }

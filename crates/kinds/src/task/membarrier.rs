@@ -23,7 +23,7 @@ static ABOUT: About = About {
     since: "6.3",
     carried: "every registration",
     refused: "",
-    programs: &["basic::one_thread"],
+    programs: &["process::membarrier"],
     show: show::<Record>,
 };
 

@@ -30,6 +30,7 @@ static ABOUT: About = About {
         "process::no_huge_pages",
         "process::core_filter",
         "process::no_write_exec",
+        "process::memory_merge",
     ],
     show: show::<Record>,
 };

@@ -8,8 +8,8 @@
 //!
 //! - nanosleep, clock_nanosleep: with a pointer for the rest, the kernel has written it there at the stop.
 //! - The same without one, poll, futex(FUTEX_WAIT): the timeout less the time it was blocked.
-//! - epoll_wait, epoll_pwait, which the kernel starts anew after any stop: the timeout, which is in r10,
-//!   is made shorter there.
+//! - epoll_wait, epoll_pwait, which are made again after any stop: the timeout, which is in r10,
+//!   is made shorter there; also in a target that goes on after the dump ([`shortened`]).
 //! - futex with an absolute timeout, poll without one: made again as they were.
 //! - select, pselect, ppoll: the kernel has put the rest where the timeout was.
 //! - Any other call that waits in this way ends with EINTR, with a warning.
@@ -35,7 +35,7 @@ use freezeframe_inject::{Arg, Batch, Replies};
 use freezeframe_sys::clock::monotonic_ns;
 use freezeframe_sys::ids::Tid;
 use freezeframe_sys::mem::vm_read;
-use freezeframe_sys::proc::{SyscallState, TaskDir, parse};
+use freezeframe_sys::proc::{Status, SyscallState, TaskDir, parse};
 use freezeframe_sys::ptrace::Regs;
 use freezeframe_sys::sched;
 use nix::time::{ClockId, clock_gettime};
@@ -59,7 +59,11 @@ static ABOUT: About = About {
               never too short",
     refused: "the time that was left of a call interrupted before, of epoll_pwait2, semtimedop, \
               sigtimedwait and io_getevents: they wait for their full time again",
-    programs: &["process::timeouts", "process::blocked_everywhere"],
+    programs: &[
+        "process::timeouts",
+        "process::timeouts_left",
+        "process::blocked_everywhere",
+    ],
     show: show::<Record>,
 };
 
@@ -214,7 +218,11 @@ impl Stopped<'_> {
         if nr != libc::SYS_restart_syscall {
             return Some(nr);
         }
-        if self.wchan.contains("nanosleep") {
+        // The restart of a sleep is of the scheduler's own functions, which wchan leaves out: its caller is shown.
+        if ["nanosleep", "nsleep", "do_syscall_64", "restart_syscall"]
+            .iter()
+            .any(|f| self.wchan.contains(f))
+        {
             // The first argument is an address, or a clock.
             let address = (USER_START..USER_END).contains(&self.regs.rdi);
             return Some(if address {
@@ -336,9 +344,8 @@ fn counts_real_time(clock: u64) -> bool {
         )
 }
 
-/// How long the call was blocked in which the thread is stopped, if it is the one seen before.
-fn age(task: &TaskView<'_>) -> Option<u64> {
-    let (before, regs) = (task.before, task.regs);
+/// How long the call was blocked in which a thread is stopped, if it is the one seen before.
+fn age(before: &BeforeStop, status: &Status, regs: &Regs) -> Option<u64> {
     let since = before.blocked_since_ns?;
     let Some(SyscallState::Blocked { nr, args, sp, pc }) = before.syscall else {
         return None;
@@ -346,11 +353,30 @@ fn age(task: &TaskView<'_>) -> Option<u64> {
     let same = (nr, sp, pc) == (regs.orig_rax as i64, regs.rsp, regs.rip)
         && args == [regs.rdi, regs.rsi, regs.rdx, regs.r10, regs.r8, regs.r9]
         // It has slept once more since: in the stop.
-        && task.status.voluntary_ctxt_switches == before.switches + 1;
+        && status.voluntary_ctxt_switches == before.switches + 1;
     if !same {
         return None;
     }
     monotonic_ns().checked_sub(since)
+}
+
+/// For a thread that is let go after a stop which the kernel would have ended its epoll_wait or epoll_pwait at:
+/// the registers with the time that is left, since it makes the call again. None if there is nothing to
+/// change. `status` must have been read right after the stop.
+pub fn shortened(before: &BeforeStop, status: &Status, regs: &Regs) -> Option<Regs> {
+    let stopped = Stopped {
+        regs,
+        age: age(before, status, regs),
+        wchan: "",
+        read: &|_, _| false,
+    };
+    match stopped.record() {
+        (Some(Record::Epoll { ms }), _) => Some(Regs {
+            r10: u64::from(ms),
+            ..*regs
+        }),
+        _ => None,
+    }
 }
 
 impl TaskKind for Restart {
@@ -375,7 +401,7 @@ impl TaskKind for Restart {
     ) -> Result<Option<RawRecord>> {
         let stopped = Stopped {
             regs: task.regs,
-            age: age(task),
+            age: age(task.before, task.status, task.regs),
             wchan: &task.before.wchan,
             read: &|at, buf| vm_read(task.proc.pid, at, buf).is_ok_and(|n| n == buf.len()),
         };
