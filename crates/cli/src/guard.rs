@@ -202,7 +202,21 @@ fn watch(child: Pid, socket: &UnixStream) -> Result<Ended> {
         },
         Err(e) => return Err(lost(e)),
     }
+    if ended.code != 0 {
+        reap();
+    }
     Ok(ended)
+}
+
+/// Waits for what a restore that failed has killed: the root is our child, and
+/// would be left to whoever adopts our children.
+fn reap() {
+    let flags = WaitPidFlag::WNOHANG | WaitPidFlag::__WALL;
+    while let Ok(status) = waitpid(None, Some(flags)) {
+        if status == WaitStatus::StillAlive {
+            break;
+        }
+    }
 }
 
 /// Takes the messages there are; false at the end of the socket.

@@ -1,0 +1,190 @@
+//! Pipes and sockets whose other end is outside the tree: given again on restore, or closed.
+//!
+//! The target is cat(1), from one descriptor of the test to another.
+
+use freezeframe_tests::run::{Scene, Target, program_binary};
+use freezeframe_tests::snapshot::Snapshot;
+use freezeframe_tests::tool::{Outcome, freezeframe};
+use nix::sys::signal::{Signal, kill};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+use nix::unistd::Pid;
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+/// Descriptors that the command inherits, so not close-on-exec.
+fn pipe() -> (OwnedFd, OwnedFd) {
+    nix::unistd::pipe().unwrap()
+}
+
+fn inode(fd: impl AsFd) -> u64 {
+    let fd = fd.as_fd().try_clone_to_owned().unwrap();
+    File::from(fd).metadata().unwrap().ino()
+}
+
+fn cat(from: OwnedFd, to: OwnedFd) -> Child {
+    let mut command = Command::new(program_binary());
+    command
+        .args(["exec", "/bin/cat"])
+        .stdin(from)
+        .stdout(to)
+        .stderr(Stdio::null());
+    command.current_dir("/").spawn().unwrap()
+}
+
+/// Dumps it, and sees it gone.
+fn dump(scene: &Scene, child: &mut Child, more: &[&str]) -> Outcome {
+    let pid = child.id() as i32;
+    let before = Snapshot::take(pid);
+    let outcome = scene
+        .dump_pid(pid, "img", more)
+        .unwrap()
+        .must_exit(0)
+        .unwrap();
+    child.wait().unwrap();
+    scene.await_gone(&before, Duration::from_secs(10)).unwrap();
+    outcome
+}
+
+fn given(fd: &OwnedFd, name: &str) -> String {
+    format!("fd[{}]:{name}", fd.as_raw_fd())
+}
+
+fn take(from: &mut File, len: usize) -> String {
+    let mut bytes = vec![0; len];
+    from.read_exact(&mut bytes).unwrap();
+    String::from_utf8(bytes).unwrap()
+}
+
+#[test]
+fn pipes_are_given_again_and_what_waited_in_them_comes_first() {
+    let scene = Scene::new().unwrap();
+    let ((from, input), (output, to)) = (pipe(), pipe());
+    let names = [&from, &to].map(|fd| format!("pipe:[{}]", inode(fd)));
+    let mut child = cat(from, to);
+    let (mut input, mut output) = (File::from(input), File::from(output));
+    input.write_all(b"one").unwrap();
+    assert_eq!(take(&mut output, 3), "one");
+    let target = Target {
+        pid: child.id() as i32,
+    };
+    kill(Pid::from_raw(target.pid), Signal::SIGSTOP).unwrap();
+    scene.await_state(&target, 'T').unwrap();
+    input.write_all(b"two").unwrap();
+    let outcome = dump(&scene, &mut child, &[]);
+    assert!(
+        outcome.stderr.contains(&names[0]),
+        "no warning: {}",
+        outcome.stderr
+    );
+
+    let ((from, input), (output, to)) = (pipe(), pipe());
+    let words = [given(&from, &names[0]), given(&to, &names[1])];
+    let more = ["--inherit-fd", &words[0], "--inherit-fd", &words[1]];
+    let (target, _) = scene.restore_pid(target.pid, "img", &more).unwrap();
+    drop((from, to));
+    let (mut input, mut output) = (File::from(input), File::from(output));
+    kill(Pid::from_raw(target.pid), Signal::SIGCONT).unwrap();
+    assert_eq!(take(&mut output, 3), "two");
+    input.write_all(b"three").unwrap();
+    assert_eq!(take(&mut output, 5), "three");
+    drop(input);
+    assert_eq!(output.read(&mut [0; 9]).unwrap(), 0);
+    scene.await_exit(&target).unwrap();
+    scene.nothing_left().unwrap();
+}
+
+#[test]
+fn without_a_word_the_other_end_is_closed() {
+    let scene = Scene::new().unwrap();
+    let ((from, input), (output, to)) = (pipe(), pipe());
+    let mut child = cat(from, to);
+    let (mut input, mut output) = (File::from(input), File::from(output));
+    input.write_all(b"one").unwrap();
+    assert_eq!(take(&mut output, 3), "one");
+    let pid = child.id() as i32;
+    dump(&scene, &mut child, &[]);
+    drop((input, output));
+    // Its input has no writer: it reads the end, and leaves.
+    let (target, _) = scene.restore_pid(pid, "img", &[]).unwrap();
+    scene.await_exit(&target).unwrap();
+    scene.nothing_left().unwrap();
+}
+
+#[test]
+fn what_was_dumped_as_external_has_to_be_given() {
+    let scene = Scene::new().unwrap();
+    let ((from, input), (output, to)) = (pipe(), pipe());
+    let name = format!("pipe:[{}]", inode(&from));
+    let mut child = cat(from, to);
+    let outcome = dump(&scene, &mut child, &["--external", &name]);
+    assert!(
+        !outcome.stderr.contains(&name),
+        "a warning: {}",
+        outcome.stderr
+    );
+    drop((input, output));
+    let images = scene.path("img");
+    let args = ["restore", "-D", &images.to_string_lossy(), "-d"];
+    let outcome = freezeframe(&args, Duration::from_secs(20))
+        .unwrap()
+        .must_exit(2)
+        .unwrap();
+    assert!(
+        outcome.stderr.contains("--inherit-fd"),
+        "{}",
+        outcome.stderr
+    );
+    assert!(outcome.stderr.contains(&name), "{}", outcome.stderr);
+    scene.nothing_left().unwrap();
+}
+
+#[test]
+fn a_socket_whose_peer_is_outside_is_refused_or_external() {
+    let scene = Scene::new().unwrap();
+    let pair = || {
+        socketpair(
+            AddressFamily::Unix,
+            SockType::Stream,
+            None,
+            SockFlag::empty(),
+        )
+        .unwrap()
+    };
+    let ((from, input), (output, to)) = (pair(), pipe());
+    let name = format!("unix[{}]", inode(&from));
+    let to_name = format!("pipe:[{}]", inode(&to));
+    let mut child = cat(from, to);
+    let (mut input, mut output) = (File::from(input), File::from(output));
+    input.write_all(b"one").unwrap();
+    assert_eq!(take(&mut output, 3), "one");
+    let pid = child.id() as i32;
+    let refused = scene
+        .dump_pid(pid, "no", &[])
+        .unwrap()
+        .must_exit(1)
+        .unwrap();
+    assert!(
+        refused.stderr.contains("peer is outside the tree"),
+        "{}",
+        refused.stderr
+    );
+    input.write_all(b"two").unwrap();
+    assert_eq!(take(&mut output, 3), "two");
+    dump(&scene, &mut child, &["--external", &name]);
+
+    let ((from, input), (output, to)) = (pair(), pipe());
+    let words = [given(&from, &name), given(&to, &to_name)];
+    let more = ["--inherit-fd", &words[0], "--inherit-fd", &words[1]];
+    let (target, _) = scene.restore_pid(pid, "img", &more).unwrap();
+    drop((from, to));
+    let (mut input, mut output) = (File::from(input), File::from(output));
+    input.write_all(b"three").unwrap();
+    assert_eq!(take(&mut output, 5), "three");
+    drop(input);
+    scene.await_exit(&target).unwrap();
+    scene.nothing_left().unwrap();
+}
