@@ -132,7 +132,8 @@ pub(crate) fn parse(args: &[OsString]) -> Result<Line, Stop> {
     if words.iter().skip(1).any(|w| w == "--version") {
         return Err(Stop::Version);
     }
-    let matches = command()
+    let named = words.get(1).and_then(|w| w.to_str()).and_then(Act::named);
+    let matches = command_with(|act| Some(act) == named)
         .try_get_matches_from(&words)
         .map_err(|e| Stop::Clap(Box::new(e)))?;
     let (name, matches) = match matches.subcommand() {
@@ -364,6 +365,12 @@ fn find_long(name: &str) -> Result<Long, Usage> {
 /// The command as clap knows it: an action a subcommand, each with all options,
 /// of which its help shows those that it carries.
 pub(crate) fn command() -> Command {
+    command_with(|_| true)
+}
+
+/// The same, the options only of the actions that are wanted: there are many,
+/// and a dump has not the time to describe those of all actions.
+fn command_with(wanted: impl Fn(Act) -> bool) -> Command {
     let mut command = Command::new("freezeframe")
         .about("Checkpoint and restore Linux process trees")
         .override_usage("freezeframe <ACTION> [OPTIONS]")
@@ -388,7 +395,7 @@ pub(crate) fn command() -> Command {
                     .help(words_help(a.act)),
             );
         }
-        if !WITHOUT_OPTIONS.contains(&a.act) {
+        if !WITHOUT_OPTIONS.contains(&a.act) && wanted(a.act) {
             sub = sub.args(OPTIONS.iter().map(|o| arg(o, a.act)));
             sub = sub.after_help(after_help(a.act));
         }
