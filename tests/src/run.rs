@@ -9,7 +9,7 @@ use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid};
 use nix::unistd::Pid;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -45,6 +45,7 @@ impl Mode {
 /// Whether a program is put through a mode: one that is refused is not restored.
 pub fn applies(program: &Program, mode: Mode) -> bool {
     match program.expect {
+        _ if program.sized => matches!(mode, Mode::Alone | Mode::Spoilt),
         Expect::Refused(_) => matches!(
             mode,
             Mode::Alone | Mode::Spoilt | Mode::Restore | Mode::Running
@@ -388,8 +389,33 @@ impl Scene {
         }
     }
 
+    /// Starts one of the programs and waits until it is ready.
+    pub fn start_program(&self, name: &str) -> Result<(Program, Target, Snapshot), String> {
+        self.start_sized(name, 0)
+    }
+
+    /// The same, of one whose size can be chosen.
+    pub fn start_sized(
+        &self,
+        name: &str,
+        size: usize,
+    ) -> Result<(Program, Target, Snapshot), String> {
+        let program = crate::programs::all()
+            .find(|p| p.full_name() == name)
+            .ok_or(format!("no program {name}"))?;
+        let mut command = Command::new(program_binary());
+        command
+            .arg(name)
+            .arg(self.dir.path())
+            .env("FF_SIZE", size.to_string());
+        let target = self.start(command)?;
+        self.await_file("ready", &target)?;
+        let before = Snapshot::take(target.pid);
+        Ok((program, target, before))
+    }
+
     /// Compares, asks the program, and sees it leave with nothing left behind.
-    fn finish(
+    pub fn finish(
         &self,
         target: Target,
         program: &Program,
@@ -511,9 +537,4 @@ fn ended(pid: i32) -> Option<String> {
         Ok(status) => Some(format!("it ended: {status:?}")),
         Err(e) => Some(format!("{pid} is not our child: {e}")),
     }
-}
-
-/// Whether a path exists: for callers that poll.
-pub fn exists(path: &Path) -> bool {
-    path.exists()
 }

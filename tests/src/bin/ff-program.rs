@@ -1,6 +1,7 @@
 //! `ff-program FAMILY::NAME DIR [spoil]` runs one self-checking program in the directory DIR.
 //! `ff-program exec [--uid N] [--no-new-privs] PROGRAM ARGS...` starts any other program the way the kit starts its own.
 //! `ff-program terminal PROGRAM ARGS...` starts it as the leader of a session on a new pseudo-terminal.
+//! `ff-program occupy PID FILE` holds a process of that id until FILE is there.
 //! `ff-program list` prints the table; `ff-program missing` what this machine lacks, and for which programs.
 
 use freezeframe_tests::programs;
@@ -16,12 +17,14 @@ fn main() {
             }
         }
         ["exec", rest @ ..] => programs::exec(rest),
+        ["occupy", pid, file] => programs::occupy(pid, file),
         ["terminal", rest @ ..] => programs::in_terminal(rest),
         [name, dir] => programs::main(name, dir, false),
         [name, dir, "spoil"] => programs::main(name, dir, true),
         _ => {
             eprintln!(
-                "usage: ff-program FAMILY::NAME DIR [spoil] | exec PROGRAM ARGS... | terminal PROGRAM ARGS... | list | missing"
+                "usage: ff-program FAMILY::NAME DIR [spoil] | exec PROGRAM ARGS... | terminal PROGRAM ARGS... |
+                 occupy PID FILE | list | missing"
             );
             std::process::exit(2);
         }

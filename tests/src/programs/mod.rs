@@ -21,6 +21,7 @@ mod mappings;
 mod memory;
 mod pipes;
 mod process;
+mod scale;
 mod signals;
 mod sockets;
 mod terminal;
@@ -53,6 +54,8 @@ pub struct Program {
     /// The program is given a pseudo-terminal as controlling terminal and standard descriptors, and its session leader
     /// stays outside the tree.
     pub terminal: bool,
+    /// Its size comes from `FF_SIZE`: for the tests of scale, not for the modes.
+    pub sized: bool,
     /// Differences of `/proc` that this program alone explains: beginnings of keys, with the reason as second.
     pub explained: &'static [(&'static str, &'static str)],
     run: fn(&Cx),
@@ -91,6 +94,7 @@ impl Program {
             expect: Expect::Carried,
             stopped: false,
             terminal: false,
+            sized: false,
             explained: &[],
             run,
         }
@@ -129,6 +133,11 @@ impl Program {
         self
     }
 
+    const fn sized(mut self) -> Self {
+        self.sized = true;
+        self
+    }
+
     const fn explained(mut self, keys: &'static [(&'static str, &'static str)]) -> Self {
         self.explained = keys;
         self
@@ -159,6 +168,7 @@ const FAMILIES: &[(&str, &[Program])] = &[
     ("process", process::PROGRAMS),
     ("terminal", terminal::PROGRAMS),
     ("beyond", beyond::PROGRAMS),
+    ("scale", scale::PROGRAMS),
     ("memory", memory::PROGRAMS),
     ("mappings", mappings::PROGRAMS),
 ];
@@ -189,6 +199,38 @@ pub fn main(name: &str, dir: &str, spoil: bool) -> ! {
     let cx = Cx::new(dir, spoil);
     (program.run)(&cx);
     std::process::exit(cx.finish())
+}
+
+/// Makes a child with the id `pid`, called "occupier", and ends it when `file` is there. Exits with 1 if it cannot.
+pub fn occupy(pid: &str, file: &str) -> ! {
+    let pid: i32 = pid.parse().unwrap();
+    // struct clone_args: exit_signal is the fifth word, set_tid and its size the ninth and tenth.
+    let mut args = [0u64; 11];
+    args[4] = libc::SIGCHLD as u64;
+    args[8] = os::at(&pid) as u64;
+    args[9] = 1;
+    match os::syscall(
+        libc::SYS_clone3,
+        [os::at(&args), size_of_val(&args), 0, 0, 0, 0],
+    ) {
+        Ok(0) => {
+            os::set_comm(b"occupier");
+            loop {
+                os::sleep_ms(100);
+            }
+        }
+        Ok(_) => {}
+        Err(e) => {
+            eprintln!("ff-program: PID {pid}: {e}");
+            std::process::exit(1);
+        }
+    }
+    while !std::path::Path::new(file).exists() {
+        os::sleep_ms(1);
+    }
+    os::kill(pid, libc::SIGKILL);
+    os::waitpid(pid, 0).unwrap();
+    std::process::exit(0)
 }
 
 /// Runs another program as the leader of a session with a new pseudo-terminal, whose path it finds in `FF_TERMINAL`, and

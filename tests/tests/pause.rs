@@ -1,0 +1,99 @@
+//! How long a small process is paused, as it sees that itself, and how long the commands take: medians.
+
+use freezeframe_tests::run::{DEADLINE, Mode, Scene};
+use std::fs::OpenOptions;
+use std::os::unix::fs::FileExt;
+use std::time::Duration;
+
+type Done = Result<(), String>;
+
+const ROUNDS: usize = 21;
+
+fn median(mut all: Vec<Duration>) -> Duration {
+    all.sort_unstable();
+    all[all.len() / 2]
+}
+
+fn below(what: &str, all: Vec<Duration>, limit: Duration) -> Done {
+    let (least, most) = (
+        all.iter().min().copied().unwrap_or_default(),
+        all.iter().max().copied().unwrap_or_default(),
+    );
+    let median = median(all);
+    println!("{what}: median {median:?} ({least:?} to {most:?}), to be below {limit:?}");
+    if median < limit {
+        Ok(())
+    } else {
+        Err(format!("{what}: median {median:?}, not below {limit:?}"))
+    }
+}
+
+#[test]
+fn pause_of_a_process_of_1_mib() -> Done {
+    let scene = Scene::new()?;
+    let (program, target, before) = scene.start_sized("scale::gaps", 1024)?;
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(scene.path("gaps"))
+        .map_err(|e| e.to_string())?;
+    let word = |at: u64| -> Result<u64, String> {
+        let mut bytes = [0u8; 8];
+        file.read_exact_at(&mut bytes, at)
+            .map_err(|e| e.to_string())?;
+        Ok(u64::from_le_bytes(bytes))
+    };
+    let gone_on = |more: u64| {
+        let before = word(8)?;
+        scene.await_that(
+            "its clock readings",
+            || Ok(word(8)? >= before + more),
+            Some(&target),
+        )
+    };
+    let (mut pauses, mut commands, mut idle) = (Vec::new(), Vec::new(), Vec::new());
+    for _ in 0..ROUNDS {
+        // What the machine does to it without us, for comparison.
+        file.write_all_at(&[0; 8], 0).map_err(|e| e.to_string())?;
+        gone_on(10)?;
+        idle.push(Duration::from_nanos(word(0)?));
+        file.write_all_at(&[0; 8], 0).map_err(|e| e.to_string())?;
+        let outcome = scene
+            .dump_pid(target.pid, "img", &["--leave-running"])?
+            .must_exit(0)?;
+        gone_on(1)?;
+        pauses.push(Duration::from_nanos(word(0)?));
+        commands.push(outcome.took);
+    }
+    println!("longest gap without a dump: median {:?}", median(idle));
+    let pause = below("pause", pauses, Duration::from_millis(3));
+    let command = below(
+        "dump --leave-running, the whole command",
+        commands,
+        Duration::from_millis(15),
+    );
+    scene.finish(target, &program, &before, Mode::Alone)?;
+    pause.and(command)
+}
+
+#[test]
+fn restore_of_a_process_of_1_mib() -> Done {
+    let scene = Scene::new()?;
+    let (program, mut target, before) = scene.start_sized("scale::gaps", 1024)?;
+    let (mut dumps, mut restores) = (Vec::new(), Vec::new());
+    for _ in 0..ROUNDS {
+        dumps.push(scene.dump_pid(target.pid, "img", &[])?.must_exit(0)?.took);
+        scene.await_gone(&before, DEADLINE)?;
+        let (again, outcome) = scene.restore_pid(target.pid, "img", &[])?;
+        target = again;
+        restores.push(outcome.took);
+    }
+    println!("dump, the whole command: median {:?}", median(dumps));
+    let command = below(
+        "restore, the whole command",
+        restores,
+        Duration::from_millis(15),
+    );
+    scene.finish(target, &program, &before, Mode::Alone)?;
+    command
+}
