@@ -4,7 +4,7 @@ mod files;
 mod memory;
 mod tasks;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -292,8 +292,16 @@ fn describe(frozen: &Frozen, request: &DumpRequest) -> Result<Vec<Process>> {
         )
         .on_task(root.pid.0));
     }
+    let makers = makers(frozen)?;
     let mut processes = Vec::new();
     for p in &frozen.procs {
+        let stopped = frozen.group_stop(p.pid).is_some();
+        if stopped && p.pid != root.pid && p.stat.exit_code != 0 {
+            return Err(Error::unsupported(
+                "a stop that its parent has not waited for yet is not supported",
+            )
+            .on_task(p.pid.0));
+        }
         let life = match frozen.group_stop(p.pid) {
             _ if p.tids.is_empty() => Life::Zombie(p.stat.exit_code),
             Some(signal) => Life::Stopped(signal),
@@ -302,6 +310,7 @@ fn describe(frozen: &Frozen, request: &DumpRequest) -> Result<Vec<Process>> {
         processes.push(Process {
             pids: ns_pids(&p.status, p.pid.0),
             ppid: p.stat.ppid,
+            parent_tid: makers.get(&p.pid.0).copied().unwrap_or(p.stat.ppid),
             pgid: p.stat.pgrp,
             sid: p.stat.session,
             life,
@@ -314,6 +323,21 @@ fn describe(frozen: &Frozen, request: &DumpRequest) -> Result<Vec<Process>> {
         });
     }
     Ok(processes)
+}
+
+/// Which thread made a process, of those that a first thread did not make.
+fn makers(frozen: &Frozen) -> Result<HashMap<i32, i32>> {
+    let mut makers = HashMap::new();
+    for task in frozen
+        .tasks
+        .iter()
+        .filter(|t| t.tid != frozen.procs[t.proc].pid.leader())
+    {
+        let text = task.dir.read("children").on_task(task.tid.0)?;
+        let children = freezeframe_sys::proc::parse::children(&text)?;
+        makers.extend(children.into_iter().map(|child| (child.0, task.tid.0)));
+    }
+    Ok(makers)
 }
 
 fn ns_pids(status: &Status, pid: i32) -> Vec<i32> {

@@ -589,7 +589,8 @@ impl<'a> LiveSession<'a> {
                 0u64.into(),
                 (2 * half).into(),
                 3.into(),
-                0x22.into(),
+                // Counted as a stack, like the area itself.
+                0x122.into(),
                 (-1).into(),
                 0.into(),
             ],

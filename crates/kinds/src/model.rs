@@ -66,6 +66,9 @@ pub struct Process {
     pub pids: Vec<i32>,
     /// Parent's PID (as the dumper sees it; outside the tree for the root).
     pub ppid: i32,
+    /// The thread of its parent that made it (wait4(2) with __WNOTHREAD and
+    /// PR_SET_PDEATHSIG tell threads apart).
+    pub parent_tid: i32,
     /// Process group.
     pub pgid: i32,
     /// Session.

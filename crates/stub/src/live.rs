@@ -201,11 +201,13 @@ global_asm!(
     "  cld",
     "  cmp dword ptr [rip + .Lfreezeframe_live_literals + 156], 0",
     "  je 60f",
-    "  mov eax, 9", // mmap(NULL, area_len, READ|WRITE, PRIVATE|ANONYMOUS, -1, 0)
+    // mmap(NULL, area_len, READ|WRITE, PRIVATE|ANONYMOUS|GROWSDOWN, -1, 0): a
+    // stack, as far as the kernel counts, so that a target at its RLIMIT_DATA has room.
+    "  mov eax, 9",
     "  xor edi, edi",
     "  mov esi, [rip + .Lfreezeframe_live_literals + 160]",
     "  mov edx, 3",
-    "  mov r10d, 0x22",
+    "  mov r10d, 0x122",
     "  mov r8, -1",
     "  xor r9d, r9d",
     "  syscall",

@@ -330,6 +330,11 @@ impl Builder<'_> {
                 tasks.insert(child, shells.fork(parent, &options)?);
                 Ok(())
             }
+            Step::Threads(who) => {
+                let made = tasks::make_threads(process(who)?, shells, find(tasks, who)?)?;
+                tasks.extend(process(who)?.threads[1..].iter().copied().zip(made));
+                Ok(())
+            }
             Step::Setsid(who) => call(
                 shells,
                 find(tasks, who)?,

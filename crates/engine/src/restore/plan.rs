@@ -31,6 +31,8 @@ pub enum Step {
         /// The one that comes to be.
         child: Actor,
     },
+    /// Its threads are made, since one of them is to fork.
+    Threads(Actor),
     /// setsid(2).
     Setsid(Actor),
     /// Becomes a child subreaper for the time being.
@@ -70,6 +72,7 @@ struct Planner<'a> {
     memory_done: HashSet<i32>,
     /// Forked with the complete memory of their parent.
     born_full: HashSet<i32>,
+    threads_made: HashSet<i32>,
     temps: i32,
 }
 
@@ -106,6 +109,7 @@ pub fn plan(procs: &[Process], cow: &HashSet<i32>) -> Result<Vec<Step>> {
         steps: vec![Step::Root(root.pid())],
         memory_done: HashSet::new(),
         born_full: HashSet::new(),
+        threads_made: HashSet::new(),
         temps: 0,
     };
     // Outside the tree, the root's session is that of the restorer, whatever its number.
@@ -166,22 +170,31 @@ impl<'a> Planner<'a> {
             .into_iter()
             .partition(|c| self.cow.contains(&c.pid()));
         for c in plain {
-            self.steps.push(Step::Fork {
-                from: p.pid(),
-                child: c.pid(),
-            });
+            self.fork(p, c);
             self.process(c, sid)?;
         }
         for c in cow {
             self.memory(p.pid());
             self.born_full.insert(c.pid());
-            self.steps.push(Step::Fork {
-                from: p.pid(),
-                child: c.pid(),
-            });
+            self.fork(p, c);
             self.process(c, sid)?;
         }
         Ok(())
+    }
+
+    /// A child is forked by the thread whose child it is.
+    fn fork(&mut self, p: &Process, child: &Process) {
+        let mut from = p.pid();
+        if child.parent_tid != from && p.threads.contains(&child.parent_tid) {
+            if self.threads_made.insert(from) {
+                self.steps.push(Step::Threads(from));
+            }
+            from = child.parent_tid;
+        }
+        self.steps.push(Step::Fork {
+            from,
+            child: child.pid(),
+        });
     }
 
     /// Children of `p` that came to it when their parent ended.
@@ -298,6 +311,7 @@ mod tests {
         Process {
             pids: vec![pid],
             ppid,
+            parent_tid: ppid,
             pgid,
             sid,
             life: Life::Alive,
@@ -423,6 +437,24 @@ mod tests {
                     child: 12
                 }
             )
+        );
+    }
+
+    #[test]
+    fn a_thread_forks_its_own_children() {
+        let mut procs = [p(10, 1, 10, 10), p(12, 10, 10, 10)];
+        procs[0].threads.push(11);
+        procs[1].parent_tid = 11;
+        let steps = plan(&procs, &HashSet::new()).unwrap();
+        assert!(
+            at(&steps, Step::Threads(10))
+                < at(
+                    &steps,
+                    Step::Fork {
+                        from: 11,
+                        child: 12
+                    }
+                )
         );
     }
 

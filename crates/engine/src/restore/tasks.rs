@@ -6,18 +6,28 @@ use std::collections::HashMap;
 use freezeframe_error::{Error, Result, ResultExt};
 use freezeframe_inject::Batch;
 use freezeframe_inject::shell::{Final, Shells, TaskId};
-use freezeframe_kinds::model::Life;
+use freezeframe_kinds::model::{Life, Process};
 use freezeframe_kinds::{FinalState, RestoreOptions, RestoreTask, Scope, TaskKind, registry};
 use freezeframe_sys::ids::{Pid, Tid};
 
 use super::load::Loaded;
+
+/// Makes all threads of a process but the first.
+pub(super) fn make_threads(
+    process: &Process,
+    shells: &mut Shells<'_>,
+    leader: TaskId,
+) -> Result<Vec<TaskId>> {
+    let tids: Vec<Vec<i32>> = process.threads[1..].iter().map(|t| vec![*t]).collect();
+    shells.threads(leader, &tids).on_task(process.pid())
+}
 
 /// Makes the threads of every process, and sets the attributes of all. Gives
 /// what the last switch is to set.
 pub(super) fn restore(
     loaded: &Loaded,
     shells: &mut Shells<'_>,
-    leaders: &HashMap<i32, TaskId>,
+    made: &HashMap<i32, TaskId>,
     options: &RestoreOptions,
     warnings: &mut Vec<String>,
     elapsed_ns: u64,
@@ -25,13 +35,21 @@ pub(super) fn restore(
 ) -> Result<Vec<Final>> {
     let mut kinds: Vec<&'static dyn TaskKind> = registry::TASKS.to_vec();
     kinds.sort_by_key(|k| k.stage());
+    let spare_fd = super::files::floor(loaded) + 4;
     let mut work: Vec<(TaskId, Tid, Option<i32>, Batch, FinalState)> = Vec::new();
     for process in loaded.procs.iter().filter(|p| p.is_alive()) {
         let pid = process.pid();
-        let leader = leaders[&pid];
-        let tids: Vec<Vec<i32>> = process.threads[1..].iter().map(|t| vec![*t]).collect();
+        let leader = made[&pid];
         let mut tasks = vec![leader];
-        tasks.extend(shells.threads(leader, &tids).on_task(pid)?);
+        // Those that had to fork have been made before.
+        match process.threads[1..]
+            .iter()
+            .map(|t| made.get(t).copied())
+            .collect()
+        {
+            Some(before) => tasks.extend::<Vec<TaskId>>(before),
+            None => tasks.extend(make_threads(process, shells, leader)?),
+        }
         for (task, tid) in tasks.into_iter().zip(&process.threads) {
             let mut batch = Batch::new();
             let mut last = FinalState::default();
@@ -49,7 +67,7 @@ pub(super) fn restore(
                     leader: is_leader,
                     batch: &mut batch,
                     last: &mut last,
-                    spare_fd: super::files::floor(loaded) + 4,
+                    spare_fd,
                     tree: &loaded.tree,
                     options,
                     warnings,
