@@ -129,6 +129,7 @@ pub(crate) static OPTIONS: &[Opt] = &[
     opt("no-sync", "Do not wait until the image is on disk (fsync)").on(DUMPS),
     opt("shell-job", "Accept a session, process group or terminal from outside the tree; at the restore, ours stand in").short('j').on(BOTH),
     opt("external", "A resource given again at the restore: file[MNT:INO], unix[INO], pipe:[INO]").takes("NAME").on(BOTH).repeats(),
+    opt("ghost-limit", "Largest open file without a name to carry, in bytes, or with K, M, G (default 1M)").takes("SIZE").on(DUMPS),
     // A restore.
     opt("restore-detached", "Return when the tree runs, instead of waiting for its end").short('d').on(&[Restore]),
     opt("restore-sibling", "Make the root a child of our parent").short('S').on(&[Restore]),
@@ -163,8 +164,7 @@ pub(crate) static OPTIONS: &[Opt] = &[
     opt("ext-unix-sk", "Accept unix sockets whose other end is outside").short('x').maybe("INO").on(BOTH).not_yet(),
     opt("file-locks", "Carry file locks").short('l').on(BOTH).not_yet(),
     opt("link-remap", "Link unlinked files back").on(BOTH).not_yet(),
-    opt("ghost-limit", "Largest unlinked file to carry").takes("SIZE").on(DUMPS).not_yet(),
-    opt("ghost-fiemap", "Find the data of unlinked files by fiemap").on(DUMPS).moot("no unlinked file is carried"),
+    opt("ghost-fiemap", "Find the data of files without a name by fiemap").on(DUMPS).moot("their holes are found by lseek"),
     opt("evasive-devices", "Use any path of a device").on(BOTH).not_yet(),
     opt("force-irmap", "Find the names of inotify watches by search").on(DUMPS).not_yet(),
     opt("irmap-scan-path", "Where to search for them").takes("DIR").on(DUMPS).repeats().not_yet(),

@@ -96,6 +96,14 @@ impl Dump {
         self
     }
 
+    /// The largest open or mapped file without a name whose contents are put
+    /// into the image, in bytes: 1 MiB unless said otherwise.
+    pub fn ghost_limit(mut self, bytes: u64) -> Dump {
+        // To the engine 0 means that nothing was said.
+        self.request.options.ghost_limit = bytes.max(1);
+        self
+    }
+
     /// Who hears of the dump's progress.
     pub fn events(mut self, events: SharedEvents) -> Dump {
         self.events = events;

@@ -28,6 +28,7 @@ pub(crate) fn run(line: &Line) -> Result<i32, Stop> {
         );
     }
     let deadline = line.number::<u64>("timeout")?.filter(|s| *s > 0);
+    let ghost_limit = line.text("ghost-limit")?.map(size).transpose()?;
     let mut external = Vec::new();
     for name in line.values("external") {
         external.push(external_name(name.to_str())?);
@@ -56,6 +57,9 @@ pub(crate) fn run(line: &Line) -> Result<i32, Stop> {
             .events(ears);
         for name in external {
             dump = dump.external(name);
+        }
+        if let Some(limit) = ghost_limit {
+            dump = dump.ghost_limit(limit);
         }
         if let Some(seconds) = deadline {
             dump = dump.deadline(Duration::from_secs(seconds));
@@ -98,6 +102,25 @@ fn make_dir(dir: &Path) -> std::io::Result<bool> {
         Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => Ok(false),
         result => result.map(|()| true),
     }
+}
+
+/// A size as criu(8) has it: bytes, or with K, M or G.
+fn size(text: &str) -> Result<u64, Usage> {
+    let (digits, unit) = match text.as_bytes().last() {
+        Some(b'K' | b'k') => (&text[..text.len() - 1], 10),
+        Some(b'M' | b'm') => (&text[..text.len() - 1], 20),
+        Some(b'G' | b'g') => (&text[..text.len() - 1], 30),
+        _ => (text, 0),
+    };
+    let bytes = digits
+        .parse::<u64>()
+        .ok()
+        .and_then(|n| n.checked_mul(1 << unit));
+    bytes.ok_or_else(|| {
+        Usage(format!(
+            "--ghost-limit: '{text}' is not a size (12, 12K, 12M or 12G)"
+        ))
+    })
 }
 
 /// An external resource's name that we carry.
@@ -160,5 +183,33 @@ fn tell(pid: i32, dir: &Path, after: After, r: &DumpReport, stats: bool) {
         say!("Memory pages zero: {}", r.pages_zero);
         say!("Memory pages equal to a relative's: {}", r.pages_shared);
         say!("Memory pages written: {}", r.pages_written);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes() {
+        assert_eq!(size("12"), Ok(12));
+        assert_eq!(size("3K"), Ok(3072));
+        assert_eq!(size("2G"), Ok(2 << 30));
+        for wrong in ["", "K", "-1", "99999999999G", "1T"] {
+            assert!(size(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn external_names() {
+        assert!(external_name(Some("tty[8801:5]")).is_ok());
+        assert!(external_name(Some("unix[123]")).is_ok());
+        assert!(
+            external_name(Some("mnt[]"))
+                .unwrap_err()
+                .0
+                .contains("not carried yet")
+        );
+        assert!(external_name(Some("nonsense")).is_err());
     }
 }
