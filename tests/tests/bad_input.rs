@@ -1,5 +1,10 @@
 //! Bad input: each is told clearly, and nothing is harmed.
 
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test that cannot set itself up has to fail on the spot"
+)]
+
 use freezeframe_image::Image;
 use freezeframe_pages::PageReader;
 use freezeframe_tests::programs::Program;

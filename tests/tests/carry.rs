@@ -1,5 +1,10 @@
 //! Every self-checking program through every mode: one test each, named `FAMILY::PROGRAM::MODE`.
 
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test that cannot set itself up has to fail on the spot"
+)]
+
 use freezeframe_tests::programs;
 use freezeframe_tests::run::{Mode, applies, carry};
 use libtest_mimic::{Arguments, Failed, Trial};

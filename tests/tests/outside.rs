@@ -2,6 +2,11 @@
 //!
 //! The target is cat(1), from one descriptor of the test to another.
 
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test that cannot set itself up has to fail on the spot"
+)]
+
 use freezeframe_tests::run::{Scene, Target, program_binary};
 use freezeframe_tests::snapshot::Snapshot;
 use freezeframe_tests::tool::{Outcome, freezeframe};

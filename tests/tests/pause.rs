@@ -1,5 +1,10 @@
 //! How long a small process is paused, as it sees that itself, and how long the commands take: medians.
 
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test that cannot set itself up has to fail on the spot"
+)]
+
 use freezeframe_tests::run::{DEADLINE, Mode, Scene};
 use std::fs::OpenOptions;
 use std::os::unix::fs::FileExt;

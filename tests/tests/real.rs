@@ -5,6 +5,11 @@
 //! shows that program and check are right, and through `cycles`: a dump that leaves it running, then dump and restore
 //! twice.
 
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test that cannot set itself up has to fail on the spot"
+)]
+
 use freezeframe_tests::run::{Scene, Target};
 use freezeframe_tests::snapshot::Snapshot;
 use libtest_mimic::{Arguments, Failed, Trial};

@@ -1,5 +1,10 @@
 //! Large processes are carried, at a cost that grows with their size and no faster; and many rounds leave no trace.
 
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test that cannot set itself up has to fail on the spot"
+)]
+
 use freezeframe_tests::run::{DEADLINE, Mode, Scene};
 use std::fs;
 use std::time::Duration;

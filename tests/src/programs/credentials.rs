@@ -358,7 +358,7 @@ fn securebits(cx: &Cx) {
 
 fn no_new_privs(cx: &Cx) {
     let set_up: Vec<Box<dyn FnOnce() + Send>> = vec![
-        Box::new(|| drop(os::prctl(libc::PR_SET_NO_NEW_PRIVS, [1, 0, 0, 0]).unwrap())),
+        Box::new(|| os::prctl_set(libc::PR_SET_NO_NEW_PRIVS, 1)),
         Box::new(|| {}),
     ];
     in_threads(
@@ -369,7 +369,7 @@ fn no_new_privs(cx: &Cx) {
                 .unwrap()
                 .to_string()
         },
-        || drop(os::prctl(libc::PR_SET_NO_NEW_PRIVS, [1, 0, 0, 0]).unwrap()),
+        || os::prctl_set(libc::PR_SET_NO_NEW_PRIVS, 1),
     );
 }
 

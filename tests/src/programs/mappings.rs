@@ -106,7 +106,7 @@ fn file_private(cx: &Cx) {
         region.part(page * PAGE, PAGE).fill(100 + page as u64);
     }
     // Clean pages, read.
-    (16..32).for_each(|p| drop(std::hint::black_box(region.get(p * PAGE + 1))));
+    (16..32).for_each(|p| region.touch(p * PAGE + 1));
     cx.ready(|| flip(&region, 8 * PAGE + 1));
     let original = os::bytes(1, 32 * PAGE);
     for page in 0..32 {
@@ -581,7 +581,6 @@ fn auxv_and_args(cx: &Cx) {
         (read("cmdline"), read("environ"), read("auxv"), exe, fields)
     };
     let was = state();
-    // SAFETY: getauxval reads a table the C library keeps.
     let entries = || {
         [
             libc::AT_SYSINFO_EHDR,
@@ -590,6 +589,7 @@ fn auxv_and_args(cx: &Cx) {
             libc::AT_RANDOM,
             libc::AT_HWCAP2,
         ]
+        // SAFETY: getauxval reads a table the C library keeps.
         .map(|e| unsafe { libc::getauxval(e) })
     };
     let was_entries = entries();

@@ -182,7 +182,7 @@ fn zeroed(cx: &Cx) {
     }
     // Read but never written: the kernel's zero page.
     let read = Region::anon(16 * PAGE);
-    (0..16).for_each(|p| drop(std::hint::black_box(read.get(p * PAGE))));
+    (0..16).for_each(|p| read.touch(p * PAGE));
     cx.ready(|| region.set(10 * PAGE + 5, 1));
     let fresh = Region::anon(64 * PAGE);
     fresh.fill(1);

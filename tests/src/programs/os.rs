@@ -1,7 +1,6 @@
 //! Thin typed wrappers of the system calls the programs make, each safe to call: whatever a wrapper hands out it owns.
 
 use libc::{c_int, c_long, c_ulong, c_void};
-use std::fmt::Debug;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::path::Path;
@@ -188,6 +187,11 @@ pub(crate) fn prctl(option: c_int, args: [c_ulong; 4]) -> Result<i64> {
     done(unsafe { libc::prctl(option, a, b, c, d) }.into())
 }
 
+/// prctl(2) with one number, which has to succeed.
+pub(crate) fn prctl_set(option: c_int, value: c_ulong) {
+    prctl(option, [value, 0, 0, 0]).unwrap();
+}
+
 /// prctl(2) with an option that writes one int.
 pub(crate) fn prctl_get(option: c_int) -> Result<i32> {
     let mut value: c_int = 0;
@@ -311,6 +315,11 @@ pub(crate) fn read_vec(fd: &impl AsRawFd, most: usize) -> Result<Vec<u8>> {
 
 pub(crate) fn write(fd: &impl AsRawFd, data: &[u8]) -> Result<usize> {
     syscall(libc::SYS_write, [raw(fd), at(data), data.len(), 0, 0, 0]).map(|n| n as usize)
+}
+
+/// dup3(2) to a number that may be in use; the new descriptor is nobody's.
+pub(crate) fn dup_to(fd: RawFd, number: RawFd) {
+    syscall(libc::SYS_dup3, [fd as usize, number as usize, 0, 0, 0, 0]).unwrap();
 }
 
 pub(crate) fn lseek(fd: &impl AsRawFd, offset: i64, whence: c_int) -> Result<i64> {
@@ -462,6 +471,11 @@ impl Region {
         unsafe { std::ptr::read_volatile((self.addr + offset) as *const u8) }
     }
 
+    /// Reads a byte for the sake of reading it.
+    pub(crate) fn touch(&self, offset: usize) {
+        std::hint::black_box(self.get(offset));
+    }
+
     pub(crate) fn set(&self, offset: usize, value: u8) {
         assert!(offset < self.len);
         // SAFETY: inside a mapping of ours that no Rust object lies in.
@@ -470,7 +484,7 @@ impl Region {
 
     /// A word in it that several threads or processes use.
     pub(crate) fn word(&self, offset: usize) -> &'static std::sync::atomic::AtomicU32 {
-        assert!(offset + 4 <= self.len && offset % 4 == 0);
+        assert!(offset + 4 <= self.len && offset.is_multiple_of(4));
         // SAFETY: aligned, inside a mapping that is never unmapped while words of it are in use, atomic by type.
         unsafe { &*((self.addr + offset) as *const std::sync::atomic::AtomicU32) }
     }
@@ -634,9 +648,4 @@ pub(crate) fn set_limit(resource: i32, soft: u64, hard: u64) {
         [0, resource as usize, at(&[soft, hard]), 0, 0, 0],
     )
     .unwrap();
-}
-
-/// Whether two values print alike: for comparing structures of the C library that have no `PartialEq`.
-pub(crate) fn alike(a: &impl Debug, b: &impl Debug) -> bool {
-    format!("{a:?}") == format!("{b:?}")
 }

@@ -173,8 +173,7 @@ fn dev_tty(cx: &Cx) {
 
 fn no_terminal(cx: &Cx) {
     let null = os::open("/dev/null".as_ref(), libc::O_RDWR).unwrap();
-    (0..3)
-        .for_each(|n| drop(os::syscall(libc::SYS_dup3, [os::raw(&null), n, 0, 0, 0, 0]).unwrap()));
+    (0..3).for_each(|n| os::dup_to(null.as_raw_fd(), n));
     let ids = || {
         (
             os::getpgid(0),

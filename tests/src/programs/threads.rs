@@ -1074,7 +1074,7 @@ fn unshared_files(cx: &Cx) {
     unshared(
         cx,
         libc::CLONE_FILES,
-        || drop(os::syscall(libc::SYS_dup3, [0, 100, 0, 0, 0, 0]).unwrap()),
+        || os::dup_to(0, 100),
         || os::syscall(libc::SYS_fcntl, [100, libc::F_GETFD as usize, 0, 0, 0, 0]).is_ok(),
     );
 }
@@ -1083,7 +1083,7 @@ fn unshared_fs(cx: &Cx) {
     unshared(
         cx,
         libc::CLONE_FS,
-        || drop(os::syscall(libc::SYS_chdir, [c"/usr".as_ptr() as usize, 0, 0, 0, 0, 0]).unwrap()),
+        || std::env::set_current_dir("/usr").unwrap(),
         || fs::read_link("/proc/thread-self/cwd").unwrap() == std::path::Path::new("/usr"),
     );
 }
