@@ -502,6 +502,59 @@ fn killing_the_visible_process_does_not_harm_the_target() {
     victim.has_no_gap();
 }
 
+/// Nor does it matter if the engine's own process is killed, and it is told.
+#[test]
+fn killing_the_engine_does_not_harm_the_target() {
+    let victim = Victim::start();
+    let mut told = 0;
+    for round in 0..50 {
+        let image = victim.dir.path().join(format!("image{round}"));
+        let mut dump = Command::new(env!("CARGO_BIN_EXE_freezeframe"));
+        dump.args(["dump", "-R", "-v4", "-t", &victim.pid(), "-D"]);
+        let mut dump = dump
+            .arg(&image)
+            .stdin(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut lines = BufReader::new(dump.stderr.take().unwrap()).lines();
+        // Each round a little later.
+        for _ in 0..=round % 4 {
+            lines.next();
+        }
+        let pid = dump.id();
+        let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();
+        if let Some(engine) = children.split_whitespace().next() {
+            let engine = nix::unistd::Pid::from_raw(engine.parse().unwrap());
+            let _ = nix::sys::signal::kill(engine, nix::sys::signal::SIGKILL);
+        }
+        let rest: Vec<String> = lines.map(Result::unwrap).collect();
+        let code = dump.wait().unwrap().code();
+        if code == Some(3) {
+            told += 1;
+            let last = rest.last().unwrap();
+            assert!(
+                last.starts_with("kind=bug ") && last.contains("target=unknown"),
+                "{rest:?}"
+            );
+        } else {
+            assert_eq!(code, Some(0), "{rest:?}");
+        }
+        victim.goes_on();
+        if told >= 5 {
+            break;
+        }
+    }
+    assert!(told > 0, "it was never killed in time");
+    assert!(
+        freezeframe(&["dump", "-R", "-t", &victim.pid(), "-D", &victim.image()])
+            .status
+            .success()
+    );
+    victim.goes_on();
+    victim.has_no_gap();
+}
+
 fn untraced(pid: &str) -> bool {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
     status.contains("TracerPid:\t0\n")
