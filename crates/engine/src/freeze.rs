@@ -4,6 +4,7 @@
 //! until nothing new appears while all that is known is stopped: new tasks are
 //! made by running ones only.
 
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, HashSet};
 use std::time::{Duration, Instant};
 
@@ -112,16 +113,14 @@ fn discover(
         if !seen.insert(pid) {
             continue;
         }
-        if !found.contains_key(&pid) {
-            match ProcDir::open(pid) {
-                Ok(dir) => found.insert(pid, Found { dir, zombie: false }),
+        let process = match found.entry(pid) {
+            Entry::Occupied(known) => known.into_mut(),
+            Entry::Vacant(vacant) => match ProcDir::open(pid) {
+                Ok(dir) => vacant.insert(Found { dir, zombie: false }),
                 // It ended while we looked; the root must not.
                 Err(e) if e.kind() == Kind::TargetGone && pid != root => continue,
                 Err(e) => return Err(e.on_task(pid.0)),
-            };
-        }
-        let Some(process) = found.get_mut(&pid) else {
-            continue;
+            },
         };
         let looked = (|| -> Result<_> {
             let stat = process.dir.stat()?;

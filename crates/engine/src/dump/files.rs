@@ -110,21 +110,19 @@ fn dump_file(cx: &mut DumpCx<'_>, view: &FileView<'_>) -> Result<()> {
         .find(|k| k.claims(view))
         .ok_or_else(|| view.refuse("this kind of file is not supported"))?;
     let opath = view.info.flags & libc::O_PATH as u32 != 0;
-    let (owner, owner_uids, sig) = if opath {
-        ((0, 0), (0, 0), 0)
-    } else {
-        owner(view).map_err(|e| view.blame(e))?
-    };
-    let common = OpenFile {
+    let mut common = OpenFile {
         kind: kind.about().tag,
         flags: view.info.flags & !(libc::O_CLOEXEC as u32),
         pos: view.info.pos.max(0) as u64,
-        owner,
-        owner_uids,
-        sig,
+        owner: (0, 0),
+        owner_uids: (0, 0),
+        sig: 0,
         name: view.name(),
         seen_at: (view.proc.pid.0, view.fd),
     };
+    if !opath {
+        ask_owner(view, &mut common).map_err(|e| view.blame(e))?;
+    }
     let record = kind.dump(cx, view).map_err(|e| view.blame(e))?;
     cx.records
         .push(super::model_record(model::FILE, view.subject(), &common)?);
@@ -140,20 +138,18 @@ fn stat_fd(proc: &ProcView, number: i32) -> Result<Stat> {
 
 /// Owner (F_GETOWN_EX), the uids it was set with, and signal (F_GETSIG): an
 /// owner may be set without O_ASYNC, so they are always asked.
-fn owner(view: &FileView<'_>) -> Result<((i32, i32), (u32, u32), i32)> {
+fn ask_owner(view: &FileView<'_>, common: &mut OpenFile) -> Result<()> {
     let ours = view.ours()?;
-    let sig = fd::io_signal(ours)?;
-    Ok(match fd::owner(ours)? {
-        None => ((0, 0), (0, 0), sig),
-        Some(owner) => {
-            let owner = match owner {
-                Owner::Tid(id) => (model::F_OWNER_TID, id),
-                Owner::Pid(id) => (model::F_OWNER_PID, id),
-                Owner::Pgrp(id) => (model::F_OWNER_PGRP, id),
-            };
-            (owner, fd::owner_uids(ours)?, sig)
-        }
-    })
+    common.sig = fd::io_signal(ours)?;
+    if let Some(owner) = fd::owner(ours)? {
+        common.owner = match owner {
+            Owner::Tid(id) => (model::F_OWNER_TID, id),
+            Owner::Pid(id) => (model::F_OWNER_PID, id),
+            Owner::Pgrp(id) => (model::F_OWNER_PGRP, id),
+        };
+        common.owner_uids = fd::owner_uids(ours)?;
+    }
+    Ok(())
 }
 
 /// Which descriptors refer to the same open file description.

@@ -405,11 +405,26 @@ fn finish_file(batch: &mut Batch, fd: Arg, common: &OpenFile, made: &Provided) {
         let mut bytes = common.owner.0.to_le_bytes().to_vec();
         bytes.extend_from_slice(&common.owner.1.to_le_bytes());
         let owner = batch.data(&bytes);
+        // The kernel keeps the user who set the owner: only whom that one may
+        // signal is ever signalled. The saved uid brings our own rights back.
+        let (real, effective) = common.owner_uids;
+        let other = common.owner_uids != (0, 0);
+        if other {
+            let uids = [real.into(), effective.into(), 0.into()];
+            batch.call("setresuid", libc::SYS_setresuid, uids);
+        }
         batch.call(
             "fcntl(F_SETOWN_EX)",
             libc::SYS_fcntl,
             [fd, F_SETOWN_EX.into(), owner.into()],
         );
+        if other {
+            batch.call(
+                "setresuid",
+                libc::SYS_setresuid,
+                [0.into(), 0.into(), 0.into()],
+            );
+        }
     }
     if !made.flags_done {
         let flags = common.flags & SETTABLE;
