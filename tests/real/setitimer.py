@@ -8,8 +8,10 @@ ticks = 0
 
 def tick(_signal, _frame):
     global ticks
-    os.write(log.fileno(), f"tick {ticks}\n".encode())
-    ticks += 1
+    # The handler may be interrupted by itself from the first call on.
+    number = ticks
+    ticks = number + 1
+    os.write(log.fileno(), f"tick {number}\n".encode())
 
 
 signal.signal(signal.SIGALRM, tick)

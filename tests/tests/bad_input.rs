@@ -207,7 +207,7 @@ fn no_directory_to_dump_to() -> Done {
         &["dump", "-t", &pid, "-D", &below.to_string_lossy()],
         DEADLINE,
     )?;
-    refused(outcome, 1, &["below"])?;
+    refused(outcome, 2, &["below", "not a directory"])?;
     running.unharmed()
 }
 
