@@ -4,6 +4,8 @@
 //! A mask that names every CPU of the dumping machine is restored as "every CPU", so that a
 //! program that never chose its CPUs is not bound to them on a larger machine.
 
+use std::cell::Cell;
+
 use freezeframe_error::{Error, Result};
 use freezeframe_image::{RawRecord, Tag};
 use freezeframe_inject::{Arg, Batch, Replies};
@@ -38,6 +40,23 @@ struct Record {
 
 /// A mask of more words than this is not believed (the kernel's largest NR_CPUS is 8192).
 const MAX_WORDS: usize = 128;
+
+thread_local! {
+    /// The process last asked for, and how many CPUs were online then.
+    static ONLINE: Cell<(i32, usize)> = const { Cell::new((0, 0)) };
+}
+
+/// How many CPUs are online; looked up once per process. 0 if it cannot be said.
+fn online(task: &TaskView<'_>) -> usize {
+    let pid = task.proc.pid.0;
+    let (of, online) = ONLINE.get();
+    if of == pid && !task.leader {
+        return online;
+    }
+    let online = std::fs::read("/sys/devices/system/cpu/online").map_or(0, |text| count(&text));
+    ONLINE.set((pid, online));
+    online
+}
 
 /// How many bits are set.
 fn bits(mask: &[u64]) -> usize {
@@ -78,7 +97,7 @@ impl TaskKind for Affinity {
         _replies: &Replies,
     ) -> Result<Option<RawRecord>> {
         let mut mask = sched_getaffinity(task.tid)?;
-        let online = std::fs::read("/sys/devices/system/cpu/online").map_or(0, |text| count(&text));
+        let online = online(task);
         if online != 0 && bits(&mask) >= online {
             mask.clear();
         }

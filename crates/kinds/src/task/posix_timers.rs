@@ -213,15 +213,15 @@ impl TaskKind for PosixTimers {
         asked: &Asked,
         replies: &Replies,
     ) -> Result<Option<RawRecord>> {
+        // A fresh process has none: fork does not copy them.
+        if asked.data.is_empty() {
+            return Ok(None);
+        }
         let infos = task.proc.dir.timers()?;
         if infos.len() != asked.data.len() {
             return Err(
                 Error::bug("the POSIX timers of a frozen process changed").on_task(task.proc.pid.0)
             );
-        }
-        // A fresh process has none: fork does not copy them.
-        if infos.is_empty() {
-            return Ok(None);
         }
         let mut timers = Vec::with_capacity(infos.len());
         let for_process = ptrace::pending_signals(task.tid, true)?;

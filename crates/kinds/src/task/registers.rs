@@ -27,7 +27,7 @@ static ABOUT: About = About {
     manual: "ptrace(2)",
     since: "",
     carried: "general registers, FS and GS base, FPU, SSE, AVX, AVX-512, AMX, PKRU (all XSAVE state)",
-    refused: "a 32-bit task (\"32-bit tasks are not supported\")",
+    refused: "a 32-bit task (\"32-bit tasks are not supported\"), user shadow stacks (by name)",
     programs: &[
         "threads::registers",
         "threads::registers_avx512",
@@ -40,16 +40,31 @@ static ABOUT: About = About {
     show: show::<Record>,
 };
 
+/// Bytes encoded as they are one by one, but in one piece: there are thousands of threads.
+mod whole {
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    pub(super) fn serialize<S: Serializer>(bytes: &[u8], to: S) -> Result<S::Ok, S::Error> {
+        to.serialize_bytes(bytes)
+    }
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<u8>, D::Error> {
+        Vec::deserialize(from)
+    }
+}
+
 #[derive(Debug, Serialize, Deserialize)]
 struct Record {
     /// `user_regs_struct`, as 27 little-endian u64.
     general: Vec<u8>,
     /// The XSAVE area in the CPU's standard format, without the zeros at its end.
+    #[serde(with = "whole")]
     xstate: Vec<u8>,
     /// Its length with them.
     xstate_len: u32,
 }
 
+/// `cs` of a task that runs 64-bit code.
+const CODE_64: u64 = 0x33;
 /// XSAVE areas larger than this are not believed.
 const MAX_XSTATE: usize = 64 << 10;
 
@@ -63,7 +78,16 @@ impl TaskKind for Registers {
     fn stage(&self) -> Stage {
         Stage::Thread
     }
-    fn ask(&self, _task: &TaskView<'_>, _batch: &mut Batch) -> Result<Asked> {
+    fn ask(&self, task: &TaskView<'_>, _batch: &mut Batch) -> Result<Asked> {
+        if task.regs.cs != CODE_64 {
+            return Err(Error::unsupported("32-bit tasks are not supported").on_task(task.tid.0));
+        }
+        // Shadow stacks are on from the first thread's start, and inherited. ENODEV: off.
+        if task.leader && ptrace::getregset(task.tid, nt::X86_SHSTK).is_ok() {
+            return Err(
+                Error::unsupported("user shadow stacks are not supported").on_task(task.tid.0)
+            );
+        }
         Ok(Asked::default())
     }
     fn dump(
@@ -102,5 +126,25 @@ impl TaskKind for Registers {
         task.last.regs = Some(regs);
         task.last.xstate = record.xstate;
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_record_comes_back() {
+        let record = Record {
+            general: vec![1; 216],
+            xstate: vec![0, 7, 9],
+            xstate_len: 2688,
+        };
+        let raw = ABOUT.record(1, &record).unwrap();
+        let back: Record = ABOUT.decode(&raw).unwrap();
+        assert_eq!(
+            (back.general, back.xstate, back.xstate_len),
+            (vec![1; 216], vec![0, 7, 9], 2688)
+        );
     }
 }
