@@ -9,6 +9,7 @@
 //! No default methods: a kind that has nothing to do in a step says so.
 
 pub mod about;
+pub mod bytes;
 pub mod cx;
 pub mod file;
 pub mod mem;

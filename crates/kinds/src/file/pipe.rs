@@ -20,6 +20,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::{Deserialize, Serialize};
 
 use crate::about::{About, show};
+use crate::bytes::Bytes;
 use crate::cx::{DumpCx, FileItem, FileKind, FileView, RestoreFiles};
 use crate::file::{LARGEFILE, access, provide_made, status_flags};
 use crate::model::FileId;
@@ -76,7 +77,7 @@ pub(super) struct Contents {
     /// Whether data was written in packet mode.
     pub(super) packets: bool,
     /// The data: one piece, or one for each packet.
-    pub(super) data: Vec<Vec<u8>>,
+    pub(super) data: Vec<Bytes>,
     /// Whether the caller is to give it on restore.
     pub(super) external: bool,
 }
@@ -121,7 +122,8 @@ pub(super) fn contents(file: &FileView<'_>, packets: bool, wanted: bool) -> Resu
         } else {
             fd::peek_pipe(ours)
         };
-        contents.data = peeked.map_err(|e| file.blame(e))?;
+        let pieces = peeked.map_err(|e| file.blame(e))?;
+        contents.data = pieces.into_iter().map(Bytes).collect();
     }
     Ok(contents)
 }
@@ -232,7 +234,7 @@ impl FileKind for Pipe {
                 .filter(|i| access(i.common.flags) == mode)
                 .count()
         };
-        let amount: usize = contents.data.iter().map(Vec::len).sum();
+        let amount: usize = contents.data.iter().map(|d| d.len()).sum();
         if plain && count(libc::O_RDONLY) <= 1 && count(libc::O_WRONLY) <= 1 && amount <= SMALL {
             in_batch(cx, group, &contents);
             Ok(())

@@ -13,6 +13,7 @@ use freezeframe_sys::unix_diag::UnixDiag;
 use serde::{Deserialize, Serialize};
 
 use crate::about::{About, show};
+use crate::bytes::Bytes;
 use crate::cx::{DumpCx, FileItem, FileKind, FileView, RestoreFiles};
 use crate::file::pipe::dup_of;
 use crate::file::{is_opath, provide_made, status_flags};
@@ -83,7 +84,7 @@ enum Peer {
 
 #[derive(Debug, Serialize, Deserialize)]
 struct Message {
-    data: Vec<u8>,
+    data: Bytes,
     /// PID, UID, GID of the sender.
     credentials: Option<(i32, u32, u32)>,
 }
@@ -186,7 +187,7 @@ fn queue(file: &FileView<'_>, kind: i32) -> Result<Vec<Message>> {
     }
     let own = |c: Credentials| (c.pid, c.uid, c.gid);
     let all = peeked.into_iter().map(|m| Message {
-        data: m.data,
+        data: m.data.into(),
         credentials: m.credentials.map(own),
     });
     // The end of a stream reads as nothing, which is not a message.
