@@ -188,7 +188,7 @@ impl<'a> FileView<'a> {
         String::from_utf8_lossy(self.link).into_owned()
     }
 
-    /// The refusal by name: "pid 12: fd 7 (socket:[123]): WHAT".
+    /// The refusal by name: `pid 12: fd 7 (socket:[123]): WHAT`.
     pub fn refuse(&self, what: impl Into<std::borrow::Cow<'static, str>>) -> Error {
         self.blame(Error::unsupported(what))
     }

@@ -1,6 +1,6 @@
 //! Rebuilding a tree, from outside: a shell that runs nothing but the stub is
 //! made with the root's PID, forks the others by [`plan`], and each is given
-//! its memory ([`memory`]), descriptors ([`files`]) and attributes ([`tasks`])
+//! its memory (`memory`), descriptors (`files`) and attributes (`tasks`)
 //! by batches of calls. Until the last switch nothing of the program runs, and
 //! whatever fails, the half-built tree is killed and nothing stays.
 
