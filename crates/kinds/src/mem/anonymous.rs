@@ -23,8 +23,8 @@ static ABOUT: About = About {
     title: "Private anonymous memory",
     manual: "mmap(2)",
     since: "",
-    carried: "heap, stacks (grow-down ones go on growing), anonymous mappings, PROT_NONE, mlock, madvise state, guard regions, COW shared between relatives",
-    refused: "huge pages of hugetlbfs (\"hugetlb memory is not supported\")",
+    carried: "heap, stacks (grow-down ones go on growing), anonymous mappings, PROT_NONE, mlock, madvise state, guard regions, MAP_DROPPABLE, COW shared between relatives",
+    refused: "huge pages of hugetlbfs (\"hugetlb memory is not supported\"), memory sealed by mseal (\"memory sealed by mseal is not supported\"), registered with userfaultfd, or with a protection key",
     programs: &[
         "memory::anonymous",
         "memory::zeroed",

@@ -33,7 +33,7 @@ static ABOUT: About = About {
     manual: "mmap(2)",
     since: "",
     carried: "private and shared mappings of files that still have their name; written pages of private ones; a file changed since the dump is found out and refused",
-    refused: "a deleted file (\"a mapping of a deleted file is not supported\"), a device (\"a mapping of a device is not supported\"), hugetlbfs",
+    refused: "a deleted file that has other names (\"a mapping of a deleted file is not supported\"), a path under which something else lies or is mounted (\"its path leads to another file\"), a device (\"a mapping of a device is not supported\"), hugetlbfs",
     programs: &[
         "mappings::file_private",
         "mappings::file_shared",
@@ -84,6 +84,9 @@ impl MemKind for MappedFile {
             if stat.mode & libc::S_IFMT != libc::S_IFREG {
                 return Err(vma.refuse("a mapping of a device is not supported"));
             }
+            // What the restore will look at: it had better be seen now.
+            check_unchanged(&m.path, stat.size, Some(stat.mtime_ns))
+                .map_err(|e| vma.refuse("its path leads to another file").caused_by(e))?;
             let record = Record {
                 path: m.path.clone(),
                 size: stat.size,

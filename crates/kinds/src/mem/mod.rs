@@ -15,7 +15,7 @@ use freezeframe_sys::proc::VmFlags;
 use crate::cx::VmaView;
 
 /// Flags of a VMA that no kind carries, and what to say of them.
-const REFUSED: [(VmFlags, &str); 7] = [
+const REFUSED: [(VmFlags, &str); 6] = [
     (VmFlags::SEALED, "memory sealed by mseal is not supported"),
     (
         VmFlags::UFFD_MISSING,
@@ -31,10 +31,6 @@ const REFUSED: [(VmFlags, &str); 7] = [
     ),
     (VmFlags::HUGE_TLB, "hugetlb memory is not supported"),
     (VmFlags::SHADOW_STACK, "a shadow stack is not supported"),
-    (
-        VmFlags::DROPPABLE,
-        "droppable memory (MAP_DROPPABLE) is not supported",
-    ),
 ];
 
 /// Refuses, by name, a VMA that no kind can carry whatever it maps. Called for
