@@ -14,7 +14,7 @@ use freezeframe_kinds::{BeforeStop, ProcView, task};
 use freezeframe_sys::ids::{Pid, Tid};
 use freezeframe_sys::pidfd;
 use freezeframe_sys::proc::{ProcDir, Status, TaskDir};
-use freezeframe_sys::ptrace::{self, Options};
+use freezeframe_sys::ptrace::Options;
 
 use crate::dump::DumpRequest;
 use crate::events::Events;
@@ -285,10 +285,6 @@ impl Frozen {
         }
         let mut first = None;
         for task in &self.tasks {
-            if let Some(regs) = task::shortened(&task.before, &task.status, &task.stopped.regs) {
-                // Else it waits for too long, which is no reason to fail.
-                let _ = ptrace::setregs(task.tid, &regs);
-            }
             if let Err(e) = self.tracer.detach(task.tid) {
                 first.get_or_insert(e.on_task(task.tid.0));
             }

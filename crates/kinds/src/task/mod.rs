@@ -33,4 +33,4 @@ pub mod syscall_user_dispatch;
 pub mod tid_address;
 pub mod timer_slack;
 
-pub use restart::{before_stop, shortened};
+pub use restart::before_stop;

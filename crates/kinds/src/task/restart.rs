@@ -9,7 +9,8 @@
 //! - nanosleep, clock_nanosleep: with a pointer for the rest, the kernel has written it there at the stop.
 //! - The same without one, poll, futex(FUTEX_WAIT): the timeout less the time it was blocked.
 //! - epoll_wait, epoll_pwait, which are made again after any stop: the timeout, which is in r10,
-//!   is made shorter there; also in a target that goes on after the dump ([`shortened`]).
+//!   is made shorter there, on restore alone: a target that goes on after its dump has its registers as they were,
+//!   and waits for the whole timeout again.
 //! - futex with an absolute timeout, poll without one: made again as they were.
 //! - select, pselect, ppoll: the kernel has put the rest where the timeout was.
 //! - Any other call that waits in this way ends with EINTR, with a warning.
@@ -358,25 +359,6 @@ fn age(before: &BeforeStop, status: &Status, regs: &Regs) -> Option<u64> {
         return None;
     }
     monotonic_ns().checked_sub(since)
-}
-
-/// For a thread that is let go after a stop which the kernel would have ended its epoll_wait or epoll_pwait at:
-/// the registers with the time that is left, since it makes the call again. None if there is nothing to
-/// change. `status` must have been read right after the stop.
-pub fn shortened(before: &BeforeStop, status: &Status, regs: &Regs) -> Option<Regs> {
-    let stopped = Stopped {
-        regs,
-        age: age(before, status, regs),
-        wchan: "",
-        read: &|_, _| false,
-    };
-    match stopped.record() {
-        (Some(Record::Epoll { ms }), _) => Some(Regs {
-            r10: u64::from(ms),
-            ..*regs
-        }),
-        _ => None,
-    }
 }
 
 impl TaskKind for Restart {
