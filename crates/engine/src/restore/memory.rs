@@ -55,6 +55,16 @@ struct Fresh<'a> {
     zeros: Vec<Range<u64>>,
 }
 
+impl Fresh<'_> {
+    /// Whether it is mapped writable first, to be filled, or because it was
+    /// writable once: private memory stays accounted for (`ac` in smaps) then.
+    fn is_mapped_writable(&self) -> bool {
+        let flags = VmFlags::from_bits(self.vma.flags);
+        let was_writable = !self.vma.shared && flags.contains(VmFlags::ACCOUNT);
+        !self.reads.is_empty() || was_writable && self.vma.prot & libc::PROT_WRITE as u32 == 0
+    }
+}
+
 /// Makes the tree-wide objects in the root and fills them.
 pub(super) fn make_objects(
     loaded: &Loaded,
@@ -367,10 +377,10 @@ impl Memory<'_> {
                     }
                 },
             };
-            let prot = if f.reads.is_empty() {
-                vma.prot
-            } else {
+            let prot = if f.is_mapped_writable() {
                 filling_prot()
+            } else {
+                vma.prot
             };
             batch.call(
                 format!("mmap({:x}-{:x} {})", vma.start, vma.end, vma.name),
@@ -502,7 +512,17 @@ fn mprotect(batch: &mut Batch, vma: &Vma, prot: u32) {
 
 fn protect(batch: &mut Batch, fresh: &Fresh<'_>) {
     let vma = fresh.vma;
-    if !fresh.reads.is_empty() && vma.prot != filling_prot() {
+    if fresh.is_mapped_writable() && vma.prot != filling_prot() {
+        if fresh.reads.is_empty() && is_anonymous(vma) {
+            // Memory that nobody ever wrote to is taken off the account again.
+            for advice in [libc::MADV_POPULATE_WRITE, libc::MADV_DONTNEED] {
+                batch.call(
+                    format!("madvise({advice})"),
+                    libc::SYS_madvise,
+                    [Arg::Imm(vma.start), Arg::Imm(PAGE), advice.into()],
+                );
+            }
+        }
         mprotect(batch, vma, vma.prot);
     }
     for &(at, len) in &vma.guards {
