@@ -5,13 +5,13 @@
 //! modification time) is found out and refused, since code and data mapped
 //! from it would no longer fit.
 
+use std::ffi::CString;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::ffi::OsStrExt;
 
-use freezeframe_error::{Error, Kind, Result, SysExt};
+use freezeframe_error::{Error, Kind, Result};
 use freezeframe_image::{RawRecord, Tag};
 use freezeframe_inject::Arg;
-use freezeframe_sys::fd::fstat;
+use freezeframe_sys::fd::{Stat, fstat, stat_at};
 use freezeframe_sys::proc::VmFlags;
 use serde::{Deserialize, Serialize};
 
@@ -79,14 +79,10 @@ impl MemKind for MappedFile {
         key.push(u8::from(write));
         let dev = libc::makedev(m.dev_major, m.dev_minor);
         let object = cx.object(ObjectKey::Mapped(vma.proc.pid.0, dev, m.inode, key), |id| {
-            let mapped = vma.open_mapped(false)?;
-            let stat = fstat(mapped.as_fd()).map_err(|e| vma.blame(e))?;
+            let stat = named_or_mapped(vma)?;
             if stat.mode & libc::S_IFMT != libc::S_IFREG {
                 return Err(vma.refuse("a mapping of a device is not supported"));
             }
-            // What the restore will look at: it had better be seen now.
-            check_unchanged(&m.path, stat.size, Some(stat.mtime_ns))
-                .map_err(|e| vma.refuse("its path leads to another file").caused_by(e))?;
             let record = Record {
                 path: m.path.clone(),
                 size: stat.size,
@@ -133,18 +129,38 @@ impl MemKind for MappedFile {
     }
 }
 
+fn stat_of(path: &[u8]) -> Result<Stat> {
+    let path = CString::new(path).map_err(|_| Error::corrupt("a path has a NUL in it"))?;
+    stat_at(nix::fcntl::AT_FDCWD, &path, true)
+}
+
+/// What the path leads to, if that is what is mapped; otherwise what is mapped,
+/// which the path must resemble, since the restore goes by the path.
+fn named_or_mapped(vma: &VmaView<'_>) -> Result<Stat> {
+    let m = vma.map;
+    if let Ok(stat) = stat_of(&m.path)
+        && (stat.dev, stat.ino) == (libc::makedev(m.dev_major, m.dev_minor), m.inode)
+    {
+        return Ok(stat);
+    }
+    // Some file systems show other device numbers in maps than in stat(2).
+    let mapped = vma.open_mapped(false)?;
+    let stat = fstat(mapped.as_fd()).map_err(|e| vma.blame(e))?;
+    if stat.mode & libc::S_IFMT == libc::S_IFREG {
+        check_unchanged(&m.path, stat.size, Some(stat.mtime_ns))
+            .map_err(|e| vma.refuse("its path leads to another file").caused_by(e))?;
+    }
+    Ok(stat)
+}
+
 /// Refuses a file that is gone, or whose size or modification time (if given)
 /// is not what it was at the dump.
 pub fn check_unchanged(path: &[u8], size: u64, mtime_ns: Option<i64>) -> Result<()> {
     let shown = String::from_utf8_lossy(path).into_owned();
-    let file =
-        std::fs::File::open(std::ffi::OsStr::from_bytes(path)).or_else(|e| match e.kind() {
-            std::io::ErrorKind::NotFound => {
-                Err(Error::new(Kind::FileChanged, "the file is gone").on(&shown))
-            }
-            _ => Err(e).sys("open").map_err(|e| e.on(&shown)),
-        })?;
-    let stat = fstat(file.as_fd())?;
+    let stat = stat_of(path).map_err(|e| match e.errno() {
+        Some(libc::ENOENT) => Error::new(Kind::FileChanged, "the file is gone").on(&shown),
+        _ => e.on(&shown),
+    })?;
     if stat.size != size {
         return Err(Error::new(
             Kind::FileChanged,
