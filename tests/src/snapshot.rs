@@ -187,7 +187,7 @@ impl Snapshot {
             {
                 let kept = value
                     .split_whitespace()
-                    .filter(|f| name != "VmFlags" || !FLAGS_UNSTABLE.contains(f));
+                    .filter(|f| name != "VmFlags" || !unstable(f, &vma.perms));
                 vma.more
                     .push(format!("{name}: {}", kept.collect::<Vec<_>>().join(" ")));
             }
@@ -366,7 +366,12 @@ const SMAPS: [&str; 5] = [
 ];
 
 /// Soft-dirty says that a page was written since someone asked: every restored one was.
-const FLAGS_UNSTABLE: [&str; 1] = ["sd"];
+///
+/// "Accounted" of memory that cannot be written is the kernel's own note (mm/mprotect.c): memory that was writable before
+/// keeps it or not, by whether a neighbour it was once joined with had pages.
+fn unstable(flag: &str, perms: &str) -> bool {
+    flag == "sd" || flag == "ac" && perms.ends_with('p') && !perms.contains('w')
+}
 
 #[derive(PartialEq, Eq)]
 struct Vma {
