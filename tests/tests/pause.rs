@@ -19,13 +19,21 @@ fn median(mut all: Vec<Duration>) -> Duration {
     all[all.len() / 2]
 }
 
-fn below(what: &str, all: Vec<Duration>, limit: Duration) -> Done {
+/// What this debug build may take on a machine that others use too, in goals:
+/// enough to see a regression. The goals themselves are for a release build on an
+/// idle machine, and are printed.
+const ROOM: u32 = 10;
+
+fn below(what: &str, all: Vec<Duration>, goal: Duration) -> Done {
+    let limit = ROOM * goal;
     let (least, most) = (
         all.iter().min().copied().unwrap_or_default(),
         all.iter().max().copied().unwrap_or_default(),
     );
     let median = median(all);
-    println!("{what}: median {median:?} ({least:?} to {most:?}), to be below {limit:?}");
+    println!(
+        "{what}: median {median:?} ({least:?} to {most:?}), goal {goal:?}, to be below {limit:?}"
+    );
     if median < limit {
         Ok(())
     } else {

@@ -756,6 +756,9 @@ fn vfork(cx: &Cx) {
     let argument = std::ptr::from_ref(page.word(0)).cast_mut().cast();
     let waiter = cx.child_unready("waiter", |cx| {
         cx.say_ready();
+        // Before the child is there: the signal may come before it can block it itself.
+        let mask = 1u64 << (libc::SIGUSR1 - 1);
+        os::syscall(libc::SYS_rt_sigprocmask, [0, os::at(&mask), 0, 8, 0, 0]).unwrap();
         let flags = libc::CLONE_VM | libc::CLONE_VFORK | libc::SIGCHLD;
         // SAFETY: as in `shared_memory_space`; the caller is suspended until the child has left.
         let child = unsafe {
