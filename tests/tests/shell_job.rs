@@ -39,7 +39,8 @@ fn restored_on_another_terminal() -> Done {
         done
         echo done > finished"#;
     fs::write(scene.path("job"), job).map_err(|e| e.to_string())?;
-    let leader = r#"/bin/sh "$1/job" "$1" & echo $! > "$1/pid.part"; mv "$1/pid.part" "$1/pid"
+    // bash forks where dash calls vfork, which cannot be frozen while it waits for its child.
+    let leader = r#"/bin/bash "$1/job" "$1" & echo $! > "$1/pid.part"; mv "$1/pid.part" "$1/pid"
         tty <&1 > "$1/first"; while [ ! -e "$1/first-over" ]; do sleep 0.01; done"#;
     let first = on_a_terminal(&scene, leader)?;
     scene.await_that(

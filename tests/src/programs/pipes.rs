@@ -337,6 +337,7 @@ fn pipe_blocked_reader(cx: &Cx) {
     cx.await_ready("reader");
     cx.until(|| os::state_of(child) == 'S');
     cx.ready_unspoilt();
+    cx.until(|| os::state_of(child) == 'S');
     cx.same("the reader", os::state_of(child), 'S');
     os::write(
         &w,
