@@ -218,11 +218,20 @@ impl Scene {
         spawn(command)
     }
 
-    /// Starts another program than the kit's own, in a session of its own.
+    /// Starts another program than the kit's own, in a session of its own, with a file for what it complains of.
     pub fn start_other(&self, words: &[&str]) -> Result<Target, String> {
         let mut command = Command::new(program_binary());
-        command.arg("exec").args(words);
+        command
+            .args(["exec", "--stderr"])
+            .arg(self.path("stderr"))
+            .args(words);
         self.start(command)
+    }
+
+    /// What the program started by [`Scene::start_other`] has complained of.
+    pub fn complaints(&self) -> String {
+        let text = fs::read(self.path("stderr")).unwrap_or_default();
+        String::from_utf8_lossy(&text).into_owned()
     }
 
     /// Waits until the program has made a file.

@@ -142,6 +142,10 @@ fn main() {
 
 fn run(real: &Real, cycles: bool) -> Result<(), String> {
     let scene = Scene::new()?;
+    goes_on(&scene, real, cycles).map_err(|e| format!("{e}\n{}", scene.complaints()))
+}
+
+fn goes_on(scene: &Scene, real: &Real, cycles: bool) -> Result<(), String> {
     let source = PathBuf::from(env!("CARGO_MANIFEST_DIR"))
         .join("real")
         .join(real.source);
@@ -160,12 +164,12 @@ fn run(real: &Real, cycles: bool) -> Result<(), String> {
     }
     let words: Vec<String> = real.command.iter().map(fill).collect();
     let mut target = scene.start_other(&words.iter().map(String::as_str).collect::<Vec<_>>())?;
-    await_more(&scene, &target, real, 20)?;
+    await_more(scene, &target, real, 20)?;
     if cycles {
         scene
             .dump_pid(target.pid, "live", &["--leave-running"])?
             .must_exit(0)?;
-        await_more(&scene, &target, real, 20)?;
+        await_more(scene, &target, real, 20)?;
         for round in 0..2 {
             let images = format!("img{round}");
             let before = Snapshot::take(target.pid);
@@ -173,15 +177,15 @@ fn run(real: &Real, cycles: bool) -> Result<(), String> {
             scene.await_gone(&before, Duration::from_secs(10))?;
             let told = |e: String| format!("{e}\nafter\n{}", dumped.told());
             target = scene.restore_pid(target.pid, &images, &[]).map_err(told)?.0;
-            await_more(&scene, &target, real, 20)?;
+            await_more(scene, &target, real, 20)?;
         }
     } else {
-        await_more(&scene, &target, real, 20)?;
+        await_more(scene, &target, real, 20)?;
     }
     std::fs::write(scene.path("stop"), "").map_err(|e| e.to_string())?;
     scene.await_exit(&target)?;
     scene.nothing_left()?;
-    check(&records(&scene)?, real.streams)
+    check(&records(scene)?, real.streams)
 }
 
 /// Every line of the program's logs.

@@ -30,6 +30,7 @@ mod timers;
 mod tree;
 
 pub use cx::Cx;
+use std::os::fd::AsRawFd;
 use std::os::unix::process::CommandExt;
 
 /// One self-checking program: a row of the table.
@@ -269,6 +270,12 @@ pub fn exec(words: &[&str]) -> ! {
         match words.as_slice() {
             ["--uid", uid, ..] => {
                 os::become_uid(uid.parse().unwrap());
+                words.drain(..2);
+            }
+            ["--stderr", path, ..] => {
+                let flags = libc::O_WRONLY | libc::O_CREAT | libc::O_APPEND;
+                let file = os::open(path.as_ref(), flags).unwrap();
+                os::dup_to(file.as_raw_fd(), 2);
                 words.drain(..2);
             }
             ["--no-new-privs", ..] => {
