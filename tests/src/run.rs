@@ -431,11 +431,7 @@ impl Scene {
         before: &Snapshot,
         mode: Mode,
     ) -> Result<(), String> {
-        let after = Snapshot::take(target.pid);
-        let mut faults: Vec<String> = differences(before, &after, program.explained)
-            .iter()
-            .map(|d| format!("/proc: {d}"))
-            .collect();
+        let mut faults = self.settled_differences(target, program, before);
         if program.stopped {
             if state_of(target.pid) != Some('T') {
                 faults.push(format!("state {:?}, not stopped", state_of(target.pid)));
@@ -468,6 +464,24 @@ impl Scene {
             Ok(())
         } else {
             Err(faults.join("\n"))
+        }
+    }
+
+    /// What differs and stays so. A task on its way back into the call it was in, or with a signal just arriving, shows
+    /// another mask for a moment, with or without us.
+    fn settled_differences(
+        &self,
+        target: Target,
+        program: &Program,
+        before: &Snapshot,
+    ) -> Vec<String> {
+        let start = Instant::now();
+        loop {
+            let found = differences(before, &Snapshot::take(target.pid), program.explained);
+            if found.is_empty() || start.elapsed() > Duration::from_millis(500) {
+                return found.iter().map(|d| format!("/proc: {d}")).collect();
+            }
+            std::thread::sleep(Duration::from_millis(5));
         }
     }
 
