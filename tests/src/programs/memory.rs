@@ -608,7 +608,8 @@ fn huge_pages(cx: &Cx) {
     let fresh = Region::anon(8 * HUGE);
     fresh.fill(3);
     cx.ready(|| flip(&region, 7 * HUGE + 12352));
-    cx.same("pages held", region.pages_held(), was);
+    // khugepaged may have filled the hole with zeroes by making the pages around it a huge one.
+    cx.between("pages held", region.pages_held(), was, was + 1);
     for at in (0..8 * HUGE).step_by(PAGE) {
         if at == 3 * HUGE + 5 * PAGE {
             cx.try_part("the hole", || region.part(at, PAGE).verify_zero());
