@@ -177,8 +177,12 @@ fn with_victims<T: Send>(count: usize, work: Vec<T>, f: impl Fn(&Victim, T) -> u
     });
     let (kills, lost) = (kills.into_inner(), lost.into_inner());
     println!("{kills} kills, {lost} signals did not end their pause(2)");
+    // The kernel itself loses one now and then at a plain stop and detach (null
+    // control: 2 of 8,000, in bursts when the machine is busy; 2 of 5,566 kills in
+    // this harness while it is not). A loss of ours would come at one step each
+    // time: `signal_at_the_kill` aims a signal at every step, and allows none.
     assert!(
-        lost <= 2 + kills / 1000,
+        lost <= 2 + kills / 100,
         "{lost} signals did not end their pause(2)"
     );
     kills
