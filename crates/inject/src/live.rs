@@ -57,6 +57,7 @@ use freezeframe_sys::mem::{self, Mem};
 use freezeframe_sys::pidfd;
 use freezeframe_sys::proc::{Map, ProcDir};
 use freezeframe_sys::ptrace::{self, Options, Regs, SyscallInfo};
+use nix::errno::Errno;
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::sys::socket::{self, MsgFlags, sockopt};
 use nix::sys::time::{TimeVal, TimeValLike};
@@ -750,9 +751,11 @@ impl<'a> LiveSession<'a> {
     }
 
     fn send(&self, n: u64) -> Result<()> {
-        socket::send(self.socket_fd(), &n.to_le_bytes(), MsgFlags::MSG_NOSIGNAL)
-            .sys("send to the stub")
-            .on_task(self.tid.0)?;
+        match socket::send(self.socket_fd(), &n.to_le_bytes(), MsgFlags::MSG_NOSIGNAL) {
+            // Only its death closes the stub's end while we hold ours.
+            Err(Errno::EPIPE | Errno::ECONNRESET) => return Err(self.died()),
+            sent => sent.sys("send to the stub").on_task(self.tid.0)?,
+        };
         step("send");
         Ok(())
     }
@@ -771,7 +774,7 @@ impl<'a> LiveSession<'a> {
                         Error::new(Kind::TargetGone, "its stub hung up").on_task(self.tid.0)
                     );
                 }
-                Err(nix::errno::Errno::EAGAIN | nix::errno::Errno::EINTR) => {
+                Err(Errno::EAGAIN | Errno::EINTR) => {
                     self.tracer.nudge(self.tid).inspect_err(|e| {
                         if e.kind() == Kind::TargetGone {
                             self.at = At::Left;
@@ -781,9 +784,15 @@ impl<'a> LiveSession<'a> {
                         return Err(timeout(self.tid, "it did not answer in time"));
                     }
                 }
+                // It had a word of ours that it did not live to read.
+                Err(Errno::ECONNRESET) => return Err(self.died()),
                 Err(e) => return Err(Error::syscall("recv from the stub", e as i32)),
             }
         }
+    }
+
+    fn died(&self) -> Error {
+        Error::new(Kind::TargetGone, "it died while it ran our calls").on_task(self.tid.0)
     }
 
     /// Undoes what was not taken back, and puts the thread exactly where it was,
