@@ -61,3 +61,9 @@ pub(crate) fn step(name: &'static str) {
 pub fn count() -> u64 {
     armed::count()
 }
+
+/// A step of a test's own.
+#[cfg(feature = "step-kill")]
+pub fn mark(name: &'static str) {
+    step(name);
+}

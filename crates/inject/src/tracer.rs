@@ -508,8 +508,15 @@ impl Tracer {
         }
     }
 
-    /// Lets a task go if it is stopped or dead.
+    /// Lets a task go if it is stopped or dead; what must not outlive us is killed.
     fn try_detach(&self, tid: Tid) -> bool {
+        if self
+            .options(tid)
+            .is_some_and(|o| o.contains(Options::EXITKILL))
+        {
+            let _ = signal::kill(nix::unistd::Pid::from_raw(tid.0), Signal::SIGKILL);
+            return self.reap(tid);
+        }
         let sig = match ptrace::try_siginfo(tid) {
             Ok(Some(info)) => match Stop::of(tid, &info) {
                 Stop::SignalDelivery(info) => info.signo(),

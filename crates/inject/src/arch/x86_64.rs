@@ -178,3 +178,20 @@ pub(crate) fn skipped(regs: &Regs) -> Regs {
         ..*regs
     }
 }
+
+/// For a task that stands behind a syscall instruction: it makes another call
+/// there, with these first arguments and zeros for the others.
+pub(crate) fn calling(regs: &Regs, nr: u64, args: [u64; 3]) -> Regs {
+    Regs {
+        rax: nr,
+        orig_rax: u64::MAX,
+        rip: regs.rip - 2,
+        rdi: args[0],
+        rsi: args[1],
+        rdx: args[2],
+        r10: 0,
+        r8: 0,
+        r9: 0,
+        ..*regs
+    }
+}

@@ -10,7 +10,8 @@ use freezeframe_inject::tracer::DEFAULT_WAIT;
 use freezeframe_sys::ids::{Pid, Tid};
 
 use crate::victim::{
-    CLASSES, EPOLL_EINTR, ERRORS, LAST_ERROR, LOST_SIGNALS, PAUSE, PROGRESS, TIDS, WORDS,
+    CHILDREN_SEEN, CLASSES, EPOLL_EINTR, ERRORS, LAST_ERROR, LOST_SIGNALS, PAUSE, PROGRESS, TIDS,
+    WORDS,
 };
 
 /// What must be the same before and after: masks, descriptors, mappings,
@@ -21,7 +22,7 @@ pub(crate) struct Victim {
     child: Child,
     page: memmap2::MmapMut,
     before: Snapshot,
-    _file: tempfile::NamedTempFile,
+    file: tempfile::NamedTempFile,
 }
 
 /// What a victim says about itself.
@@ -32,6 +33,7 @@ pub(crate) struct Said {
     pub(crate) which: String,
     pub(crate) epoll_eintr: u64,
     pub(crate) lost: u64,
+    pub(crate) children: u64,
 }
 
 pub(crate) fn wait_until(what: &str, mut f: impl FnMut() -> bool) {
@@ -72,7 +74,7 @@ impl Victim {
             child,
             page,
             before: Snapshot::new(),
-            _file: file,
+            file,
         };
         wait_until("the victim is under way", || {
             let said = victim.said();
@@ -128,6 +130,17 @@ impl Victim {
         Tid(self.word(TIDS + class) as i32)
     }
 
+    /// Whoever has its page mapped besides us two: forks that were left behind.
+    pub(crate) fn copies(&self) -> Vec<i32> {
+        let path = self.file.path().to_string_lossy().into_owned();
+        let known = [self.pid().0, std::process::id() as i32];
+        let pids = fs::read_dir("/proc").unwrap().flatten();
+        pids.filter_map(|e| e.file_name().to_str()?.parse().ok())
+            .filter(|pid| !known.contains(pid))
+            .filter(|pid| text(&format!("/proc/{pid}/maps")).contains(&path))
+            .collect()
+    }
+
     fn word(&self, i: usize) -> u64 {
         let words: &[AtomicU64] = as_words(&self.page);
         words[i].load(std::sync::atomic::Ordering::SeqCst)
@@ -149,6 +162,7 @@ impl Victim {
             which,
             epoll_eintr: self.word(EPOLL_EINTR),
             lost: self.word(LOST_SIGNALS),
+            children: self.word(CHILDREN_SEEN),
         }
     }
 

@@ -15,7 +15,7 @@ use freezeframe_sys::ids::Tid;
 use crate::behaviour;
 use crate::check::{Said, Victim, wait_until};
 use crate::tool::{How, Job, getters, stop};
-use crate::victim::{CLASSES, PAUSE};
+use crate::victim::{CLASSES, PAUSE, WAITER};
 
 /// Every test by name.
 pub(crate) const ALL: &[(&str, fn())] = &[
@@ -48,6 +48,10 @@ pub(crate) const ALL: &[(&str, fn())] = &[
     }),
     ("killed_at_each_step_by_socket", || {
         killed_at_each_step(How::Socket)
+    }),
+    ("forks", forks),
+    ("killed_at_each_step_of_a_fork", || {
+        killed_at_each_step(How::Fork)
     }),
     (
         "killed_at_each_step_all_threads",
@@ -93,6 +97,26 @@ fn every_class(n: u64) {
         spent / 1000,
         inside / 1000
     );
+}
+
+/// 30 times in each class of thread, all stopped: nothing is noticed, nothing
+/// is left.
+fn forks() {
+    let victim = Victim::start();
+    for (class, name) in CLASSES.iter().enumerate() {
+        let job = Job {
+            pid: victim.pid(),
+            tid: victim.tid(class),
+            all: true,
+            how: How::Fork,
+            rounds: 30,
+        };
+        assert_eq!(Tool::start(&job, 0, None).end(), None);
+        let said = victim.check(name);
+        assert_eq!(said.epoll_eintr, 0, "{name}");
+        assert_eq!(said.children, 0, "{name}");
+        wait_until("no copy is left", || victim.copies().is_empty());
+    }
 }
 
 // ------------------------------------------------------------ the kill harness
@@ -197,6 +221,9 @@ fn step_kills(victim: &Victim, job: &Job, label: &str, eintr_steps: &[&str]) -> 
             return step - 1;
         };
         let said: Said = victim.check(&format!("{label}: {at}"));
+        wait_until(&format!("no copy is left, {label}: {at}"), || {
+            victim.copies().is_empty()
+        });
         if said.epoll_eintr != eintr {
             let name = at.rsplit(' ').next().unwrap_or_default();
             assert!(
@@ -215,17 +242,27 @@ fn killed_at_each_step(how: How) {
         let job = Job {
             pid: victim.pid(),
             tid: victim.tid(class),
-            all: false,
+            // While a fork is made the others must stand still.
+            all: how == How::Fork,
             how,
             rounds: 1,
         };
+        let before = victim.said().children;
         // The one exception: between the interrupt and the fix of the registers.
-        let allowed: &[&str] = if CLASSES[class] == "epoll_wait" {
+        let allowed: &[&str] = if job.all {
+            &["interrupt", "stopped", "fix-registers"]
+        } else if CLASSES[class] == "epoll_wait" {
             &["interrupt"]
         } else {
             &[]
         };
-        step_kills(victim, &job, CLASSES[class], allowed)
+        let kills = step_kills(victim, &job, CLASSES[class], allowed);
+        if how == How::Fork && class == WAITER {
+            // Its own stub reaps what is left before it can ask. (In another thread's
+            // it may see the go-between if the tool is killed while there is one.)
+            assert_eq!(victim.said().children, before, "a child was seen");
+        }
+        kills
     });
     println!(
         "{how:?}: {kills} kills in {:?}, none harmed",
@@ -235,7 +272,12 @@ fn killed_at_each_step(how: How) {
 
 fn killed_at_each_step_all_threads() {
     let begun = Instant::now();
-    let mut work = vec![(0, How::Nothing), (5, How::Stops), (3, How::Socket)];
+    let mut work = vec![
+        (0, How::Nothing),
+        (5, How::Stops),
+        (3, How::Socket),
+        (7, How::Fork),
+    ];
     if long() {
         work.push((0, How::Threads));
         for class in 0..CLASSES.len() {
@@ -367,11 +409,17 @@ fn killed_at_random() {
     let eintr = AtomicU64::new(0);
     let work: Vec<usize> = (0..times).collect();
     let kills = with_victims(3, work, |victim, n| {
-        let how = [How::Stops, How::Socket, How::Threads, How::Nothing][n % 4];
+        let how = [
+            How::Stops,
+            How::Socket,
+            How::Threads,
+            How::Nothing,
+            How::Fork,
+        ][n % 5];
         let job = Job {
             pid: victim.pid(),
-            tid: victim.tid(n / 4 % CLASSES.len()),
-            all: n % 3 != 0,
+            tid: victim.tid(n / 5 % CLASSES.len()),
+            all: n % 3 != 0 || how == How::Fork,
             how,
             rounds: i32::MAX as u32,
         };
@@ -389,6 +437,9 @@ fn killed_at_random() {
         let ended = tool.end();
         assert_eq!(ended.as_deref(), Some(""), "the tool ended by itself");
         let said = victim.check(&format!("killed at random, {job:?}"));
+        wait_until(&format!("no copy is left, {job:?}"), || {
+            victim.copies().is_empty()
+        });
         eintr.fetch_add(said.epoll_eintr - before, SeqCst);
         1
     });

@@ -7,11 +7,13 @@ use std::str::FromStr;
 use std::time::Instant;
 
 use freezeframe_error::{Error, Result};
+use freezeframe_inject::fork;
 use freezeframe_inject::live::{self, LiveSession, Site};
 use freezeframe_inject::tracer::{DEFAULT_WAIT, StoppedTask, Tracer};
 use freezeframe_inject::{Arg, Batch, OpRef, Replies, step};
 use freezeframe_stub::Undo;
 use freezeframe_sys::ids::{Pid, Tid};
+use freezeframe_sys::mem::Mem;
 use freezeframe_sys::ptrace::Options;
 
 /// What the tool is to do, as the tests hand it over.
@@ -37,6 +39,8 @@ pub(crate) enum How {
     Threads,
     /// Two sessions, one after the other, in a thread that stays stopped.
     Twice,
+    /// A fork of the whole, read while the target runs on.
+    Fork,
 }
 
 impl fmt::Display for Job {
@@ -67,6 +71,7 @@ impl FromStr for Job {
                 How::Socket,
                 How::Threads,
                 How::Twice,
+                How::Fork,
             ][w[3] as usize],
             rounds: w[4] as u32,
         })
@@ -114,6 +119,9 @@ pub(crate) fn stop(
 fn round(job: &Job) -> Result<()> {
     let tracer = Tracer::new();
     let (stopped, mut site) = stop(&tracer, job.pid, (!job.all).then_some(job.tid))?;
+    if job.how == How::Fork {
+        return fork_round(job, &tracer, &stopped, site);
+    }
     let chosen = |t: &&StoppedTask| job.how == How::Threads || t.tid == job.tid;
     if job.how != How::Nothing {
         for task in stopped.iter().filter(chosen) {
@@ -141,6 +149,27 @@ fn round(job: &Job) -> Result<()> {
     for task in &stopped {
         tracer.detach(task.tid)?;
     }
+    Ok(())
+}
+
+/// Forks in one thread, lets the target go, and looks at the fork.
+fn fork_round(job: &Job, tracer: &Tracer, stopped: &[StoppedTask], mut site: Site) -> Result<()> {
+    let Some(task) = stopped.iter().find(|t| t.tid == job.tid) else {
+        return Err(Error::bug("the thread is not there"));
+    };
+    let (from, to) = site.range();
+    let fork = fork::fork(tracer, &mut site, task, DEFAULT_WAIT)??;
+    site.erase()?;
+    for task in stopped {
+        tracer.detach(task.tid)?;
+    }
+    let mut bytes = vec![1; (to - from) as usize];
+    Mem::open(fork.pid(), false)?.read_exact_at(from, &mut bytes)?;
+    if bytes.iter().any(|&b| b != 0) {
+        return Err(Error::bug("the fork still has the stub"));
+    }
+    step::mark("looked");
+    drop(fork);
     Ok(())
 }
 

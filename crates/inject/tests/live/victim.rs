@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicI32, AtomicPtr, AtomicU32, AtomicU64, Ordering::Se
 use std::time::{Duration, Instant};
 
 /// The classes of threads, in the order of their counters.
-pub(crate) const CLASSES: [&str; 10] = [
+pub(crate) const CLASSES: [&str; 11] = [
     "nanosleep",
     "futex-timeout",
     "poll",
@@ -21,10 +21,14 @@ pub(crate) const CLASSES: [&str; 10] = [
     "spin",
     "futex",
     "main",
+    "waiter",
 ];
 
 /// The class of the thread in pause(2).
 pub(crate) const PAUSE: usize = 5;
+
+/// The class of the thread that asks for children it must not have.
+pub(crate) const WAITER: usize = 10;
 
 /// Words of the page: progress, errors, last error, TID of each class; then these.
 pub(crate) const PROGRESS: usize = 0;
@@ -33,6 +37,8 @@ pub(crate) const LAST_ERROR: usize = 32;
 pub(crate) const TIDS: usize = 48;
 pub(crate) const EPOLL_EINTR: usize = 64;
 pub(crate) const LOST_SIGNALS: usize = 65;
+/// How often a wait for any child did not say that there is none.
+pub(crate) const CHILDREN_SEEN: usize = 66;
 pub(crate) const WORDS: usize = 512;
 
 static PAGE: AtomicPtr<AtomicU64> = AtomicPtr::new(null_mut());
@@ -90,6 +96,24 @@ extern "C" fn on_usr1(_: i32) {
     USR1.fetch_add(1, SeqCst);
 }
 extern "C" fn on_alarm(_: i32) {}
+extern "C" fn on_child(_: i32) {
+    wrong(WAITER, 3000);
+}
+
+/// Asks for children of any kind, having none.
+fn childless() {
+    loop {
+        let mut status = 0;
+        let how = libc::__WALL | libc::WNOHANG;
+        // SAFETY: `status` is written.
+        let r = unsafe { libc::waitpid(-1, &raw mut status, how) };
+        if r != -1 || errno() != libc::ECHILD as u64 {
+            word(CHILDREN_SEEN).fetch_add(1, SeqCst);
+        }
+        ok(WAITER);
+        std::thread::sleep(Duration::from_micros(300));
+    }
+}
 
 fn pauser() {
     PAUSER.store(nix::unistd::gettid().as_raw(), SeqCst);
@@ -339,6 +363,8 @@ pub(crate) fn main(page: &str, silent: bool) {
         action.sa_sigaction = on_alarm as extern "C" fn(i32) as usize;
         action.sa_flags = libc::SA_RESTART | libc::SA_ONSTACK;
         libc::sigaction(libc::SIGALRM, &raw const action, null_mut());
+        action.sa_sigaction = on_child as extern "C" fn(i32) as usize;
+        libc::sigaction(libc::SIGCHLD, &raw const action, null_mut());
         libc::signal(libc::SIGHUP, libc::SIG_IGN);
         let mut set: libc::sigset_t = std::mem::zeroed();
         libc::sigaddset(&raw mut set, libc::SIGALRM);
@@ -384,6 +410,7 @@ pub(crate) fn main(page: &str, silent: bool) {
     thread(6, move || feeder(words[1], silent));
     thread(7, spinner);
     thread(8, waiter);
+    thread(WAITER, childless);
     word(TIDS + 9).store(nix::unistd::gettid().as_raw() as u64, SeqCst);
     let every = libc::timeval {
         tv_sec: 0,
