@@ -1,23 +1,28 @@
-//! Any bytes as the bodies of two page indexes that may refer to each other.
+//! Any bytes as the bodies of the list of blocks and of two page indexes that may
+//! refer to each other.
 #![no_main]
 
-use freezeframe_image::{Image, RawRecord, decode, encode};
-use freezeframe_pages::{PAGE_INDEX, PageIndex, PageReader};
+use freezeframe_image::{Image, RawRecord, Record, decode, encode};
+use freezeframe_pages::{PAGE_BLOCKS, PAGE_INDEX, PageBlocks, PageIndex, PageReader};
 use libfuzzer_sys::fuzz_target;
 
-fuzz_target!(|data: (&[u8], &[u8])| {
+fuzz_target!(|data: (&[u8], &[u8], &[u8])| {
     if let Ok(index) = decode::<PageIndex>(data.0) {
         let again = encode(&index).expect("what was decoded has an encoding");
         assert_eq!(decode::<PageIndex>(&again).ok(), Some(index));
     }
-    let record = |subject, body: &[u8]| RawRecord {
-        tag: PAGE_INDEX,
-        version: 1,
+    let record = |tag, version, subject, body: &[u8]| RawRecord {
+        tag,
+        version,
         flags: 1,
         subject,
         body: body.to_vec(),
     };
-    let bytes = freezeframe_fuzz::envelope(&[record(1, data.0), record(2, data.1)]);
+    let bytes = freezeframe_fuzz::envelope(&[
+        record(PAGE_BLOCKS, PageBlocks::VERSION, 0, data.2),
+        record(PAGE_INDEX, PageIndex::VERSION, 1, data.0),
+        record(PAGE_INDEX, PageIndex::VERSION, 2, data.1),
+    ]);
     let image = Image::from_bytes(&bytes).expect("the envelope is sound");
     let Ok(reader) = PageReader::open(&image) else {
         return;

@@ -9,9 +9,10 @@ use freezeframe_sys::pagemap::{Categories, Filter, Run, entry};
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::PAGE;
+use crate::codec::{Codec, Compression, Compressor};
 use crate::index::{
-    CODEC_RAW, EXTENTS_PER_RECORD, Extent, MAX_EXTENT_PAGES, PageIndex, PageStats, Range, What,
-    within,
+    BLOCKS_PER_RECORD, Block, EXTENTS_PER_RECORD, Extent, MAX_BLOCK_PAGES, MAX_EXTENT_PAGES,
+    PageBlocks, PageIndex, PageStats, Range, What, within,
 };
 use crate::sink::PageSink;
 use crate::source::{Object, Piece, Source, pages_of};
@@ -22,11 +23,16 @@ pub struct PageOptions {
     /// How many bytes are read by one call, at most: a multiple of the page
     /// size, at best such that it stays in a core's second-level cache.
     pub chunk: usize,
+    /// How pages are compressed. A block that hardly shrinks is stored as it is.
+    pub compression: Compression,
 }
 
 impl Default for PageOptions {
     fn default() -> PageOptions {
-        PageOptions { chunk: 512 << 10 }
+        PageOptions {
+            chunk: 512 << 10,
+            compression: Compression::None,
+        }
     }
 }
 
@@ -61,6 +67,8 @@ pub struct Dumped {
 #[derive(Debug)]
 pub struct PageDumper {
     sink: PageSink,
+    blocks: Vec<Block>,
+    compressor: Compressor,
     indexes: BTreeMap<u64, Index>,
     chunk: Chunk,
 }
@@ -116,9 +124,11 @@ impl PageDumper {
     /// What the filesystem says, naming the path.
     pub fn new(writer: &mut ImageWriter, options: PageOptions) -> Result<PageDumper> {
         let page = PAGE as usize;
-        let most = MAX_EXTENT_PAGES as usize * page;
+        let most = MAX_BLOCK_PAGES as usize * page;
         Ok(PageDumper {
             sink: PageSink::new(writer)?,
+            blocks: Vec::new(),
+            compressor: Compressor::new(options.compression)?,
             indexes: BTreeMap::new(),
             chunk: Chunk {
                 capacity: (options.chunk / page * page).clamp(page, most),
@@ -212,6 +222,10 @@ impl PageDumper {
     /// dumped twice into one index.
     pub fn finish(mut self, writer: &mut ImageWriter) -> Result<PageStats> {
         let total = self.total();
+        for blocks in self.blocks.chunks(BLOCKS_PER_RECORD) {
+            let blocks = blocks.to_vec();
+            writer.put_record(0, &PageBlocks { blocks })?;
+        }
         for (&mm, index) in &mut self.indexes {
             index.sort();
             if let Some(pair) = index.extents.windows(2).find(|p| p[1].addr < p[0].end()) {
@@ -313,30 +327,29 @@ impl PageDumper {
                 grow(&mut extents, at, class);
             }
         }
-        let base = match data {
-            0 => 0,
-            _ => self.sink.append(&buf[..data])?,
-        };
-        let number = self.sink.number();
-        let mut hashed = 0;
+        let number = self.blocks.len() as u32;
+        if data > 0 {
+            let pages = &buf[..data];
+            let (codec, bytes) = match self.compressor.compress(pages) {
+                Some((codec, bytes)) => (codec, bytes),
+                None => (Codec::Raw, pages),
+            };
+            self.blocks.push(Block {
+                file: self.sink.number(),
+                pages: (data / page) as u32,
+                offset: self.sink.append(bytes, codec == Codec::Raw)?,
+                stored: bytes.len() as u64,
+                codec: codec as u8,
+                checksum: xxh3_64(pages),
+            });
+        }
+        let mut placed = 0;
         for extent in &mut extents {
-            let bytes = extent.pages * PAGE;
-            if let What::Data {
-                file,
-                offset,
-                len,
-                checksum,
-                ..
-            } = &mut extent.what
-            {
-                let next = hashed + bytes as usize;
-                *file = number;
-                *offset = base + hashed as u64;
-                *len = bytes;
-                *checksum = xxh3_64(&buf[hashed..next]);
-                hashed = next;
+            if let What::Data { block, page } = &mut extent.what {
+                (*block, *page) = (number, placed);
+                placed += extent.pages as u32;
             }
-            stats.add(&extent.what, bytes);
+            stats.add(&extent.what, extent.len());
         }
         self.indexes.entry(mm).or_default().push_all(extents);
         self.chunk.pieces = pieces;
@@ -366,14 +379,8 @@ fn grow(extents: &mut Vec<Extent>, addr: u64, class: Class) {
     let what = match class {
         Class::Zero => What::Zero,
         Class::Same(mm, addr) => What::Same { mm, addr },
-        // Place and checksum follow once the data is moved together.
-        Class::Data => What::Data {
-            file: 0,
-            offset: 0,
-            len: 0,
-            codec: CODEC_RAW,
-            checksum: 0,
-        },
+        // The place follows once the data is moved together.
+        Class::Data => What::Data { block: 0, page: 0 },
     };
     extents.push(Extent {
         addr,

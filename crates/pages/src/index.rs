@@ -7,16 +7,24 @@ use freezeframe_image::{ImageId, Record, Tag};
 use serde::{Deserialize, Serialize};
 
 use crate::PAGE;
+use crate::codec::Codec;
 
 /// Tag of [`PageIndex`] records; subject: the mm or object they index. One
 /// with very many extents is in several records, in order.
 pub const PAGE_INDEX: Tag = Tag::new(*b"PAGE");
 
-/// The most pages of a `Data` or `Same` extent: 1 MiB.
+/// The most pages of an extent that is not `Zero`: 1 MiB.
 pub const MAX_EXTENT_PAGES: u64 = 256;
 
-/// Stored as it is.
-pub const CODEC_RAW: u8 = 0;
+/// Tag of [`PageBlocks`] records; subject: 0. Very many blocks are in several
+/// records, in order: blocks are numbered through from 0.
+pub const PAGE_BLOCKS: Tag = Tag::new(*b"PBLK");
+
+/// The most pages of a [`Block`]: 1 MiB.
+pub const MAX_BLOCK_PAGES: u64 = 256;
+
+/// How many blocks go into one record.
+pub(crate) const BLOCKS_PER_RECORD: usize = 1 << 19;
 
 /// How many extents go into one record.
 pub(crate) const EXTENTS_PER_RECORD: usize = 1 << 19;
@@ -29,6 +37,97 @@ pub type Range = std::ops::Range<u64>;
 pub struct PageIndex {
     /// Sorted by address, not overlapping.
     pub extents: Vec<Extent>,
+}
+
+/// Blocks: what page files hold.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PageBlocks {
+    /// In the order of their numbers.
+    pub blocks: Vec<Block>,
+}
+
+/// Pages stored together, by one codec and under one checksum. They need not
+/// be neighbours in memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Block {
+    /// Number of the page file.
+    pub file: u32,
+    /// How many pages it holds, at most [`MAX_BLOCK_PAGES`].
+    pub pages: u32,
+    /// Where in the page file, in bytes; page-aligned if it is stored raw.
+    pub offset: u64,
+    /// How many bytes are stored there: all those of the pages, or fewer if
+    /// they are compressed.
+    pub stored: u64,
+    /// How they are stored: a [`Codec`], as a number.
+    pub codec: u8,
+    /// xxh3-64 of the pages, as they were in memory.
+    pub checksum: u64,
+}
+
+impl Block {
+    /// The length of its pages in bytes, as they were in memory.
+    pub fn len(&self) -> u64 {
+        u64::from(self.pages) * PAGE
+    }
+
+    /// Never true of a sound one.
+    pub fn is_empty(&self) -> bool {
+        self.pages == 0
+    }
+
+    /// Whether its pages are stored as they are, so that they can be read
+    /// straight into place.
+    pub fn is_raw(&self) -> bool {
+        self.codec == Codec::Raw as u8
+    }
+
+    /// Whether it makes sense by itself: `pages_len` is the length of a page file.
+    pub(crate) fn check(&self, pages_len: impl Fn(u32) -> Option<u64>) -> Result<()> {
+        let codec = Codec::of(self.codec).ok_or_else(|| {
+            Error::new(
+                Kind::ImageVersion,
+                format!(
+                    "pages are stored by codec {}, which this build does not know",
+                    self.codec
+                ),
+            )
+            .on(self)
+        })?;
+        let size = match codec {
+            Codec::Raw => self.offset.is_multiple_of(PAGE) && self.stored == self.len(),
+            Codec::Lz4 | Codec::Zstd => (1..self.len()).contains(&self.stored),
+        };
+        let inside = || Some(self.offset.checked_add(self.stored)? <= pages_len(self.file)?);
+        let pages = (1..=MAX_BLOCK_PAGES).contains(&u64::from(self.pages));
+        if pages && size && inside() == Some(true) {
+            Ok(())
+        } else {
+            Err(Error::corrupt("a block of pages is malformed").on(self))
+        }
+    }
+}
+
+/// `1024 bytes of page file 0 at 4096`: for messages.
+impl std::fmt::Display for Block {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Block {
+            file,
+            offset,
+            stored,
+            ..
+        } = self;
+        write!(f, "{stored} bytes of page file {file} at {offset}")
+    }
+}
+
+impl Record for PageBlocks {
+    const TAG: Tag = PAGE_BLOCKS;
+    const VERSION: u16 = 1;
+    const CRITICAL: bool = true;
+    fn decode_old(_: u16, _: &[u8]) -> Option<Result<PageBlocks>> {
+        None
+    }
 }
 
 /// Neighbouring pages whose bytes are in one place.
@@ -47,18 +146,12 @@ pub struct Extent {
 pub enum What {
     /// All are zero.
     Zero,
-    /// In a page file of this image.
+    /// In a block of this image, from its page `page` on.
     Data {
-        /// Number of the page file.
-        file: u32,
-        /// Where in it, in bytes, page-aligned.
-        offset: u64,
-        /// How many bytes are stored there.
-        len: u64,
-        /// How they are stored: [`CODEC_RAW`].
-        codec: u8,
-        /// xxh3-64 of the pages, as they were in memory.
-        checksum: u64,
+        /// Number of the [`Block`].
+        block: u32,
+        /// The first page's number in the block.
+        page: u32,
     },
     /// As in this address space of the same image, from `addr` on: most often
     /// a page never written since the fork.
@@ -95,8 +188,8 @@ impl Extent {
         self.addr + self.len()
     }
 
-    /// Whether it makes sense by itself: `pages_len` is the length of a page file.
-    pub(crate) fn check(&self, pages_len: impl Fn(u32) -> Option<u64>) -> Result<()> {
+    /// Whether it makes sense by itself, in an image with these blocks.
+    pub(crate) fn check(&self, blocks: &[Block]) -> Result<()> {
         let aligned = |n: u64| n.is_multiple_of(PAGE);
         let ends = |at: u64| {
             let len = self.pages.checked_mul(PAGE)?;
@@ -104,29 +197,14 @@ impl Extent {
         };
         let place = self.pages > 0 && aligned(self.addr) && ends(self.addr).is_some();
         let small = self.pages <= MAX_EXTENT_PAGES;
-        let sound = match &self.what {
+        let sound = match self.what {
             What::Zero => true,
-            What::Data {
-                file,
-                offset,
-                len,
-                codec,
-                ..
-            } => {
-                if *codec != CODEC_RAW {
-                    return Err(Error::new(
-                        Kind::ImageVersion,
-                        format!(
-                            "pages are stored by codec {codec}, which this build does not know"
-                        ),
-                    )
-                    .on(self));
-                }
-                let inside = || Some(offset.checked_add(*len)? <= pages_len(*file)?);
-                small && aligned(*offset) && *len == self.pages * PAGE && inside() == Some(true)
+            What::Data { block, page } => {
+                let block = blocks.get(block as usize);
+                small && block.is_some_and(|b| u64::from(page) + self.pages <= u64::from(b.pages))
             }
             What::Same { addr, .. } | What::Parent { addr, .. } => {
-                small && aligned(*addr) && ends(*addr).is_some()
+                small && aligned(addr) && ends(addr).is_some()
             }
         };
         if place && sound {
@@ -137,14 +215,14 @@ impl Extent {
     }
 }
 
-/// `7f00-9f00 in page file 0 at 4096`: for messages.
+/// `pages 7f00-9f00 in block 0 from page 3`: for messages.
 impl std::fmt::Display for Extent {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let end = self.addr.wrapping_add(self.pages.wrapping_mul(PAGE));
         write!(f, "pages {:x}-{end:x}", self.addr)?;
         match &self.what {
             What::Zero => write!(f, ", zero"),
-            What::Data { file, offset, .. } => write!(f, " in page file {file} at {offset}"),
+            What::Data { block, page } => write!(f, " in block {block} from page {page}"),
             What::Same { mm, addr } => write!(f, ", same as {addr:x} of mm {mm}"),
             What::Parent { image, mm, addr } => {
                 write!(f, ", same as {addr:x} of mm {mm} of image {image}")
@@ -155,7 +233,7 @@ impl std::fmt::Display for Extent {
 
 impl Record for PageIndex {
     const TAG: Tag = PAGE_INDEX;
-    const VERSION: u16 = 1;
+    const VERSION: u16 = 2;
     const CRITICAL: bool = true;
     fn decode_old(_: u16, _: &[u8]) -> Option<Result<PageIndex>> {
         None
@@ -165,7 +243,7 @@ impl Record for PageIndex {
 /// How much memory was found where, in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PageStats {
-    /// Stored in page files.
+    /// Stored in page files: how many bytes they were in memory.
     pub stored: u64,
     /// Pages of zeros, not stored.
     pub zero: u64,

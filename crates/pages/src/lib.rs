@@ -14,20 +14,29 @@
 //! [`Extent`] says where its pages' bytes are. What is in no extent is a hole:
 //! a private mapping shows its file there, or zeros. A page of zeros that was
 //! written is a [`What::Zero`] extent, because in a private file mapping it
-//! hides the file. Page payload lies page-aligned in the page files, each
-//! extent with its xxh3-64; nothing else is in them.
+//! hides the file.
+//!
+//! Page payload is stored in [`Block`]s of up to 1 MiB of pages, gathered from
+//! one or more runs: raw and page-aligned in the page file, so that they can be
+//! read straight into place, or compressed as a whole, so that scattered pages
+//! shrink as well as neighbours do. Each has one xxh3-64, of the pages as they
+//! were in memory. An extent names its block and the first page in it.
+//! [`PageBlocks`] is the list of blocks; nothing else is in the page files.
 
+mod codec;
 mod dump;
 mod index;
 mod reader;
 mod sink;
 mod source;
 
+pub use codec::{Codec, Compression, Compressor, Decompressor};
 pub use dump::{Dumped, Kind, PageDumper, PageOptions};
 pub use index::{
-    CODEC_RAW, Extent, MAX_EXTENT_PAGES, PAGE_INDEX, PageIndex, PageStats, Range, What,
+    Block, Extent, MAX_BLOCK_PAGES, MAX_EXTENT_PAGES, PAGE_BLOCKS, PAGE_INDEX, PageBlocks,
+    PageIndex, PageStats, Range, What,
 };
-pub use reader::{Delta, PageReader, Piece, Place, ReadRun};
+pub use reader::{Delta, Packed, PageReader, Piece, Place, ReadRun};
 pub use source::Source;
 
 /// The size of a page in bytes.

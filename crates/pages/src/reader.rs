@@ -1,6 +1,6 @@
 //! Reading pages back.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
@@ -12,14 +12,18 @@ use freezeframe_image::Image;
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::PAGE;
+use crate::codec::{Codec, Decompressor};
 use crate::dump::push_range;
-use crate::index::{Extent, PAGE_INDEX, PageIndex, PageStats, Range, What, within};
+use crate::index::{
+    Block, Extent, PAGE_BLOCKS, PAGE_INDEX, PageBlocks, PageIndex, PageStats, Range, What, within,
+};
 
 /// The page indexes of an image, checked, and its page files.
 ///
 /// Nothing here writes memory: it says what to read to where.
 #[derive(Debug)]
 pub struct PageReader {
+    blocks: Vec<Block>,
     indexes: BTreeMap<u64, Vec<Extent>>,
     files: Vec<(File, PathBuf)>,
 }
@@ -29,11 +33,18 @@ pub struct PageReader {
 pub enum Place {
     /// All are zero.
     Zero,
-    /// In a page file.
+    /// In a page file, as they are.
     File {
         /// Its number.
         file: u32,
         /// Where in it, in bytes.
+        offset: u64,
+    },
+    /// In a compressed block; see [`PageReader::unpack`].
+    Packed {
+        /// Its number.
+        block: u32,
+        /// Where in its pages, in bytes.
         offset: u64,
     },
 }
@@ -62,11 +73,22 @@ pub struct ReadRun {
     pub to: Vec<(u64, u64)>,
 }
 
+/// What comes from one compressed block: see [`PageReader::unpack`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Packed {
+    /// Its number.
+    pub block: u32,
+    /// Where in its pages, to which address, and how many bytes.
+    pub to: Vec<(u64, u64, u64)>,
+}
+
 /// How a child's pages differ from its parent's; see [`PageReader::delta`].
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Delta {
     /// Pages with other bytes: to be read.
     pub read: Vec<ReadRun>,
+    /// Pages with other bytes that are in compressed blocks.
+    pub packed: Vec<Packed>,
     /// Pages that must be zero.
     pub zero: Vec<Range>,
     /// Pages the parent has and the child has not: to be dropped.
@@ -92,12 +114,19 @@ impl PageReader {
     }
 
     fn open_image(image: &Image) -> Result<PageReader> {
+        let mut blocks: Vec<Block> = Vec::new();
+        for record in image.all(PAGE_BLOCKS) {
+            for block in record.decode_as::<PageBlocks>()?.blocks {
+                block.check(|n| image.pages_len(n)).on(record)?;
+                blocks.push(block);
+            }
+        }
         let mut indexes: BTreeMap<u64, Vec<Extent>> = BTreeMap::new();
         for record in image.all(PAGE_INDEX) {
             let part = record.decode_as::<PageIndex>()?.extents;
             let extents = indexes.entry(record.subject).or_default();
             for extent in part {
-                extent.check(|n| image.pages_len(n)).on(record)?;
+                extent.check(&blocks).on(record)?;
                 if extents.last().is_some_and(|last| last.end() > extent.addr) {
                     return Err(Error::corrupt("the page index is not sorted").on(record));
                 }
@@ -107,7 +136,16 @@ impl PageReader {
         let files = (0..image.page_files())
             .map(|n| Ok((image.open_pages(n)?, image.pages_path(n))))
             .collect::<Result<_>>()?;
-        Ok(PageReader { indexes, files })
+        Ok(PageReader {
+            blocks,
+            indexes,
+            files,
+        })
+    }
+
+    /// The blocks, by their numbers.
+    pub fn blocks(&self) -> &[Block] {
+        &self.blocks
     }
 
     /// The extents of an address space or object, as stored.
@@ -140,46 +178,87 @@ impl PageReader {
         self.files.len() as u32
     }
 
-    /// Checks the checksum of every extent, on `threads` threads.
+    /// Reads a block's pages into `pages`, as they were in memory, and checks
+    /// them. `scratch` is a buffer for what is stored.
     ///
     /// # Errors
-    /// `ImageCorrupt` with file, offset and pages of a damaged extent, and how
-    /// many more there are.
-    pub fn verify_all(&self, threads: usize) -> Result<()> {
-        let all: Vec<(u64, &Extent)> = self
-            .indexes()
-            .flat_map(|(mm, extents)| extents.iter().map(move |e| (mm, e)))
-            .filter(|(_, e)| matches!(e.what, What::Data { .. }))
-            .collect();
-        self.verify_extents(&all, threads).in_phase(Phase::Load)
+    /// `ImageCorrupt`, naming the place in the page file, also for a number
+    /// that no block has; what the filesystem says.
+    pub fn unpack(
+        &self,
+        block: u32,
+        decompressor: &mut Decompressor,
+        scratch: &mut Vec<u8>,
+        pages: &mut Vec<u8>,
+    ) -> Result<()> {
+        let number = block;
+        let block = self
+            .blocks
+            .get(number as usize)
+            .ok_or_else(|| Error::corrupt(format!("there is no block {number}")))?;
+        let (file, path) = &self.files[block.file as usize];
+        let at = || format!("{} at {}", path.display(), block.offset);
+        let raw = block.is_raw();
+        pages.resize(block.len() as usize, 0);
+        scratch.resize(if raw { 0 } else { block.stored as usize }, 0);
+        let into = if raw { &mut *pages } else { &mut *scratch };
+        file.read_exact_at(into, block.offset)
+            .sys("pread")
+            .on(at())?;
+        if !raw {
+            let codec = Codec::of(block.codec)
+                .ok_or_else(|| Error::bug("a block was not checked").on(at()))?;
+            decompressor.decompress(codec, scratch, pages).on(at())?;
+        }
+        if xxh3_64(pages) != block.checksum {
+            let len = block.stored;
+            return Err(Error::corrupt(format!(
+                "the checksum of {len} bytes of pages is wrong (block {number})"
+            ))
+            .on(at()));
+        }
+        Ok(())
     }
 
-    /// Checks the checksums of all extents that the pages of `range` need.
+    /// Checks the checksum of every block, on `threads` threads.
+    ///
+    /// # Errors
+    /// `ImageCorrupt` with file and offset of a damaged block, and how many
+    /// more there are.
+    pub fn verify_all(&self, threads: usize) -> Result<()> {
+        let all: Vec<u32> = (0..self.blocks.len() as u32).collect();
+        self.verify_blocks(&all, threads).in_phase(Phase::Load)
+    }
+
+    /// Checks the checksums of all blocks that the pages of `range` need.
     ///
     /// # Errors
     /// As [`verify_all`](PageReader::verify_all).
     pub fn verify(&self, mm: u64, range: Range) -> Result<()> {
-        let mut needed = Vec::new();
-        self.collect_extents(mm, range, 0, &mut needed)
+        let mut needed = BTreeSet::new();
+        self.collect_blocks(mm, range, 0, &mut needed)
             .in_phase(Phase::Load)?;
-        self.verify_extents(&needed, 1).in_phase(Phase::Load)
+        let needed: Vec<u32> = needed.into_iter().collect();
+        self.verify_blocks(&needed, 1).in_phase(Phase::Load)
     }
 
-    fn collect_extents<'a>(
-        &'a self,
+    fn collect_blocks(
+        &self,
         mm: u64,
         range: Range,
         depth: u32,
-        out: &mut Vec<(u64, &'a Extent)>,
+        out: &mut BTreeSet<u32>,
     ) -> Result<()> {
         for e in within(self.extents(mm), range.clone()) {
             match e.what {
-                What::Data { .. } => out.push((mm, e)),
+                What::Data { block, .. } => {
+                    out.insert(block);
+                }
                 What::Same { mm, addr } => {
                     too_deep(depth, e)?;
                     let start = addr + range.start.saturating_sub(e.addr);
                     let end = addr + (e.end().min(range.end) - e.addr);
-                    self.collect_extents(mm, start..end, depth + 1, out)?;
+                    self.collect_blocks(mm, start..end, depth + 1, out)?;
                 }
                 What::Zero | What::Parent { .. } => {}
             }
@@ -187,17 +266,18 @@ impl PageReader {
         Ok(())
     }
 
-    fn verify_extents(&self, all: &[(u64, &Extent)], threads: usize) -> Result<()> {
+    fn verify_blocks(&self, all: &[u32], threads: usize) -> Result<()> {
         let next = AtomicUsize::new(0);
         let failed: Mutex<Vec<(usize, Error)>> = Mutex::new(Vec::new());
         let work = || {
-            let mut buf = Vec::new();
+            let (mut stored, mut pages) = (Vec::new(), Vec::new());
+            let mut decompressor = Decompressor::default();
             loop {
                 let i = next.fetch_add(1, Ordering::Relaxed);
-                let Some((mm, extent)) = all.get(i) else {
+                let Some(&block) = all.get(i) else {
                     return;
                 };
-                if let Err(e) = self.verify_extent(*mm, extent, &mut buf) {
+                if let Err(e) = self.unpack(block, &mut decompressor, &mut stored, &mut pages) {
                     failed
                         .lock()
                         .unwrap_or_else(PoisonError::into_inner)
@@ -220,33 +300,8 @@ impl PageReader {
         match failed.into_iter().next() {
             None => Ok(()),
             Some((_, e)) if more == 0 => Err(e),
-            Some((_, e)) => Err(e.context(format!("{} extents of pages are damaged", more + 1))),
+            Some((_, e)) => Err(e.context(format!("{} blocks of pages are damaged", more + 1))),
         }
-    }
-
-    fn verify_extent(&self, mm: u64, extent: &Extent, buf: &mut Vec<u8>) -> Result<()> {
-        let What::Data {
-            file,
-            offset,
-            len,
-            checksum,
-            ..
-        } = extent.what
-        else {
-            return Ok(());
-        };
-        let (file, path) = &self.files[file as usize];
-        buf.resize(len as usize, 0);
-        file.read_exact_at(buf, offset)
-            .sys("pread")
-            .on(format!("{} at {offset}", path.display()))?;
-        if xxh3_64(buf) != checksum {
-            return Err(Error::corrupt(format!(
-                "the checksum of {len} bytes is wrong (mm {mm}, {extent})"
-            ))
-            .on(format!("{} at {offset}", path.display())));
-        }
-        Ok(())
     }
 
     /// Where the bytes of the pages of `range` are, in order, neighbours
@@ -288,9 +343,19 @@ impl PageReader {
                         place: Place::Zero,
                     },
                 ),
-                What::Data { file, offset, .. } => {
-                    let offset = offset + skip;
-                    let place = Place::File { file, offset };
+                What::Data { block, page } => {
+                    let within = u64::from(page) * PAGE + skip;
+                    let stored = &self.blocks[block as usize];
+                    let place = match stored.is_raw() {
+                        true => Place::File {
+                            file: stored.file,
+                            offset: stored.offset + within,
+                        },
+                        false => Place::Packed {
+                            block,
+                            offset: within,
+                        },
+                    };
                     push_piece(out, Piece { addr, len, place });
                 }
                 What::Same { mm, addr: there } => {
@@ -314,7 +379,7 @@ impl PageReader {
 
     /// What to read for `range`: each run by one `preadv` of at most 1024
     /// places and 16 MiB, from a stretch of one page file. Pages of zeros are
-    /// in [`zeros`](PageReader::zeros).
+    /// in [`zeros`](PageReader::zeros), compressed ones in [`packed`](PageReader::packed).
     ///
     /// # Errors
     /// As [`pieces`](PageReader::pieces).
@@ -329,6 +394,14 @@ impl PageReader {
     /// As [`pieces`](PageReader::pieces).
     pub fn zeros(&self, mm: u64, range: Range) -> Result<Vec<Range>> {
         Ok(zeros(&self.pieces(mm, range)?))
+    }
+
+    /// What of `range` is in compressed blocks, each named once.
+    ///
+    /// # Errors
+    /// As [`pieces`](PageReader::pieces).
+    pub fn packed(&self, mm: u64, range: Range) -> Result<Vec<Packed>> {
+        Ok(packed(&self.pieces(mm, range)?))
     }
 
     /// What is to be done in `range` to a child just forked from a parent
@@ -396,6 +469,7 @@ impl PageReader {
         }
         Ok(Delta {
             read: read_runs(&other),
+            packed: packed(&other),
             zero: zeros(&other),
             drop,
         })
@@ -408,6 +482,10 @@ fn place_at(piece: &Piece, addr: u64) -> Place {
         Place::Zero => Place::Zero,
         Place::File { file, offset } => Place::File {
             file,
+            offset: offset + (addr - piece.addr),
+        },
+        Place::Packed { block, offset } => Place::Packed {
+            block,
             offset: offset + (addr - piece.addr),
         },
     }
@@ -430,6 +508,18 @@ fn zeros(pieces: &[Piece]) -> Vec<Range> {
         .filter(|p| p.place == Place::Zero)
         .map(|p| p.addr..p.addr + p.len)
         .collect()
+}
+
+fn packed(pieces: &[Piece]) -> Vec<Packed> {
+    let mut blocks: BTreeMap<u32, Vec<(u64, u64, u64)>> = BTreeMap::new();
+    for piece in pieces {
+        if let Place::Packed { block, offset } = piece.place {
+            let to = blocks.entry(block).or_default();
+            to.push((offset, piece.addr, piece.len));
+        }
+    }
+    let packed = |(block, to)| Packed { block, to };
+    blocks.into_iter().map(packed).collect()
 }
 
 fn read_runs(pieces: &[Piece]) -> Vec<ReadRun> {

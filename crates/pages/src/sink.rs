@@ -7,6 +7,8 @@ use std::path::PathBuf;
 use freezeframe_error::{Result, ResultExt, SysExt};
 use freezeframe_image::ImageWriter;
 
+use crate::PAGE;
+
 /// One page file, appended to.
 #[derive(Debug)]
 pub(crate) struct PageSink {
@@ -31,14 +33,17 @@ impl PageSink {
         self.number
     }
 
-    /// Appends whole pages; gives their offset.
-    pub(crate) fn append(&mut self, pages: &[u8]) -> Result<u64> {
-        let at = self.at;
+    /// Appends bytes, if so wanted on a page boundary; gives their offset.
+    pub(crate) fn append(&mut self, bytes: &[u8], aligned: bool) -> Result<u64> {
+        let at = match aligned {
+            true => self.at.next_multiple_of(PAGE),
+            false => self.at,
+        };
         self.file
-            .write_all_at(pages, at)
+            .write_all_at(bytes, at)
             .sys("pwrite")
             .on(self.path.display())?;
-        self.at += pages.len() as u64;
+        self.at = at + bytes.len() as u64;
         Ok(at)
     }
 }

@@ -96,11 +96,18 @@ fn writer(dir: &TempDir) -> ImageWriter {
     ImageWriter::create(dir.path(), Header::new()).unwrap()
 }
 
+fn options(chunk: usize) -> PageOptions {
+    PageOptions {
+        chunk,
+        ..PageOptions::default()
+    }
+}
+
 /// One range of one process into one image.
 fn dump(pid: Pid, range: Range, kind: Kind, chunk: usize) -> (TempDir, Dumped) {
     let dir = TempDir::new().unwrap();
     let mut w = writer(&dir);
-    let mut dumper = PageDumper::new(&mut w, PageOptions { chunk }).unwrap();
+    let mut dumper = PageDumper::new(&mut w, options(chunk)).unwrap();
     let source = Source::open(pid).unwrap();
     let dumped = dumper.dump_vma(&source, 1, range, kind, None).unwrap();
     assert_eq!(dumper.stats(1), dumped.stats);
@@ -414,13 +421,15 @@ fn damaged_pages_are_named() {
     assert!(reader.verify(1, there).is_err());
     damage(3);
     let e = reader.verify_all(2).unwrap_err();
-    assert!(e.to_string().contains("2 extents"), "{e}");
+    assert!(e.to_string().contains("2 blocks"), "{e}");
 }
 
-fn image_of(dir: &Path, indexes: &[(u64, Vec<Extent>)]) -> Image {
+fn image_of(dir: &Path, blocks: &[Block], indexes: &[(u64, Vec<Extent>)]) -> Image {
     let mut w = ImageWriter::create(dir, Header::new()).unwrap();
     let pages = w.new_pages().unwrap();
     (&pages.file).write_all(&[1; 2 * PAGE as usize]).unwrap();
+    let blocks = blocks.to_vec();
+    w.put_record(0, &PageBlocks { blocks }).unwrap();
     for (mm, extents) in indexes {
         let extents = extents.clone();
         w.put_record(*mm, &PageIndex { extents }).unwrap();
@@ -437,26 +446,30 @@ fn malformed_indexes_are_refused() {
         pages,
         what: What::Zero,
     };
-    let data = |file, offset, len, codec| Extent {
+    let data = |pages, block, page| Extent {
         addr: 0,
-        pages: 1,
-        what: What::Data {
-            file,
-            offset,
-            len,
-            codec,
-            checksum: 0,
-        },
+        pages,
+        what: What::Data { block, page },
     };
     let same = |addr, pages, mm, there| Extent {
         addr,
         pages,
         what: What::Same { mm, addr: there },
     };
-    let refused = |extents: Vec<Extent>| {
-        let image = image_of(dir.path(), &[(1, extents)]);
-        PageReader::open(&image).unwrap_err().kind()
+    let block = |file, offset, stored, pages, codec| Block {
+        file,
+        pages,
+        offset,
+        stored,
+        codec,
+        checksum: 0,
     };
+    let sound = block(0, 0, 8192, 2, 0);
+    let opened = |blocks: &[Block], extents: Vec<Extent>| {
+        let image = image_of(dir.path(), blocks, &[(1, extents)]);
+        PageReader::open(&image).map(drop).map_err(|e| e.kind())
+    };
+    assert_eq!(opened(&[sound], vec![data(2, 0, 0)]), Ok(()));
     for extents in [
         vec![zero(1, 1)],
         vec![zero(0, 0)],
@@ -464,25 +477,42 @@ fn malformed_indexes_are_refused() {
         vec![zero(1 << 63, 1 << 51)],
         vec![zero(4096, 1), zero(0, 1)],
         vec![zero(0, 2), zero(4096, 1)],
-        vec![data(1, 0, 4096, 0)],
-        vec![data(0, 1, 4096, 0)],
-        vec![data(0, 8192, 4096, 0)],
-        vec![data(0, u64::MAX - 4095, 4096, 0)],
-        vec![data(0, 0, 8192, 0)],
+        vec![data(1, 1, 0)],
+        vec![data(2, 0, 1)],
+        vec![data(1, 0, u32::MAX)],
+        vec![data(0, 0, 0)],
+        vec![data(u64::MAX, 0, 0)],
         vec![same(0, 257, 2, 0)],
         vec![same(0, 2, 2, u64::MAX - 4095)],
     ] {
         let text = format!("{extents:?}");
-        assert_eq!(refused(extents), ErrorKind::ImageCorrupt, "{text}");
+        let refused = opened(&[sound], extents);
+        assert_eq!(refused, Err(ErrorKind::ImageCorrupt), "{text}");
     }
-    let codec = refused(vec![data(0, 0, 4096, 9)]);
-    assert_eq!(codec, ErrorKind::ImageVersion);
+    for bad in [
+        block(1, 0, 4096, 1, 0),
+        block(0, 1, 4096, 1, 0),
+        block(0, 8192, 4096, 1, 0),
+        block(0, u64::MAX - 4095, 4096, 1, 0),
+        block(0, 0, 8192, 1, 0),
+        block(0, 0, 0, 0, 0),
+        block(0, 0, 4096 * 257, 257, 0),
+        block(0, 0, 4096, 1, 1),
+        block(0, 0, 0, 1, 2),
+        block(0, 8000, 200, 1, 1),
+    ] {
+        let refused = opened(&[sound, bad], Vec::new());
+        assert_eq!(refused, Err(ErrorKind::ImageCorrupt), "{bad:?}");
+    }
+    assert_eq!(opened(&[block(0, 5, 200, 1, 1)], Vec::new()), Ok(()));
+    let codec = opened(&[block(0, 0, 4096, 1, 9)], Vec::new());
+    assert_eq!(codec, Err(ErrorKind::ImageVersion));
 
     // Circles, and links to nothing, are found when they are followed.
     let circle = [(1, vec![same(0, 1, 2, 0)]), (2, vec![same(0, 1, 1, 0)])];
     let nothing = [(1, vec![same(0, 2, 2, 0)]), (2, vec![zero(4096, 1)])];
     for indexes in [circle, nothing] {
-        let reader = PageReader::open(&image_of(dir.path(), &indexes)).unwrap();
+        let reader = PageReader::open(&image_of(dir.path(), &[], &indexes)).unwrap();
         let e = reader.pieces(1, 0..8192).unwrap_err();
         assert_eq!(e.kind(), ErrorKind::ImageCorrupt);
     }

@@ -50,7 +50,10 @@ impl Loaded {
                 model::FDS,
                 model::FILE,
             ])
-            .chain([freezeframe_pages::PAGE_INDEX])
+            .chain([
+                freezeframe_pages::PAGE_INDEX,
+                freezeframe_pages::PAGE_BLOCKS,
+            ])
             .collect();
         image.refuse_unknown(&known)?;
         let mut records = HashMap::new();

@@ -15,7 +15,7 @@ use freezeframe_inject::shell::{Shells, TaskId};
 use freezeframe_inject::{Arg, Batch, Replies};
 use freezeframe_kinds::model::{Contents, Mm, OBJECT_INDEX, ObjectId, Process, Vma};
 use freezeframe_kinds::{Backing, MakeMapping, MakeObject, RestoreOptions, Sharing, registry};
-use freezeframe_pages::{Delta, PAGE, PageReader, ReadRun};
+use freezeframe_pages::{Decompressor, Delta, PAGE, Packed, PageReader, ReadRun};
 use freezeframe_sys::ids::Pid;
 use freezeframe_sys::proc::VmFlags;
 use nix::fcntl::OFlag;
@@ -52,6 +52,7 @@ pub(super) struct Memory<'a> {
 struct Fresh<'a> {
     vma: &'a Vma,
     reads: Vec<ReadRun>,
+    packed: Vec<Packed>,
     zeros: Vec<Range<u64>>,
 }
 
@@ -140,6 +141,10 @@ fn fill_object(
         run.to.iter_mut().for_each(|(addr, _)| *addr += base);
         read_run(&mut batch, &numbers, &run);
     }
+    shells.run(root, &batch)?;
+    let packed = reader.packed(index, 0..size)?;
+    write_packed(reader, shells, root, &packed, base)?;
+    let mut batch = Batch::new();
     batch.call(
         "munmap(object)",
         libc::SYS_munmap,
@@ -161,6 +166,32 @@ fn send_pages(reader: &PageReader, shells: &mut Shells<'_>, task: TaskId) -> Res
     } else {
         shells.send_fds(task, &files)
     }
+}
+
+/// Decompresses what is in compressed blocks, and writes it into place; `base`
+/// is added to its addresses.
+fn write_packed<'p>(
+    reader: &PageReader,
+    shells: &Shells<'_>,
+    task: TaskId,
+    packed: impl IntoIterator<Item = &'p Packed>,
+    base: u64,
+) -> Result<()> {
+    let mut packed = packed.into_iter().peekable();
+    if packed.peek().is_none() {
+        return Ok(());
+    }
+    let mem = shells.mem(task)?;
+    let (mut decompressor, mut stored, mut pages) =
+        (Decompressor::default(), Vec::new(), Vec::new());
+    for Packed { block, to } in packed {
+        reader.unpack(*block, &mut decompressor, &mut stored, &mut pages)?;
+        for &(from, addr, len) in to {
+            let bytes = &pages[from as usize..(from + len) as usize];
+            mem.write_all_at(base + addr, bytes)?;
+        }
+    }
+    Ok(())
 }
 
 fn close_all(batch: &mut Batch, numbers: &[i32]) {
@@ -220,6 +251,11 @@ impl Memory<'_> {
                     } else {
                         Vec::new()
                     },
+                    packed: if private {
+                        self.reader.packed(process.mm, range.clone())?
+                    } else {
+                        Vec::new()
+                    },
                     zeros: if private && !is_anonymous(vma) {
                         self.reader.zeros(process.mm, range)?
                     } else {
@@ -271,6 +307,9 @@ impl Memory<'_> {
             batch.call("close", libc::SYS_close, [(*number).into()]);
         }
         shells.run(task, &batch).on_task(process.pid())?;
+        let packed = fresh.iter().flat_map(|f| &f.packed);
+        let packed = packed.chain(kept.iter().flat_map(|(_, delta)| &delta.packed));
+        write_packed(self.reader, shells, task, packed, 0).on_task(process.pid())?;
         // Rare: a page of zeros in a private file mapping hides the file's.
         if !zeros.is_empty() {
             let mem = shells.mem(task)?;
