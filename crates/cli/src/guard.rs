@@ -15,6 +15,7 @@ use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::process::ExitStatus;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -35,11 +36,17 @@ const PROGRESS: u64 = 1;
 const ROOT: u64 = 2;
 const MESSAGE: usize = 24;
 
+/// How often progress is told and drawn, at most.
+const TICK: Duration = Duration::from_millis(100);
+
 /// The engine's side.
 #[derive(Debug)]
 pub(crate) struct Link {
     way: Way,
     stop: AtomicBool,
+    /// Whether there is a terminal to draw progress on.
+    shown: bool,
+    told: Mutex<Instant>,
 }
 
 #[derive(Debug)]
@@ -55,6 +62,8 @@ impl Link {
         Link {
             way,
             stop: AtomicBool::new(false),
+            shown: std::io::stderr().is_terminal(),
+            told: Mutex::new(Instant::now()),
         }
     }
     /// Whether somebody wants us to stop, or nobody is there any more.
@@ -67,9 +76,16 @@ impl Link {
         };
         self.stop.fetch_or(now, Ordering::Relaxed) || now
     }
-    /// So much of the memory is done. Dropped if the visible process is slow.
+    /// So much of the memory is done. Told now and then, only to a terminal;
+    /// dropped if the visible process is slow.
     pub(crate) fn progress(&self, done: u64, total: u64) {
-        self.tell(PROGRESS, done, total);
+        if self.shown
+            && let Ok(mut told) = self.told.lock()
+            && told.elapsed() > TICK
+        {
+            *told = Instant::now();
+            self.tell(PROGRESS, done, total);
+        }
     }
     /// The root of a restored tree.
     pub(crate) fn root(&self, pid: i32) {
@@ -182,7 +198,7 @@ fn watch(child: Pid, socket: &UnixStream) -> Result<Ended> {
         if let Some(progress) = &mut progress
             && start.elapsed() > tick
         {
-            tick = start.elapsed() + Duration::from_millis(100);
+            tick = start.elapsed() + TICK;
             progress.draw(start.elapsed());
         }
     }

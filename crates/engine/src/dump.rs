@@ -10,8 +10,9 @@ use std::time::{Duration, Instant};
 
 use freezeframe_error::{Error, Kind, Phase, Result, ResultExt, Target};
 use freezeframe_image::{Header, ImageWriter, RawRecord};
-use freezeframe_kinds::model::{self, Life, Process, Thread, Tree};
+use freezeframe_kinds::model::{self, FdTable, Life, Mm, Process, Thread, Tree};
 use freezeframe_kinds::{DumpCx, DumpOptions};
+use freezeframe_sys::clock;
 use freezeframe_sys::proc::Status;
 
 use crate::events::{Events, Step};
@@ -80,6 +81,7 @@ pub fn run(request: &DumpRequest, events: &dyn Events) -> Result<DumpReport> {
     let mut writer = ImageWriter::create(&request.images_dir, Header::new())
         .in_phase(Phase::Plan)
         .map_err(untouched)?;
+    let host = Host::read().in_phase(Phase::Plan).map_err(untouched)?;
     events.step(Step::PreDump).map_err(untouched)?;
 
     events.phase(Phase::Freeze);
@@ -99,16 +101,27 @@ pub fn run(request: &DumpRequest, events: &dyn Events) -> Result<DumpReport> {
         frozen.threads()
     );
 
-    let written = write_image(request, events, &mut frozen, &mut writer, &mut report)
-        .and_then(|()| events.step(Step::PostDump).in_phase(Phase::Commit));
-    if let Err(e) = written {
-        return Err(release_after(e, frozen));
-    }
+    let gathered = gather(
+        request,
+        events,
+        &host,
+        &mut frozen,
+        &mut writer,
+        &mut report,
+    )
+    .and_then(|g| {
+        events.step(Step::PostDump).in_phase(Phase::Commit)?;
+        Ok(g)
+    });
+    let gathered = match gathered {
+        Ok(gathered) => gathered,
+        Err(e) => return Err(release_after(e, frozen)),
+    };
     match request.after {
         After::Kill => {
             // The tree stays stopped until the image is safe: then there is
             // always one of the two.
-            if let Err(e) = commit(writer, request, events) {
+            if let Err(e) = commit(gathered, &host, writer, request, events) {
                 return Err(release_after(e, frozen));
             }
             events.phase(Phase::Thaw);
@@ -131,7 +144,7 @@ pub fn run(request: &DumpRequest, events: &dyn Events) -> Result<DumpReport> {
                 .in_phase(Phase::Thaw)
                 .map_err(|e| e.leaving(Target::Unknown))?;
             report.frozen = started.elapsed();
-            commit(writer, request, events).map_err(|e| e.leaving(left))?;
+            commit(gathered, &host, writer, request, events).map_err(|e| e.leaving(left))?;
         }
     }
     log!(
@@ -144,9 +157,19 @@ pub fn run(request: &DumpRequest, events: &dyn Events) -> Result<DumpReport> {
     Ok(report)
 }
 
-fn commit(writer: ImageWriter, request: &DumpRequest, events: &dyn Events) -> Result<()> {
+/// Writes what was gathered, and makes it count.
+fn commit(
+    gathered: Gathered,
+    host: &Host,
+    mut writer: ImageWriter,
+    request: &DumpRequest,
+    events: &dyn Events,
+) -> Result<()> {
     events.phase(Phase::Commit);
-    writer.commit(request.sync).in_phase(Phase::Commit)
+    gathered
+        .write(host, request, &mut writer)
+        .and_then(|()| writer.commit(request.sync))
+        .in_phase(Phase::Commit)
 }
 
 /// Lets the tree go on after a failure, and says so in the error.
@@ -157,14 +180,51 @@ fn release_after(e: Error, frozen: Frozen) -> Error {
     }
 }
 
-fn write_image(
+/// What the image says of where it was made; read before anything is frozen.
+struct Host {
+    boot_id: String,
+    vdso_hash: u64,
+    namespaces: tree::Namespaces,
+}
+
+impl Host {
+    fn read() -> Result<Host> {
+        Ok(Host {
+            boot_id: clock::boot_id()?,
+            vdso_hash: crate::vdso::own_hash()?,
+            namespaces: tree::Namespaces::ours()?,
+        })
+    }
+}
+
+/// All that is known of a stopped tree but its pages.
+struct Gathered {
+    /// When, by the clocks that go on in a restored tree.
+    monotonic_ns: u64,
+    boottime_ns: u64,
+    realtime_ns: u64,
+    processes: Vec<Process>,
+    threads: Vec<Thread>,
+    spaces: BTreeMap<u64, Mm>,
+    tables: BTreeMap<i32, FdTable>,
+    records: Vec<RawRecord>,
+}
+
+/// Asks the stopped tree everything, and stores its pages.
+fn gather(
     request: &DumpRequest,
     events: &dyn Events,
+    host: &Host,
     frozen: &mut Frozen,
     writer: &mut ImageWriter,
     report: &mut DumpReport,
-) -> Result<()> {
+) -> Result<Gathered> {
     events.phase(Phase::Collect);
+    let (monotonic_ns, boottime_ns, realtime_ns) = (
+        clock::monotonic_ns(),
+        clock::boottime_ns(),
+        clock::realtime_ns(),
+    );
     let processes = describe(frozen, request).in_phase(Phase::Collect)?;
     let Frozen {
         tracer,
@@ -176,7 +236,9 @@ fn write_image(
     // A plan lists all the blockers it can see, not just the first.
     let mut blockers: Vec<Error> = Vec::new();
     tasks::check_sharing(&cx, &processes, &mut blockers).in_phase(Phase::Collect)?;
-    tree::check_namespaces(procs, &mut blockers).in_phase(Phase::Collect)?;
+    host.namespaces
+        .check(procs, &mut blockers)
+        .in_phase(Phase::Collect)?;
     if !blockers.is_empty() {
         // Descriptors and paths would be looked at in the wrong table or namespace.
         return Err(all_of(blockers));
@@ -199,31 +261,57 @@ fn write_image(
 
     report.processes = processes.len() as u64;
     report.threads = processes.iter().map(|p| p.threads.len() as u64).sum();
-    report.warnings = std::mem::take(&mut cx.warnings);
+    report.warnings = cx.warnings;
     for warning in &report.warnings {
         log!(events, Warning, "{warning}");
     }
-    put(writer, model::TREE, 0, &tree_record(request)?)?;
-    for p in &processes {
-        put(writer, model::PROCESS, p.pid() as u64, p)?;
-    }
-    for (i, task) in tasks.iter().enumerate() {
-        let thread = Thread {
-            pid: procs[task.proc].pid.0,
-            tids: vec![task.tid.0],
+    let threads = tasks.iter().map(|task| Thread {
+        pid: procs[task.proc].pid.0,
+        tids: vec![task.tid.0],
+    });
+    Ok(Gathered {
+        monotonic_ns,
+        boottime_ns,
+        realtime_ns,
+        processes,
+        threads: threads.collect(),
+        spaces,
+        tables,
+        records: cx.records,
+    })
+}
+
+impl Gathered {
+    /// Writes the records. Nothing here looks at the tree.
+    fn write(self, host: &Host, request: &DumpRequest, writer: &mut ImageWriter) -> Result<()> {
+        let tree = Tree {
+            root: request.pid,
+            shell_job: request.options.shell_job,
+            monotonic_ns: self.monotonic_ns,
+            boottime_ns: self.boottime_ns,
+            realtime_ns: self.realtime_ns,
+            boot_id: host.boot_id.clone(),
+            vdso_hash: host.vdso_hash,
+            xfeatures: 0,
         };
-        put(writer, model::THREAD, i as u64, &thread)?;
+        put(writer, model::TREE, 0, &tree)?;
+        for p in &self.processes {
+            put(writer, model::PROCESS, p.pid() as u64, p)?;
+        }
+        for (i, thread) in self.threads.iter().enumerate() {
+            put(writer, model::THREAD, i as u64, thread)?;
+        }
+        for (mm, space) in &self.spaces {
+            put(writer, model::MM, *mm, space)?;
+        }
+        for (pid, table) in &self.tables {
+            put(writer, model::FDS, *pid as u64, table)?;
+        }
+        for record in self.records {
+            writer.record(record)?;
+        }
+        writer.finish_write()
     }
-    for (mm, space) in spaces {
-        put(writer, model::MM, mm, &space)?;
-    }
-    for (pid, table) in tables {
-        put(writer, model::FDS, pid as u64, &table)?;
-    }
-    for record in cx.records {
-        writer.record(record)?;
-    }
-    writer.finish_write().in_phase(Phase::Commit)
 }
 
 /// The first blocker, with the others beside it.
@@ -253,20 +341,6 @@ fn model_record<T: serde::Serialize>(
         flags: freezeframe_image::CRITICAL,
         subject,
         body: freezeframe_image::encode(value)?,
-    })
-}
-
-fn tree_record(request: &DumpRequest) -> Result<Tree> {
-    use freezeframe_sys::clock;
-    Ok(Tree {
-        root: request.pid,
-        shell_job: request.options.shell_job,
-        monotonic_ns: clock::monotonic_ns(),
-        boottime_ns: clock::boottime_ns(),
-        realtime_ns: clock::realtime_ns(),
-        boot_id: clock::boot_id()?,
-        vdso_hash: crate::vdso::own_hash()?,
-        xfeatures: 0,
     })
 }
 

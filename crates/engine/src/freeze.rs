@@ -53,6 +53,8 @@ pub struct Frozen {
 struct Found {
     dir: ProcDir,
     zombie: bool,
+    /// Its threads when last looked at.
+    threads: Vec<Tid>,
 }
 
 /// A thread stopped, before its details are read.
@@ -116,7 +118,11 @@ fn discover(
         let process = match found.entry(pid) {
             Entry::Occupied(known) => known.into_mut(),
             Entry::Vacant(vacant) => match ProcDir::open(pid) {
-                Ok(dir) => vacant.insert(Found { dir, zombie: false }),
+                Ok(dir) => vacant.insert(Found {
+                    dir,
+                    zombie: false,
+                    threads: Vec::new(),
+                }),
                 // It ended while we looked; the root must not.
                 Err(e) if e.kind() == Kind::TargetGone && pid != root => continue,
                 Err(e) => return Err(e.on_task(pid.0)),
@@ -152,10 +158,11 @@ fn discover(
         order.push(pid);
         fresh.extend(
             threads
-                .into_iter()
+                .iter()
                 .filter(|t| !held.contains_key(t))
-                .map(|t| (pid, t)),
+                .map(|t| (pid, *t)),
         );
+        process.threads = threads;
         queue.extend(children);
     }
     Ok(fresh)
@@ -218,11 +225,8 @@ fn details(
             continue;
         };
         let dir = process.dir;
-        let mut tids = if process.zombie {
-            Vec::new()
-        } else {
-            dir.tasks().on_task(pid.0)?
-        };
+        // All were held when these were read: none can have come or gone since.
+        let mut tids = process.threads;
         tids.sort_by_key(|t| (*t != pid.leader(), *t));
         for &tid in &tids {
             let task = held.remove(&tid).ok_or_else(|| {
@@ -241,7 +245,11 @@ fn details(
             });
         }
         let stat = dir.stat().on_task(pid.0)?;
-        let status = dir.status().on_task(pid.0)?;
+        // A process's is its first thread's.
+        let status = match tasks.iter().rev().find(|t| t.tid == pid.leader()) {
+            Some(leader) => leader.status.clone(),
+            None => dir.status().on_task(pid.0)?,
+        };
         if !process.zombie {
             tree::check_untraced(status.tracer_pid).on_task(pid.0)?;
         }

@@ -1,6 +1,6 @@
 //! Which tasks there are, and whether they may be touched at all.
 
-use freezeframe_error::{Error, Kind, Phase, Result, Target};
+use freezeframe_error::{Error, Kind, Phase, Result, ResultExt, Target};
 use freezeframe_kinds::ProcView;
 use freezeframe_sys::ids::{Pid, Tid};
 use freezeframe_sys::proc::ProcDir;
@@ -95,37 +95,47 @@ fn ancestor_of_ours(pid: i32) -> Result<Option<String>> {
 
 /// The namespaces of which a process has one each, by their names in /proc/PID/ns.
 const NAMESPACES: [(&str, &str); 10] = [
-    ("cgroup", "cgroup"),
-    ("ipc", "IPC"),
-    ("mnt", "mount"),
-    ("net", "network"),
-    ("pid", "PID"),
-    ("pid_for_children", "PID (for its children)"),
-    ("time", "time"),
-    ("time_for_children", "time (for its children)"),
-    ("user", "user"),
-    ("uts", "UTS (host name)"),
+    ("ns/cgroup", "cgroup"),
+    ("ns/ipc", "IPC"),
+    ("ns/mnt", "mount"),
+    ("ns/net", "network"),
+    ("ns/pid", "PID"),
+    ("ns/pid_for_children", "PID (for its children)"),
+    ("ns/time", "time"),
+    ("ns/time_for_children", "time (for its children)"),
+    ("ns/user", "user"),
+    ("ns/uts", "UTS (host name)"),
 ];
 
-/// Refuses by name processes in namespaces other than ours: they would come
-/// back in ours.
-pub fn check_namespaces(procs: &[ProcView], blockers: &mut Vec<Error>) -> Result<()> {
-    let ours = ProcDir::open(Pid::this())?;
-    for proc in procs.iter().filter(|p| !p.tids.is_empty()) {
-        for (file, name) in NAMESPACES {
-            let name_of = |dir: &ProcDir| dir.link(&format!("ns/{file}"));
-            // A kernel without this namespace has no such link; both are alike then.
-            let (Ok(is), Ok(us)) = (name_of(&proc.dir), name_of(&ours)) else {
-                continue;
-            };
-            if is != us {
-                let error = Error::unsupported(format!(
-                    "its {name} namespace ({}) is not ours: namespaces are not supported yet",
-                    String::from_utf8_lossy(&is)
-                ));
-                blockers.push(error.on_task(proc.pid.0));
+/// The namespaces we are in.
+#[derive(Debug)]
+pub struct Namespaces(Vec<(&'static str, &'static str, Vec<u8>)>);
+
+impl Namespaces {
+    /// Ours. What the kernel lacks is left out.
+    pub fn ours() -> Result<Namespaces> {
+        let dir = ProcDir::open(Pid::this())?;
+        let known = NAMESPACES.into_iter().filter_map(|(file, name)| {
+            let path = dir.link(file).ok()?;
+            Some((file, name, path))
+        });
+        Ok(Namespaces(known.collect()))
+    }
+
+    /// Refuses by name processes in other ones: they would come back in ours.
+    pub fn check(&self, procs: &[ProcView], blockers: &mut Vec<Error>) -> Result<()> {
+        for proc in procs.iter().filter(|p| !p.tids.is_empty()) {
+            for (file, name, ours) in &self.0 {
+                let is = proc.dir.link(file).on_task(proc.pid.0)?;
+                if is != *ours {
+                    let error = Error::unsupported(format!(
+                        "its {name} namespace ({}) is not ours: namespaces are not supported yet",
+                        String::from_utf8_lossy(&is)
+                    ));
+                    blockers.push(error.on_task(proc.pid.0));
+                }
             }
         }
+        Ok(())
     }
-    Ok(())
 }
