@@ -56,6 +56,19 @@ const REAL: &[Real] = &[
         streams: 1,
     },
     Real {
+        name: "sh_loop",
+        command: &["/bin/sh", "SOURCE", "DIR"],
+        build: &[],
+        source: "loop.sh",
+        package: "dash",
+        streams: 2,
+    },
+    busy("posix_spawn", &["DIR/busy", "DIR", "spawn"]),
+    busy("vfork_chain", &["DIR/busy", "DIR", "chain"]),
+    busy("fork", &["DIR/busy", "DIR", "fork"]),
+    busy("threads", &["DIR/busy", "DIR", "thread"]),
+    busy("exec", &["DIR/busy", "DIR", "exec"]),
+    Real {
         name: "node_interval",
         command: &["/usr/bin/node", "SOURCE", "DIR"],
         build: &[],
@@ -115,6 +128,25 @@ const fn python(name: &'static str, source: &'static str, streams: usize) -> Rea
         source,
         package: "python3",
         streams,
+    }
+}
+
+/// One thing at full speed.
+const fn busy(name: &'static str, command: &'static [&'static str]) -> Real {
+    Real {
+        name,
+        command,
+        build: &[
+            "/usr/bin/gcc",
+            "-O1",
+            "-pthread",
+            "-o",
+            "DIR/busy",
+            "SOURCE",
+        ],
+        source: "busy.c",
+        package: "gcc",
+        streams: 1,
     }
 }
 

@@ -39,13 +39,12 @@ fn restored_on_another_terminal() -> Done {
         done
         echo done > finished"#;
     fs::write(scene.path("job"), job).map_err(|e| e.to_string())?;
-    // bash forks where dash calls vfork, which cannot be frozen while it waits for its child.
-    let leader = r#"/bin/bash "$1/job" "$1" & echo $! > "$1/pid.part"; mv "$1/pid.part" "$1/pid"
+    let leader = r#"/bin/sh "$1/job" "$1" & echo $! > "$1/pid.part"; mv "$1/pid.part" "$1/pid"
         tty <&1 > "$1/first"; while [ ! -e "$1/first-over" ]; do sleep 0.01; done"#;
     let first = on_a_terminal(&scene, leader)?;
     scene.await_that(
         "the job",
-        || Ok(text(&scene, "now").starts_with("/dev/pts/")),
+        || Ok(text(&scene, "now").starts_with("/dev/pts/") && !text(&scene, "pid").is_empty()),
         Some(&first),
     )?;
     let pid: i32 = text(&scene, "pid")

@@ -3,13 +3,18 @@
 //! Every task found is seized and interrupted; then the tree is read again,
 //! until nothing new appears while all that is known is stopped: new tasks are
 //! made by running ones only.
+//!
+//! A parent in vfork(2) cannot stop before its child has called execve(2) or
+//! ended, so a child that was stopped before that runs on for so long ([`vfork`]).
+
+mod vfork;
 
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, HashSet};
 use std::time::{Duration, Instant};
 
 use freezeframe_error::{Error, Kind, Result, ResultExt};
-use freezeframe_inject::tracer::{StoppedTask, Tracer};
+use freezeframe_inject::tracer::{self, StoppedTask, Stopping, Tracer};
 use freezeframe_kinds::{BeforeStop, ProcView, task};
 use freezeframe_sys::ids::{Pid, Tid};
 use freezeframe_sys::pidfd;
@@ -90,7 +95,7 @@ pub fn freeze(request: &DumpRequest, events: &dyn Events) -> Result<Frozen> {
             )
             .on_task(request.pid));
         }
-        stop(&tracer, fresh, &mut held, deadline)?;
+        stop(&tracer, fresh, &mut held, deadline, events)?;
     }
     details(tracer, found, order, held, request.timeout)
 }
@@ -168,11 +173,15 @@ fn discover(
     Ok(fresh)
 }
 
+/// How long a stop may take before it is asked why; and at most, since asking costs.
+const PATIENCE: [Duration; 2] = [Duration::from_millis(2), Duration::from_millis(50)];
+
 fn stop(
     tracer: &Tracer,
     fresh: Vec<(Pid, Tid)>,
     held: &mut BTreeMap<Tid, Held>,
     deadline: Instant,
+    events: &dyn Events,
 ) -> Result<()> {
     let mut before: BTreeMap<Tid, (Pid, BeforeStop)> = BTreeMap::new();
     for (pid, tid) in &fresh {
@@ -184,31 +193,78 @@ fn stop(
     }
     let tids: Vec<Tid> = fresh.iter().map(|(_, tid)| *tid).collect();
     let options = Options::TRACESYSGOOD | Options::SUSPEND_SECCOMP;
-    let all = tracer
-        .seize_and_stop(&tids, options, deadline)
-        .map_err(waits_for_child)?;
-    for stopped in all {
-        if let Some((pid, before)) = before.remove(&stopped.tid) {
-            held.insert(
-                stopped.tid,
-                Held {
+    let mut done = Vec::new();
+    let mut stopping = Stopping::default();
+    tracer.begin_stop(&tids, options, &mut stopping, &mut done)?;
+    let mut patience = PATIENCE[0];
+    loop {
+        let until = deadline.min(Instant::now() + patience);
+        tracer.await_stops(&mut stopping, until, &mut done)?;
+        for stopped in done.drain(..) {
+            if let Some((pid, before)) = before.remove(&stopped.tid) {
+                let now = Held {
                     pid,
                     stopped,
                     before,
-                },
-            );
+                };
+                held.insert(now.stopped.tid, now);
+            }
         }
+        let Some(first) = stopping.tids().next() else {
+            return Ok(());
+        };
+        if events.cancelled() {
+            return Err(cancelled());
+        }
+        let mut released = false;
+        let mut why = None;
+        for tid in stopping.tids().collect::<Vec<_>>() {
+            let Some(child) = vfork::awaited_by(tid, held.values().map(|h| h.pid))? else {
+                continue;
+            };
+            why.get_or_insert((tid, child));
+            for thread in threads_of(held, child) {
+                if let Some(task) = held.remove(&thread) {
+                    vfork::must_run(tid, &task)?;
+                    log!(
+                        events,
+                        Debug,
+                        "{thread} runs on to its exec: {tid} waits for it in vfork"
+                    );
+                    tracer
+                        .run_to_exec(thread, &mut stopping)
+                        .on_task(thread.0)?;
+                    before.insert(thread, (child, BeforeStop::default()));
+                    released = true;
+                }
+            }
+            // It may wait for what it has started itself. They are found again.
+            for below in vfork::descendants(child) {
+                for thread in threads_of(held, below) {
+                    tracer.detach(thread).on_task(thread.0)?;
+                    held.remove(&thread);
+                    released = true;
+                }
+            }
+        }
+        if Instant::now() >= deadline {
+            return Err(match why {
+                Some((tid, child)) => vfork::in_vain(tid, child),
+                None => tracer::not_stopped(first),
+            });
+        }
+        patience = if released {
+            PATIENCE[0]
+        } else {
+            PATIENCE[1].min(2 * patience)
+        };
     }
-    Ok(())
 }
 
-/// A parent in vfork(2) reaches no stop before its child has called exec or ended.
-fn waits_for_child(e: Error) -> Error {
-    let blocked = e.kind() == Kind::Timeout && e.message().contains("clone");
-    match blocked {
-        true => e.context("it waits in vfork(2) for its child to call exec or to end"),
-        false => e,
-    }
+/// The threads of a process that are held.
+fn threads_of(held: &BTreeMap<Tid, Held>, pid: Pid) -> Vec<Tid> {
+    let of = held.values().filter(|h| h.pid == pid);
+    of.map(|h| h.stopped.tid).collect()
 }
 
 fn details(
@@ -291,15 +347,8 @@ impl Frozen {
                 pidfd::pidfd_send_signal(&proc.pidfd, libc::SIGSTOP).on_task(proc.pid.0)?;
             }
         }
-        let mut first = None;
-        for task in &self.tasks {
-            if let Err(e) = self.tracer.detach(task.tid) {
-                first.get_or_insert(e.on_task(task.tid.0));
-            }
-        }
-        if let Some(e) = first {
-            return Err(e);
-        }
+        let tids: Vec<Tid> = self.tasks.iter().map(|t| t.tid).collect();
+        self.tracer.detach_all(&tids, Instant::now() + self.wait)?;
         let stopped = self
             .procs
             .iter()

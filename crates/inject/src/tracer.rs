@@ -129,6 +129,24 @@ struct Held {
     at_syscall: bool,
 }
 
+/// Tasks on their way into a stop: see [`Tracer::begin_stop`].
+#[derive(Debug, Default)]
+pub struct Stopping {
+    waiting: VecDeque<Tid>,
+}
+
+impl Stopping {
+    /// Whether none is left.
+    pub fn is_over(&self) -> bool {
+        self.waiting.is_empty()
+    }
+
+    /// Those that have not stopped yet.
+    pub fn tids(&self) -> impl Iterator<Item = Tid> + '_ {
+        self.waiting.iter().copied()
+    }
+}
+
 /// The tracer of one operation. Dropping it lets go of all it still holds, but
 /// for tasks that do not stop (a vfork parent, a frozen task): the kernel lets
 /// those go when the tracer's thread ends, so end it.
@@ -228,7 +246,7 @@ impl Tracer {
                     return Ok(Stop::Exited);
                 }
                 if Instant::now() >= deadline {
-                    return Err(timeout(tid, "it did not stop in time"));
+                    return Err(not_stopped(tid));
                 }
             }
         }
@@ -247,64 +265,162 @@ impl Tracer {
         options: Options,
         deadline: Instant,
     ) -> Result<Vec<StoppedTask>> {
-        let mut taken = Vec::with_capacity(tids.len());
-        let result = self.seize_and_stop_inner(tids, options, deadline, &mut taken);
+        let mut stopping = Stopping::default();
+        let mut done = Vec::with_capacity(tids.len());
+        let result = self
+            .begin_stop(tids, options, &mut stopping, &mut done)
+            .and_then(|()| self.await_stops(&mut stopping, deadline, &mut done))
+            .and_then(|()| match stopping.tids().next() {
+                None => Ok(()),
+                Some(tid) => Err(not_stopped(tid)),
+            });
         if result.is_err() {
+            let taken: Vec<Tid> = done.iter().map(|t| t.tid).chain(stopping.tids()).collect();
             let _ = self.release(&taken, Instant::now() + LETTING_GO);
         }
-        result
+        result.map(|()| done)
     }
 
-    fn seize_and_stop_inner(
+    /// Begins to stop tasks: all are seized, then all are interrupted. Those that
+    /// have stopped by then are added to `done`, the others to `stopping`, for
+    /// [`Tracer::await_stops`]. A task that is ours already is interrupted only.
+    ///
+    /// # Errors
+    /// The first task that cannot be held. Those taken stay held.
+    pub fn begin_stop(
         &self,
         tids: &[Tid],
         options: Options,
-        deadline: Instant,
-        taken: &mut Vec<Tid>,
-    ) -> Result<Vec<StoppedTask>> {
-        for &tid in tids {
-            match self.seize(tid, options) {
-                Ok(()) => taken.push(tid),
-                Err(e) if e.kind() == Kind::TargetGone => {}
-                Err(e) => return Err(e),
-            }
+        stopping: &mut Stopping,
+        done: &mut Vec<StoppedTask>,
+    ) -> Result<()> {
+        let mut fresh = VecDeque::with_capacity(tids.len());
+        let seized = tids.iter().try_for_each(|&tid| {
+            let result = self.seize(tid, options);
             step("seize");
-        }
-        let mut done = Vec::with_capacity(taken.len());
-        let mut waiting = VecDeque::new();
-        for &tid in taken.iter() {
+            match result {
+                Err(e) if e.kind() == Kind::TargetGone => return Ok(()),
+                Err(e) if !self.holds(tid) => return Err(e),
+                _ => fresh.push_back(tid),
+            }
+            Ok(())
+        });
+        let result = seized.and_then(|()| self.interrupt_all(&mut fresh, stopping, done));
+        stopping.waiting.append(&mut fresh);
+        result
+    }
+
+    fn interrupt_all(
+        &self,
+        fresh: &mut VecDeque<Tid>,
+        stopping: &mut Stopping,
+        done: &mut Vec<StoppedTask>,
+    ) -> Result<()> {
+        while let Some(&tid) = fresh.front() {
             match ptrace::interrupt(tid) {
-                Ok(()) => waiting.push_back(tid),
+                Ok(()) => stopping.waiting.push_back(tid),
                 Err(e) if e.kind() == Kind::TargetGone => {
+                    self.let_die(tid);
                     self.forget(tid);
-                    continue;
                 }
                 Err(e) => return Err(e),
             }
+            fresh.pop_front();
             step("interrupt");
             // Those interrupted before have most likely stopped by now.
-            for _ in 0..waiting.len().min(4) {
-                let Some(first) = waiting.pop_front() else {
+            for _ in 0..stopping.waiting.len().min(4) {
+                let Some(first) = stopping.waiting.pop_front() else {
                     break;
                 };
-                match self.poll_stopped(first)? {
-                    Some(task) => done.push(task),
-                    None => waiting.push_back(first),
+                match self.poll_stopped(first) {
+                    Ok(Some(task)) => done.push(task),
+                    Ok(None) => stopping.waiting.push_back(first),
+                    Err(e) => {
+                        stopping.waiting.push_back(first);
+                        return Err(e);
+                    }
                 }
             }
         }
+        Ok(())
+    }
+
+    /// Waits until all are stopped or dead, or until the time has come: then some
+    /// are left in `stopping`.
+    ///
+    /// # Errors
+    /// The first task of which the kernel tells us nothing any more.
+    pub fn await_stops(
+        &self,
+        stopping: &mut Stopping,
+        until: Instant,
+        done: &mut Vec<StoppedTask>,
+    ) -> Result<()> {
         // In turn, so that one that does not stop keeps no other from being mended:
         // what a stop ends with EINTR is made restartable as soon as it is seen.
-        while let Some(tid) = waiting.pop_front() {
-            let soon = Instant::now() + TURN;
-            match self.wait_stopped(tid, soon.min(deadline)) {
-                Ok(Some(task)) => done.push(task),
-                Ok(None) => {}
-                Err(e) if e.kind() == Kind::Timeout && soon < deadline => waiting.push_back(tid),
+        let mut in_vain = 0;
+        while let Some(&tid) = stopping.waiting.front() {
+            let soon = (Instant::now() + TURN).min(until);
+            match self.wait_stopped(tid, soon) {
+                Ok(Some(task)) => {
+                    done.push(task);
+                    stopping.waiting.pop_front();
+                    in_vain = 0;
+                }
+                Ok(None) => {
+                    stopping.waiting.pop_front();
+                }
+                Err(e) if e.kind() == Kind::Timeout => {
+                    stopping.waiting.rotate_left(1);
+                    in_vain += 1;
+                    // Each has had its turn, however late it is.
+                    if in_vain >= stopping.waiting.len() && Instant::now() >= until {
+                        break;
+                    }
+                }
                 Err(e) => return Err(e),
             }
         }
-        Ok(done)
+        Ok(())
+    }
+
+    /// Lets a stopped task run until it has called execve(2), stops, or dies, and
+    /// awaits that as another stop: what a parent in vfork(2) waits for.
+    pub fn run_to_exec(&self, tid: Tid, stopping: &mut Stopping) -> Result<()> {
+        let options = self.options(tid).unwrap_or(Options::NONE);
+        // Its filters hold while it runs its own code.
+        let options = options.without(Options::SUSPEND_SECCOMP);
+        ptrace::set_options(tid, options.with(Options::TRACEEXEC))?;
+        ptrace::cont(tid, 0)?;
+        step("run-to-exec");
+        stopping.waiting.push_back(tid);
+        Ok(())
+    }
+
+    /// Whether a task is seized by us.
+    fn holds(&self, tid: Tid) -> bool {
+        self.held.borrow().contains_key(&tid)
+            && Status::read(tid).is_some_and(|s| {
+                s.number("TracerPid") == Some(i64::from(Tid::this().0))
+                    && !matches!(s.state(), 'Z' | 'X')
+            })
+    }
+
+    /// Whether a task is ours and in a stop.
+    pub fn is_stopped(&self, tid: Tid) -> bool {
+        matches!(ptrace::try_siginfo(tid), Ok(Some(_)))
+    }
+
+    /// Forgets a task that is dead, waiting for it if it is kept for us (its
+    /// parent, or an execve(2) of another thread, waits for that). Says whether
+    /// it was dead.
+    pub fn forget_dead(&self, tid: Tid) -> bool {
+        let dead = is_dead(tid);
+        if dead {
+            self.let_die(tid);
+            self.forget(tid);
+        }
+        dead
     }
 
     /// Looks whether an interrupted task has stopped yet.
@@ -343,12 +459,20 @@ impl Tracer {
                 ptrace::cont(tid, info.signo())?;
                 return Ok(None);
             }
+            // These take the place of the stop that was asked for.
             Stop::Event(kind, message) => {
                 self.note(tid, kind, message);
+                if kind == event::EXEC
+                    && let Some(options) = self.options(tid)
+                {
+                    ptrace::set_options(tid, options)?;
+                }
+                ptrace::interrupt(tid)?;
                 ptrace::cont(tid, 0)?;
                 return Ok(None);
             }
             Stop::SyscallStop => {
+                ptrace::interrupt(tid)?;
                 ptrace::cont(tid, 0)?;
                 return Ok(None);
             }
@@ -508,6 +632,22 @@ impl Tracer {
         }
     }
 
+    /// Lets those of the tasks go that are still held, and should be stopped. One
+    /// that is not, because what it was to do failed, is stopped first; a stub it
+    /// runs takes it home.
+    ///
+    /// # Errors
+    /// As [`Tracer::release`].
+    pub fn detach_all(&self, tids: &[Tid], deadline: Instant) -> Result<()> {
+        let mut left = tids.to_vec();
+        left.retain(|tid| self.held.borrow().contains_key(tid));
+        left.retain(|&tid| self.detach(tid).is_err());
+        match left.as_slice() {
+            [] => Ok(()),
+            left => self.release(left, deadline),
+        }
+    }
+
     /// Lets a task go if it is stopped or dead; what must not outlive us is killed.
     fn try_detach(&self, tid: Tid) -> bool {
         if self
@@ -520,6 +660,15 @@ impl Tracer {
         let sig = match ptrace::try_siginfo(tid) {
             Ok(Some(info)) => match Stop::of(tid, &info) {
                 Stop::SignalDelivery(info) => info.signo(),
+                Stop::EventStop | Stop::GroupStop(_) => {
+                    // It stopped just now, and nobody has seen what in.
+                    if let Ok(mut regs) = ptrace::getregs(tid)
+                        && arch::make_restartable(&mut regs)
+                    {
+                        let _ = ptrace::setregs(tid, &regs);
+                    }
+                    0
+                }
                 _ => 0,
             },
             _ if is_dead(tid) => {
@@ -693,6 +842,11 @@ pub(crate) fn is_dead(tid: Tid) -> bool {
     // The state comes after the last parenthesis of the command name.
     let after = stat.iter().rposition(|&b| b == b')').map(|at| at + 2);
     matches!(after.and_then(|at| stat.get(at)), Some(b'Z' | b'X') | None)
+}
+
+/// The error of a task that does not stop.
+pub fn not_stopped(tid: Tid) -> Error {
+    timeout(tid, "it did not stop in time")
 }
 
 /// A timeout that says all that can be known about the task.
