@@ -27,17 +27,20 @@ pub enum Mode {
     Restore,
     /// Dumped with `--leave-running`.
     Running,
+    /// Dumped with `--live`, then killed and restored: what its forks had, while it ran on, is what comes back.
+    Live,
     /// Dumped and restored, then both once more.
     Twice,
 }
 
 impl Mode {
     /// Every mode, with its name in the tests' names.
-    pub const ALL: [(Mode, &str); 5] = [
+    pub const ALL: [(Mode, &str); 6] = [
         (Mode::Alone, "alone"),
         (Mode::Spoilt, "spoilt"),
         (Mode::Restore, "restore"),
         (Mode::Running, "running"),
+        (Mode::Live, "live"),
         (Mode::Twice, "twice"),
     ];
 }
@@ -83,6 +86,24 @@ pub fn carry(program: &Program, mode: Mode) -> Result<(), String> {
                 return scene.finish(target, program, &before, mode);
             }
             scene.verify("img")?;
+        }
+        Mode::Live => {
+            let outcome = scene.dump(program, &target, "img", &["--live"])?;
+            let told = outcome.stderr.clone();
+            if expected_refusal(program, outcome)? {
+                return scene.finish(target, program, &before, mode);
+            }
+            let may_not = ["it is a child subreaper", "it is stopped"];
+            if told.contains("no live dump") && !may_not.iter().any(|w| told.contains(w)) {
+                return Err(format!("it was dumped without forks: {told}"));
+            }
+            scene.verify("img")?;
+            for pid in &before.pids {
+                // A zombie is dead already.
+                let _ = kill(Pid::from_raw(*pid), Signal::SIGKILL);
+            }
+            scene.await_gone(&before, DEADLINE)?;
+            target = scene.restore(program, &target, "img")?;
         }
         Mode::Restore | Mode::Twice => {
             for round in 0..if mode == Mode::Twice { 2 } else { 1 } {

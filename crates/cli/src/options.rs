@@ -124,6 +124,7 @@ pub(crate) static OPTIONS: &[Opt] = &[
     opt("json", "The result as JSON on stdout, for machines").on(&[Dump, PreDump, Restore, Check, Inspect, Verify]),
     // A dump.
     opt("leave-running", "Let the tree run on after the dump, instead of ending it").short('R').on(&[Dump]),
+    opt("live", "Let the tree run on, stopped only until each process is forked; its memory is taken from the forks").on(&[Dump]),
     opt("leave-stopped", "Leave the tree stopped (SIGSTOP)").short('s').on(MAIN),
     opt("timeout", "How long freezing, and any single wait, may take (default 10)").takes("SECONDS").on(BOTH),
     opt("no-sync", "Do not wait until the image is on disk (fsync)").on(DUMPS),
@@ -218,7 +219,6 @@ pub(crate) static OPTIONS: &[Opt] = &[
     opt("stream", "Write or read the image as one stream").on(BOTH).not_yet(),
     opt("compress", "Compress pages: none, lz4 or zstd[:LEVEL]").takes("METHOD").on(DUMPS).only(&["none"]),
     opt("direct", "Write pages past the page cache").on(DUMPS).not_yet(),
-    opt("live", "Let the tree run while its memory is written").on(DUMPS).not_yet(),
 ];
 
 /// Actions that take no part in the option groups above.

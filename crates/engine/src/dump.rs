@@ -1,6 +1,7 @@
 //! Dumping a tree.
 
 mod files;
+mod live;
 mod memory;
 mod tasks;
 
@@ -10,8 +11,10 @@ use std::time::{Duration, Instant};
 
 use freezeframe_error::{Error, Kind, Phase, Result, ResultExt, Target};
 use freezeframe_image::{Header, ImageWriter, RawRecord};
+use freezeframe_inject::fork::Fork;
 use freezeframe_kinds::model::{self, FdTable, Life, Mm, Process, Thread, Tree};
 use freezeframe_kinds::{DumpCx, DumpOptions};
+use freezeframe_pages::{PageDumper, PageOptions};
 use freezeframe_sys::clock;
 use freezeframe_sys::proc::Status;
 
@@ -42,6 +45,9 @@ pub struct DumpRequest {
     pub after: After,
     /// Bound on freezing and on every single wait.
     pub timeout: Duration,
+    /// Stop the tree only while its state is read and each process is forked, and
+    /// take the memory from the forks ([`After::Run`] only).
+    pub live: bool,
     /// fsync before the image counts as there.
     pub sync: bool,
     /// What kinds look at.
@@ -77,6 +83,10 @@ pub struct DumpReport {
 pub fn run(request: &DumpRequest, events: &dyn Events) -> Result<DumpReport> {
     events.phase(Phase::Plan);
     let untouched = |e: Error| e.leaving(Target::Untouched);
+    if request.live && request.after != After::Run {
+        let e = Error::new(Kind::Usage, "a live dump leaves the tree running");
+        return Err(untouched(e.in_phase(Phase::Plan)));
+    }
     tree::check_target(request.pid)?;
     let mut writer = ImageWriter::create(&request.images_dir, Header::new())
         .in_phase(Phase::Plan)
@@ -86,7 +96,7 @@ pub fn run(request: &DumpRequest, events: &dyn Events) -> Result<DumpReport> {
 
     events.phase(Phase::Freeze);
     let started = Instant::now();
-    let mut frozen = freeze::freeze(request, events)
+    let frozen = freeze::freeze(request, events)
         .in_phase(Phase::Freeze)
         .map_err(|e| e.leaving(Target::Running))?;
     let mut report = DumpReport {
@@ -105,9 +115,10 @@ pub fn run(request: &DumpRequest, events: &dyn Events) -> Result<DumpReport> {
         request,
         events,
         &host,
-        &mut frozen,
+        &frozen,
         &mut writer,
         &mut report,
+        started,
     )
     .and_then(|g| {
         events.step(Step::PostDump).in_phase(Phase::Commit)?;
@@ -143,7 +154,9 @@ pub fn run(request: &DumpRequest, events: &dyn Events) -> Result<DumpReport> {
                 .release(stop)
                 .in_phase(Phase::Thaw)
                 .map_err(|e| e.leaving(Target::Unknown))?;
-            report.frozen = started.elapsed();
+            if report.frozen.is_zero() {
+                report.frozen = started.elapsed();
+            }
             commit(gathered, &host, writer, request, events).map_err(|e| e.leaving(left))?;
         }
     }
@@ -215,9 +228,10 @@ fn gather(
     request: &DumpRequest,
     events: &dyn Events,
     host: &Host,
-    frozen: &mut Frozen,
+    frozen: &Frozen,
     writer: &mut ImageWriter,
     report: &mut DumpReport,
+    started: Instant,
 ) -> Result<Gathered> {
     events.phase(Phase::Collect);
     let (monotonic_ns, boottime_ns, realtime_ns) = (
@@ -253,10 +267,26 @@ fn gather(
         return Err(all_of(blockers));
     }
 
+    let forks = if request.live {
+        fork(&mut cx, frozen)?
+    } else {
+        Vec::new()
+    };
     events.phase(Phase::Pages);
     let memory_started = Instant::now();
-    memory::store(&mut cx, &mut spaces, &processes, writer, events, report)
+    let mut dumper = PageDumper::new(writer, PageOptions::default()).in_phase(Phase::Pages)?;
+    memory::store_inside(&cx, &mut spaces, &processes, &forks, &mut dumper)
         .in_phase(Phase::Pages)?;
+    if !forks.is_empty() {
+        frozen.release(false).in_phase(Phase::Thaw)?;
+        report.frozen = started.elapsed();
+        log!(events, Info, "the tree runs on after {:?}", report.frozen);
+    }
+    memory::store(&cx, &mut spaces, &processes, &forks, &mut dumper, events)
+        .in_phase(Phase::Pages)?;
+    // They take their time to give back their memory.
+    forks.iter().for_each(Fork::kill);
+    memory::finish(&cx, dumper, writer, report).in_phase(Phase::Pages)?;
     report.memory = memory_started.elapsed();
 
     report.processes = processes.len() as u64;
@@ -311,6 +341,19 @@ impl Gathered {
             writer.record(record)?;
         }
         writer.finish_write()
+    }
+}
+
+/// The forks that are dumped while the tree runs on; none if that cannot be.
+fn fork<'a>(cx: &mut DumpCx<'_>, frozen: &'a Frozen) -> Result<Vec<Fork<'a>>> {
+    match live::fork_all(frozen).in_phase(Phase::Collect)? {
+        Ok(forks) => Ok(forks),
+        Err(why) => {
+            cx.warnings.push(format!(
+                "no live dump, the tree is stopped until its memory is stored: {why}"
+            ));
+            Ok(Vec::new())
+        }
     }
 }
 

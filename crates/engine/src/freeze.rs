@@ -9,6 +9,7 @@
 
 mod vfork;
 
+use std::cell::Cell;
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, HashSet};
 use std::time::{Duration, Instant};
@@ -52,6 +53,8 @@ pub struct Frozen {
     /// All threads, by process, the leader first.
     pub tasks: Vec<Task>,
     wait: Duration,
+    /// Whether it has been let go already.
+    released: Cell<bool>,
 }
 
 /// A process found, before its details are read.
@@ -323,6 +326,7 @@ fn details(
         procs,
         tasks,
         wait,
+        released: Cell::new(false),
     })
 }
 
@@ -341,7 +345,11 @@ impl Frozen {
     }
 
     /// Lets everything go on as it was, or (`stop`) leaves it stopped by SIGSTOP.
-    pub fn release(self, stop: bool) -> Result<()> {
+    /// Nothing more is done if that has been done already.
+    pub fn release(&self, stop: bool) -> Result<()> {
+        if self.released.replace(true) {
+            return Ok(());
+        }
         if stop {
             for proc in self.procs.iter().filter(|p| !p.tids.is_empty()) {
                 pidfd::pidfd_send_signal(&proc.pidfd, libc::SIGSTOP).on_task(proc.pid.0)?;

@@ -35,6 +35,7 @@ impl Dump {
                 after: After::Kill,
                 timeout: DEFAULT_DEADLINE,
                 sync: true,
+                live: false,
                 options: DumpOptions::default(),
             },
             events: Arc::new(NoEvents),
@@ -57,6 +58,21 @@ impl Dump {
     /// Leave the tree stopped (as by SIGSTOP) after the dump.
     pub fn leave_stopped(self, yes: bool) -> Dump {
         self.after(After::Stop, yes)
+    }
+
+    /// Let the tree run on after the dump, and stop it for no longer than its
+    /// state is read and each of its processes is forked: the memory is then taken
+    /// from the forks. The tree does not see them; its writes cost a copy of the
+    /// page while they are there, and the memory for it. Shared memory, and what a
+    /// fork does not get (madvise(2), MADV_DONTFORK and MADV_WIPEONFORK), is taken
+    /// while the tree stands still.
+    ///
+    /// Where it cannot be forked (a limit of its user or cgroup, memory, a child
+    /// subreaper, the init of a PID namespace, a stopped process) the dump is made
+    /// without, and [`DumpReport::warnings`] says why.
+    pub fn live(mut self, yes: bool) -> Dump {
+        self.request.live = yes;
+        self.after(After::Run, yes)
     }
 
     fn after(mut self, after: After, yes: bool) -> Dump {

@@ -22,10 +22,11 @@ pub(crate) fn run(line: &Line) -> Result<i32, Stop> {
     if pid <= 0 {
         return Err(Usage(format!("--tree: {pid} is not a PID")).into());
     }
-    if line.has("leave-running") && line.has("leave-stopped") {
-        return Err(
-            Usage("--leave-running and --leave-stopped exclude each other".to_owned()).into(),
-        );
+    for running in ["leave-running", "live"] {
+        if line.has(running) && line.has("leave-stopped") {
+            let words = format!("--{running} and --leave-stopped exclude each other");
+            return Err(Usage(words).into());
+        }
     }
     let deadline = line.number::<u64>("timeout")?.filter(|s| *s > 0);
     let ghost_limit = line.text("ghost-limit")?.map(size).transpose()?;
@@ -43,7 +44,7 @@ pub(crate) fn run(line: &Line) -> Result<i32, Stop> {
     let json = line.has("json");
     let stats = line.has("display-stats");
     let after = After {
-        running: line.has("leave-running"),
+        running: line.has("leave-running") || line.has("live"),
         stopped: line.has("leave-stopped"),
     };
     let work = |link: Link| {
@@ -57,6 +58,9 @@ pub(crate) fn run(line: &Line) -> Result<i32, Stop> {
             .events(ears);
         for name in external {
             dump = dump.external(name);
+        }
+        if line.has("live") {
+            dump = dump.live(true);
         }
         if let Some(limit) = ghost_limit {
             dump = dump.ghost_limit(limit);

@@ -39,7 +39,7 @@ fn markdown() -> String {
          Made by `freezeframe support` from the registry of kinds; do not edit (CI compares).\n\n\
          Whatever is not listed here is refused by name before the target is harmed. Each kind is proven by\n\
          self-checking programs of the test kit (`tests/`), run through dump and restore, dump with\n\
-         `--leave-running`, and both twice. A kernel version is named where one later than 5.15 is needed.\n",
+         `--leave-running` and with `--live`, and dump and restore twice. A kernel version is named where one later than 5.15 is needed.\n",
     );
     for family in [Family::Task, Family::Memory, Family::File] {
         let _ = write!(text, "\n## {}\n\n", family.title());

@@ -5,12 +5,15 @@ use std::os::fd::AsFd;
 
 use freezeframe_error::{Error, Kind, Result, ResultExt};
 use freezeframe_image::ImageWriter;
+use freezeframe_inject::fork::Fork;
 use freezeframe_kinds::model::{Contents, Mm, OBJECT_INDEX, Process, Vma};
 use freezeframe_kinds::{DumpCx, VmaView, mem, registry};
-use freezeframe_pages::{Kind as PageKind, PAGE, PageDumper, PageOptions, Source};
-use freezeframe_sys::proc::Smap;
+use freezeframe_pages::{Kind as PageKind, PAGE, PageDumper, Source};
+use freezeframe_sys::ids::Pid;
+use freezeframe_sys::proc::{Smap, VmFlags};
 
 use super::DumpReport;
+use super::live::fork_of;
 use crate::events::Events;
 
 /// Reads the VMAs of every process; each is claimed and described by its kind.
@@ -65,25 +68,78 @@ fn describe(cx: &mut DumpCx<'_>, view: &VmaView<'_>, smap: &Smap) -> Result<Vma>
     })
 }
 
-/// Stores the pages: of each address space what is private to it (a child's
-/// after its parent's, with which they are compared), then the shared objects.
-pub(super) fn store(
-    cx: &mut DumpCx<'_>,
+/// Stores the pages of the shared objects, and with forks those private pages
+/// that these do not have: what must be read while the tree stands still.
+pub(super) fn store_inside(
+    cx: &DumpCx<'_>,
     spaces: &mut BTreeMap<u64, Mm>,
     processes: &[Process],
-    writer: &mut ImageWriter,
-    events: &dyn Events,
-    report: &mut DumpReport,
+    forks: &[Fork<'_>],
+    dumper: &mut PageDumper,
 ) -> Result<()> {
-    let total: u64 = cx
-        .procs
+    for (id, source) in &cx.sources {
+        dumper.dump_object(
+            source.fd.as_fd(),
+            source.size,
+            OBJECT_INDEX | u64::from(id.0),
+        )?;
+    }
+    for process in processes.iter().filter(|p| p.is_alive()) {
+        let pid = Pid(process.pid());
+        let Some(space) = spaces.get_mut(&process.mm) else {
+            continue;
+        };
+        if fork_of(forks, pid).is_none() || !space.vmas.iter().any(not_in_fork) {
+            continue;
+        }
+        let source = Source::open(pid).on_task(pid.0)?;
+        for vma in space.vmas.iter_mut().filter(|v| not_in_fork(v)) {
+            store_vma(dumper, &source, process.mm, vma, None)?;
+        }
+    }
+    Ok(())
+}
+
+/// Whether a fork lacks the pages of a VMA: they are not given to it, or empty.
+fn not_in_fork(vma: &Vma) -> bool {
+    let lost = VmFlags::DONT_COPY | VmFlags::WIPE_ON_FORK;
+    vma.contents == Contents::Private && vma.flags & lost.bits() != 0
+}
+
+fn store_vma(
+    dumper: &mut PageDumper,
+    source: &Source,
+    mm: u64,
+    vma: &mut Vma,
+    relative: Option<(&Source, u64)>,
+) -> Result<()> {
+    let range = vma.start..vma.end;
+    let dumped = dumper.dump_vma(source, mm, range, PageKind::Private, relative)?;
+    vma.guards = dumped
+        .guards
         .iter()
-        .map(|p| p.stat.rss.max(0) as u64 * PAGE)
-        .sum();
-    let mut dumper = PageDumper::new(writer, PageOptions::default())?;
+        .map(|g| (g.start, g.end - g.start))
+        .collect();
+    Ok(())
+}
+
+/// Stores the pages of each address space that are private to it (a child's
+/// after its parent's, with which they are compared): those of the fork where
+/// there is one.
+pub(super) fn store(
+    cx: &DumpCx<'_>,
+    spaces: &mut BTreeMap<u64, Mm>,
+    processes: &[Process],
+    forks: &[Fork<'_>],
+    dumper: &mut PageDumper,
+    events: &dyn Events,
+) -> Result<()> {
+    let total = total(cx);
     let mut sources: HashMap<i32, Source> = HashMap::new();
     for (process, view) in processes.iter().zip(cx.procs).filter(|(p, _)| p.is_alive()) {
-        let source = Source::open(view.pid).on_task(view.pid.0)?;
+        let fork = fork_of(forks, view.pid);
+        let pid = fork.map_or(view.pid, Fork::pid);
+        let source = Source::open(pid).on_task(view.pid.0)?;
         let relative = process
             .cow_parent
             .and_then(|pid| Some((sources.get(&pid)?, pid as u64)));
@@ -94,19 +150,9 @@ pub(super) fn store(
             .vmas
             .iter_mut()
             .filter(|v| v.contents == Contents::Private)
+            .filter(|v| fork.is_none() || !not_in_fork(v))
         {
-            let dumped = dumper.dump_vma(
-                &source,
-                process.mm,
-                vma.start..vma.end,
-                PageKind::Private,
-                relative,
-            )?;
-            vma.guards = dumped
-                .guards
-                .iter()
-                .map(|g| (g.start, g.end - g.start))
-                .collect();
+            store_vma(dumper, &source, process.mm, vma, relative)?;
             if events.cancelled() {
                 return Err(crate::freeze::cancelled());
             }
@@ -114,15 +160,24 @@ pub(super) fn store(
         }
         sources.insert(view.pid.0, source);
     }
-    for (id, source) in &cx.sources {
-        dumper.dump_object(
-            source.fd.as_fd(),
-            source.size,
-            OBJECT_INDEX | u64::from(id.0),
-        )?;
-    }
+    Ok(())
+}
+
+/// The resident memory of the tree, in bytes.
+fn total(cx: &DumpCx<'_>) -> u64 {
+    let rss = cx.procs.iter().map(|p| p.stat.rss.max(0) as u64);
+    rss.sum::<u64>() * PAGE
+}
+
+/// Writes the page indexes, and what there is to tell of the pages.
+pub(super) fn finish(
+    cx: &DumpCx<'_>,
+    dumper: PageDumper,
+    writer: &mut ImageWriter,
+    report: &mut DumpReport,
+) -> Result<()> {
     let stats = dumper.finish(writer)?;
-    report.pages_scanned = total / PAGE;
+    report.pages_scanned = total(cx) / PAGE;
     report.pages_written = stats.stored / PAGE;
     report.pages_shared = stats.same / PAGE;
     report.pages_zero = stats.zero / PAGE;

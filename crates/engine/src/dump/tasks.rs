@@ -16,7 +16,7 @@ use freezeframe_sys::kcmp::{self, KcmpType};
 use crate::freeze::Task;
 
 /// Bound on every single wait for a thread that runs our calls.
-const WAIT: Duration = Duration::from_secs(10);
+pub(super) const WAIT: Duration = Duration::from_secs(10);
 
 /// Dumps every task kind of every thread.
 pub(super) fn collect(
