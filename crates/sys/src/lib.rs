@@ -6,7 +6,7 @@
 //! [`pagemap`]), tracing it ([`ptrace`]), its descriptors ([`fd`], [`pidfd`],
 //! [`kcmp`]), its attributes ([`sched`], [`ioprio`], [`rlimit`],
 //! [`robust_list`]), making new processes ([`clone`]), mappings of our own
-//! ([`mmap`]), and the question what this kernel can do and what we may do
+//! ([`mmap`]), pages put into place ([`userfaultfd`]), and the question what this kernel can do and what we may do
 //! ([`probe`]).
 //!
 //! `unsafe` lives in this crate, `freezeframe-stub` and `inject::arch` alone.
@@ -30,5 +30,6 @@ pub mod rlimit;
 pub mod robust_list;
 pub mod sched;
 pub mod unix_diag;
+pub mod userfaultfd;
 
 pub use ids::{Pid, Tid};
