@@ -25,6 +25,7 @@
 
 mod codec;
 mod dump;
+mod fill;
 mod index;
 mod reader;
 mod sink;
@@ -32,11 +33,12 @@ mod source;
 
 pub use codec::{Codec, Compression, Compressor, Decompressor};
 pub use dump::{Dumped, Kind, PageDumper, PageOptions};
+pub use fill::{Destination, Filler, Filling};
 pub use index::{
     Block, Extent, MAX_BLOCK_PAGES, MAX_EXTENT_PAGES, PAGE_BLOCKS, PAGE_INDEX, PageBlocks,
     PageIndex, PageStats, Range, What,
 };
-pub use reader::{Delta, Packed, PageReader, Piece, Place, ReadRun};
+pub use reader::{Delta, PageReader, Part, Piece, Place, Use, uses, zeros};
 pub use source::Source;
 
 /// The size of a page in bytes.

@@ -20,7 +20,7 @@ use crate::index::{
 
 /// The page indexes of an image, checked, and its page files.
 ///
-/// Nothing here writes memory: it says what to read to where.
+/// Nothing here writes memory: it says what goes where ([`Filler`](crate::Filler) puts it there).
 #[derive(Debug)]
 pub struct PageReader {
     blocks: Vec<Block>,
@@ -33,15 +33,8 @@ pub struct PageReader {
 pub enum Place {
     /// All are zero.
     Zero,
-    /// In a page file, as they are.
-    File {
-        /// Its number.
-        file: u32,
-        /// Where in it, in bytes.
-        offset: u64,
-    },
-    /// In a compressed block; see [`PageReader::unpack`].
-    Packed {
+    /// In a block; see [`PageReader::unpack`].
+    Block {
         /// Its number.
         block: u32,
         /// Where in its pages, in bytes.
@@ -60,46 +53,48 @@ pub struct Piece {
     pub place: Place,
 }
 
-/// What one `preadv` reads: a stretch of a page file, to one or more places.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ReadRun {
-    /// The page file's number.
-    pub file: u32,
-    /// Where in it the stretch begins, in bytes.
-    pub offset: u64,
-    /// How many bytes: the sum of those of `to`.
-    pub len: u64,
-    /// Address and length of each place, in the order of the file.
-    pub to: Vec<(u64, u64)>,
+impl Piece {
+    /// The part of it at these addresses, which are its own.
+    pub fn part(&self, range: Range) -> Piece {
+        Piece {
+            addr: range.start,
+            len: range.end - range.start,
+            place: place_at(self, range.start),
+        }
+    }
 }
 
-/// What comes from one compressed block: see [`PageReader::unpack`].
+/// What comes from one block: see [`PageReader::unpack`].
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Packed {
+pub struct Use {
     /// Its number.
     pub block: u32,
-    /// Where in its pages, to which address, and how many bytes.
-    pub to: Vec<(u64, u64, u64)>,
+    /// Where each part of it goes, by address.
+    pub to: Vec<Part>,
+}
+
+/// A part of a block, and where it goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Part {
+    /// Where in the block's pages, in bytes.
+    pub from: u64,
+    /// To which address.
+    pub addr: u64,
+    /// How many bytes.
+    pub len: u64,
 }
 
 /// How a child's pages differ from its parent's; see [`PageReader::delta`].
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Delta {
     /// Pages with other bytes: to be read.
-    pub read: Vec<ReadRun>,
-    /// Pages with other bytes that are in compressed blocks.
-    pub packed: Vec<Packed>,
+    pub read: Vec<Use>,
     /// Pages that must be zero.
     pub zero: Vec<Range>,
     /// Pages the parent has and the child has not: to be dropped.
     pub drop: Vec<Range>,
 }
 
-/// The most places of one `preadv`: IOV_MAX.
-const PLACES: usize = 1024;
-/// The most bytes of one `preadv`: more gains nothing, and a call in progress
-/// cannot be given up.
-const BYTES: u64 = 16 << 20;
 /// The longest chain of `Same` extents. The dumper makes none longer than one.
 const CHAIN: u32 = 64;
 
@@ -344,18 +339,8 @@ impl PageReader {
                     },
                 ),
                 What::Data { block, page } => {
-                    let within = u64::from(page) * PAGE + skip;
-                    let stored = &self.blocks[block as usize];
-                    let place = match stored.is_raw() {
-                        true => Place::File {
-                            file: stored.file,
-                            offset: stored.offset + within,
-                        },
-                        false => Place::Packed {
-                            block,
-                            offset: within,
-                        },
-                    };
+                    let offset = u64::from(page) * PAGE + skip;
+                    let place = Place::Block { block, offset };
                     push_piece(out, Piece { addr, len, place });
                 }
                 What::Same { mm, addr: there } => {
@@ -377,14 +362,13 @@ impl PageReader {
         Ok(())
     }
 
-    /// What to read for `range`: each run by one `preadv` of at most 1024
-    /// places and 16 MiB, from a stretch of one page file. Pages of zeros are
-    /// in [`zeros`](PageReader::zeros), compressed ones in [`packed`](PageReader::packed).
+    /// What to read for `range`, each block named once. Pages of zeros are in
+    /// [`zeros`](PageReader::zeros).
     ///
     /// # Errors
     /// As [`pieces`](PageReader::pieces).
-    pub fn read_runs(&self, mm: u64, range: Range) -> Result<Vec<ReadRun>> {
-        Ok(read_runs(&self.pieces(mm, range)?))
+    pub fn uses(&self, mm: u64, range: Range) -> Result<Vec<Use>> {
+        Ok(uses(&self.pieces(mm, range)?))
     }
 
     /// The pages of `range` that must be zero, and that the fresh mapping of a
@@ -394,14 +378,6 @@ impl PageReader {
     /// As [`pieces`](PageReader::pieces).
     pub fn zeros(&self, mm: u64, range: Range) -> Result<Vec<Range>> {
         Ok(zeros(&self.pieces(mm, range)?))
-    }
-
-    /// What of `range` is in compressed blocks, each named once.
-    ///
-    /// # Errors
-    /// As [`pieces`](PageReader::pieces).
-    pub fn packed(&self, mm: u64, range: Range) -> Result<Vec<Packed>> {
-        Ok(packed(&self.pieces(mm, range)?))
     }
 
     /// What is to be done in `range` to a child just forked from a parent
@@ -434,14 +410,7 @@ impl PageReader {
                     None => (end, false),
                 };
                 if !same {
-                    push_piece(
-                        &mut other,
-                        Piece {
-                            addr: at,
-                            len: to - at,
-                            place: place_at(piece, at),
-                        },
-                    );
+                    push_piece(&mut other, piece.part(at..to));
                 }
                 at = to;
             }
@@ -468,8 +437,7 @@ impl PageReader {
             }
         }
         Ok(Delta {
-            read: read_runs(&other),
-            packed: packed(&other),
+            read: uses(&other),
             zero: zeros(&other),
             drop,
         })
@@ -480,11 +448,7 @@ impl PageReader {
 fn place_at(piece: &Piece, addr: u64) -> Place {
     match piece.place {
         Place::Zero => Place::Zero,
-        Place::File { file, offset } => Place::File {
-            file,
-            offset: offset + (addr - piece.addr),
-        },
-        Place::Packed { block, offset } => Place::Packed {
+        Place::Block { block, offset } => Place::Block {
             block,
             offset: offset + (addr - piece.addr),
         },
@@ -502,7 +466,8 @@ fn push_piece(pieces: &mut Vec<Piece>, piece: Piece) {
     pieces.push(piece);
 }
 
-fn zeros(pieces: &[Piece]) -> Vec<Range> {
+/// The ranges of pieces that are all zero.
+pub fn zeros(pieces: &[Piece]) -> Vec<Range> {
     pieces
         .iter()
         .filter(|p| p.place == Place::Zero)
@@ -510,54 +475,31 @@ fn zeros(pieces: &[Piece]) -> Vec<Range> {
         .collect()
 }
 
-fn packed(pieces: &[Piece]) -> Vec<Packed> {
-    let mut blocks: BTreeMap<u32, Vec<(u64, u64, u64)>> = BTreeMap::new();
-    for piece in pieces {
-        if let Place::Packed { block, offset } = piece.place {
-            let to = blocks.entry(block).or_default();
-            to.push((offset, piece.addr, piece.len));
-        }
-    }
-    let packed = |(block, to)| Packed { block, to };
-    blocks.into_iter().map(packed).collect()
-}
-
-fn read_runs(pieces: &[Piece]) -> Vec<ReadRun> {
-    let mut runs: Vec<ReadRun> = Vec::new();
-    for piece in pieces {
-        let Place::File { file, offset } = piece.place else {
-            continue;
-        };
-        let mut done = 0;
-        while done < piece.len {
-            let (addr, offset) = (piece.addr + done, offset + done);
-            let run = match runs.last_mut() {
-                Some(run)
-                    if run.file == file
-                        && run.offset + run.len == offset
-                        && run.len < BYTES
-                        && run.to.len() < PLACES =>
-                {
-                    run
-                }
-                _ => {
-                    runs.push(ReadRun {
-                        file,
-                        offset,
-                        len: 0,
-                        to: Vec::new(),
-                    });
-                    let last = runs.len() - 1;
-                    &mut runs[last]
-                }
-            };
-            let len = (piece.len - done).min(BYTES - run.len);
-            run.to.push((addr, len));
-            run.len += len;
-            done += len;
-        }
-    }
-    runs
+/// What pieces need of which block, each block named once, in the order of the blocks.
+pub fn uses(pieces: &[Piece]) -> Vec<Use> {
+    let mut parts: Vec<(u32, Part)> = pieces
+        .iter()
+        .filter_map(|p| match p.place {
+            Place::Block { block, offset } => Some((
+                block,
+                Part {
+                    from: offset,
+                    addr: p.addr,
+                    len: p.len,
+                },
+            )),
+            Place::Zero => None,
+        })
+        .collect();
+    // Blocks are in the order of their places in the page files.
+    parts.sort_by_key(|&(block, part)| (block, part.addr));
+    parts
+        .chunk_by(|a, b| a.0 == b.0)
+        .map(|some| Use {
+            block: some[0].0,
+            to: some.iter().map(|&(_, part)| part).collect(),
+        })
+        .collect()
 }
 
 fn too_deep(depth: u32, extent: &Extent) -> Result<()> {
@@ -573,5 +515,3 @@ fn hole(mm: u64, addr: u64) -> Error {
         format!("pages are the same as others that are not stored ({addr:x} of mm {mm})"),
     )
 }
-
-const _: () = assert!(BYTES.is_multiple_of(PAGE));

@@ -125,23 +125,23 @@ fn reader(dir: &TempDir) -> PageReader {
 /// What a mapping that showed `before` shows with the pages of the image in it.
 fn restored(reader: &PageReader, mm: u64, range: Range, mut before: Vec<u8>) -> Vec<u8> {
     assert_eq!(before.len() as u64, range.end - range.start);
-    let runs = reader.read_runs(mm, range.clone()).unwrap();
+    let uses = reader.uses(mm, range.clone()).unwrap();
     let zeros = reader.zeros(mm, range.clone()).unwrap();
-    apply(reader, &runs, &zeros, range.start, &mut before);
+    apply(reader, &uses, &zeros, range.start, &mut before);
     before
 }
 
-fn apply(reader: &PageReader, runs: &[ReadRun], zeros: &[Range], start: u64, memory: &mut [u8]) {
-    for run in runs {
-        assert!(run.to.len() <= 1024 && run.len <= 16 << 20);
-        assert_eq!(run.to.iter().map(|t| t.1).sum::<u64>(), run.len);
-        let mut offset = run.offset;
-        for &(addr, len) in &run.to {
-            let at = (addr - start) as usize;
-            let file = reader.file(run.file).unwrap();
-            file.read_exact_at(&mut memory[at..at + len as usize], offset)
-                .unwrap();
-            offset += len;
+fn apply(reader: &PageReader, uses: &[Use], zeros: &[Range], start: u64, memory: &mut [u8]) {
+    let (mut scratch, mut pages) = (Vec::new(), Vec::new());
+    for one in uses {
+        let mut decompressor = Decompressor::default();
+        reader
+            .unpack(one.block, &mut decompressor, &mut scratch, &mut pages)
+            .unwrap();
+        for p in &one.to {
+            let at = (p.addr - start) as usize;
+            memory[at..at + p.len as usize]
+                .copy_from_slice(&pages[p.from as usize..(p.from + p.len) as usize]);
         }
     }
     for zero in zeros {
@@ -172,21 +172,16 @@ fn random_zero_and_untouched_pages() {
         let before = vec![0; 1000 * PAGE as usize];
         let after = restored(&reader, 1, all.clone(), before);
         assert!(after == memory(p.pid(), all.clone()));
-        // Neighbours in memory and file are one run, whatever the extents.
-        let runs = reader.read_runs(1, all.clone()).unwrap();
-        assert_eq!(runs.len(), 1);
-        assert_eq!(runs[0].to.len(), 2);
+        // Each block is named once, with all that comes from it.
+        let uses = reader.uses(1, all.clone()).unwrap();
+        assert_eq!(uses.len(), reader.blocks().len());
+        let parts = uses.iter().flat_map(|u| &u.to);
+        assert_eq!(parts.map(|p| p.len).sum::<u64>(), 301 * PAGE);
         // A part of the range gives that part.
         let part = range(p.said[0] + 7 * PAGE, 3);
-        let expected = Piece {
-            addr: part.start,
-            len: 3 * PAGE,
-            place: Place::File {
-                file: 0,
-                offset: 7 * PAGE,
-            },
-        };
-        assert_eq!(reader.pieces(1, part).unwrap(), [expected]);
+        let pieces = reader.pieces(1, part.clone()).unwrap();
+        assert_eq!(pieces[0].addr, part.start);
+        assert_eq!(pieces.iter().map(|p| p.len).sum::<u64>(), 3 * PAGE);
     }
 }
 
@@ -201,8 +196,13 @@ fill(a, (1 << 24) - 1); say(a)",
     let (dir, dumped) = dump(p.pid(), all.clone(), Kind::Private, 512 << 10);
     assert_eq!(dumped.stats.stored, 3001 * PAGE);
     let reader = reader(&dir);
-    let runs = reader.read_runs(1, all).unwrap();
-    assert_eq!(runs.len(), 3, "1024 places at a time");
+    let uses = reader.uses(1, all).unwrap();
+    assert_eq!(uses.iter().map(|u| u.to.len()).sum::<usize>(), 3001);
+    assert!(
+        uses.len() <= 24,
+        "scattered pages share blocks: {}",
+        uses.len()
+    );
     let dense = range(p.said[0], 9000);
     let before = vec![0; 9000 * PAGE as usize];
     let after = restored(&reader, 1, dense.clone(), before);
@@ -324,7 +324,15 @@ fn pages_shared_since_a_fork_are_stored_once() {
     let delta = reader.delta(2, 1, all.clone()).unwrap();
     assert_eq!(delta.drop, [range(a + 20 * PAGE, 5)]);
     assert_eq!(delta.zero, [range(a + 30 * PAGE, 1)]);
-    assert_eq!(delta.read.iter().map(|r| r.len).sum::<u64>(), 9 * PAGE);
+    assert_eq!(
+        delta
+            .read
+            .iter()
+            .flat_map(|u| &u.to)
+            .map(|p| p.len)
+            .sum::<u64>(),
+        9 * PAGE
+    );
     let mut childs = parents;
     apply(&reader, &delta.read, &delta.zero, a, &mut childs);
     apply(&reader, &[], &delta.drop, a, &mut childs);

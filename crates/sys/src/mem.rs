@@ -168,6 +168,55 @@ pub fn vm_write(pid: Pid, addr: u64, bytes: &[u8]) -> Result<usize> {
     .map_err(|errno| failed("process_vm_writev", errno, pid, addr))
 }
 
+/// Writes each piece to its address, all of them.
+///
+/// # Errors
+/// EFAULT, naming the address, where a page cannot be written.
+pub fn vm_writev(pid: Pid, pieces: &[(u64, &[u8])]) -> Result<()> {
+    for part in pieces.chunks(RANGES_PER_CALL) {
+        let (mut first, mut skip) = (0, 0);
+        while first < part.len() {
+            let rest = |i: usize, &(addr, bytes): &(u64, &[u8])| {
+                let skip = if i == 0 { skip } else { 0 };
+                (addr + skip as u64, bytes.len() - skip)
+            };
+            let left = &part[first..];
+            let to: Vec<RemoteIoVec> = left
+                .iter()
+                .enumerate()
+                .map(|(i, piece)| remote(rest(i, piece)))
+                .collect();
+            let from: Vec<IoSlice<'_>> = left
+                .iter()
+                .enumerate()
+                .map(|(i, piece)| IoSlice::new(&piece.1[piece.1.len() - rest(i, piece).1..]))
+                .collect();
+            let target = nix::unistd::Pid::from_raw(pid.0);
+            let mut done = match process_vm_writev(target, &from, &to) {
+                Ok(done) => done,
+                Err(Errno::ESRCH) => {
+                    return Err(Error::new(Kind::TargetGone, "its memory is gone").on_task(pid.0));
+                }
+                Err(errno) => {
+                    return Err(failed("process_vm_writev", errno, pid, to[0].base as u64));
+                }
+            };
+            if done == 0 && to.iter().any(|to| to.len > 0) {
+                let at = to[0].base as u64;
+                return Err(failed("process_vm_writev", Errno::EFAULT, pid, at));
+            }
+            // What is left of a call that met a page it could not write is
+            // tried again, for the error.
+            while first < part.len() && done >= part[first].1.len() - skip {
+                done -= part[first].1.len() - skip;
+                (first, skip) = (first + 1, 0);
+            }
+            skip += done;
+        }
+    }
+    Ok(())
+}
+
 fn remote((addr, len): (u64, usize)) -> RemoteIoVec {
     RemoteIoVec {
         base: addr as usize,

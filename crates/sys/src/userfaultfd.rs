@@ -176,7 +176,9 @@ mod tests {
         assert_eq!(um_flags(), 1);
         let bytes: Vec<u8> = (0..8 * 4096u32).map(|i| (i % 251) as u8).collect();
         uffd.copy(range.start + 4096, &bytes).expect("copy");
-        let again = uffd.copy(range.start + 4096, &bytes[..4096]).expect_err("there is a page");
+        let again = uffd
+            .copy(range.start + 4096, &bytes[..4096])
+            .expect_err("there is a page");
         assert_eq!(again.errno(), Some(libc::EEXIST));
         assert!(uffd.copy(range.end, &bytes[..4096]).is_err(), "outside");
         uffd.unregister(&range).expect("unregister");

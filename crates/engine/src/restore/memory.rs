@@ -1,13 +1,27 @@
-//! Address spaces: unmap what the shell has, map what the image says, read the
+//! Address spaces: unmap what the shell has, map what the image says, put the
 //! pages straight into place.
 //!
 //! A child that shares pages with its parent was forked when the parent's
 //! memory was complete: it keeps the VMAs that are the same in both, and only
 //! what differs in them is read, dropped or zeroed.
+//!
+//! # How pages are put into place
+//! [`Memory::start`] maps, and hands the pages to a [`Filler`], whose threads
+//! work while other processes are mapped and descriptors restored;
+//! [`Building::finish`] waits for them and does what must come after: huge
+//! pages, protections, advice, guard regions, locks. The way in:
+//! - Anonymous private memory, [`MISSING`] bytes of it or more in a process: UFFDIO_COPY.
+//!   The process makes a userfaultfd, which we take; it is unregistered and closed
+//!   when the pages are in place. Where the kernel refuses one: as all else.
+//! - Huge pages, that is 2 MiB of data where the VMA asks for them (or all get them):
+//!   process_vm_writev once the advice is given, so that huge pages are what
+//!   the kernel gives. The rest of such a VMA is filled before.
+//! - All else: process_vm_writev.
 
 use std::collections::HashMap;
 use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 
 use freezeframe_error::{Error, Result, ResultExt};
 use freezeframe_image::Tag;
@@ -15,9 +29,12 @@ use freezeframe_inject::shell::{Shells, TaskId};
 use freezeframe_inject::{Arg, Batch, Replies};
 use freezeframe_kinds::model::{Contents, Mm, OBJECT_INDEX, ObjectId, Process, Vma};
 use freezeframe_kinds::{Backing, MakeMapping, MakeObject, RestoreOptions, Sharing, registry};
-use freezeframe_pages::{Decompressor, Delta, PAGE, Packed, PageReader, ReadRun};
+use freezeframe_pages::{
+    Delta, Destination, Filler, Filling, PAGE, PageReader, Piece, Place, Use, uses, zeros,
+};
 use freezeframe_sys::ids::Pid;
 use freezeframe_sys::proc::VmFlags;
+use freezeframe_sys::userfaultfd::Userfaultfd;
 use nix::fcntl::OFlag;
 
 use super::load::{Loaded, TASK_SIZE};
@@ -26,8 +43,14 @@ const ARCH_MAP_VDSO_64: i32 = 0x2003;
 const MAP_DROPPABLE: i32 = 0x08;
 const MADV_GUARD_INSTALL: i32 = 102;
 
-/// Advice that a VMA flag stands for. Applied after the pages are read: with
-/// huge pages asked for, reading one page would make 511 others present.
+/// So many bytes of anonymous memory are worth a userfaultfd.
+const MISSING: u64 = 1 << 20;
+
+/// The size of a huge page.
+const HUGE: u64 = 2 << 20;
+
+/// Advice that a VMA flag stands for. Applied after the pages are in place: with
+/// huge pages asked for, writing one page would make 511 others present.
 const ADVICE: [(VmFlags, i32); 8] = [
     (VmFlags::HUGE_PAGE, libc::MADV_HUGEPAGE),
     (VmFlags::NO_HUGE_PAGE, libc::MADV_NOHUGEPAGE),
@@ -42,34 +65,62 @@ const ADVICE: [(VmFlags, i32); 8] = [
 /// What is needed to build address spaces.
 pub(super) struct Memory<'a> {
     pub(super) loaded: &'a Loaded,
-    pub(super) reader: &'a PageReader,
     pub(super) options: &'a RestoreOptions,
     /// Tree-wide objects, made already.
     pub(super) objects: &'a HashMap<ObjectId, OwnedFd>,
+    /// Whether the kernel gives huge pages to all who do not object.
+    pub(super) always_huge: bool,
+    /// Do without, as where the kernel has none for us.
+    pub(super) no_userfaultfd: bool,
 }
 
 /// A VMA that is mapped afresh.
 struct Fresh<'a> {
     vma: &'a Vma,
-    reads: Vec<ReadRun>,
-    packed: Vec<Packed>,
+    /// What goes there by 4 KiB pages.
+    pieces: Vec<Piece>,
+    /// What goes there by huge pages.
+    huge: Vec<Piece>,
     zeros: Vec<Range<u64>>,
 }
 
+/// An address space that is mapped, its pages on their way.
+#[must_use = "it is not complete before finish()"]
+pub(super) struct Building<'a> {
+    task: TaskId,
+    pid: Pid,
+    fillings: Vec<Filling>,
+    missing: Option<Missing>,
+    huge: Vec<&'a Vma>,
+    huge_uses: Vec<Use>,
+    after: Batch,
+    zeros: Vec<Range<u64>>,
+}
+
+/// Ranges of a process in which pages are put by a userfaultfd.
+struct Missing {
+    uffd: Arc<Userfaultfd>,
+    ranges: Vec<Range<u64>>,
+}
+
 impl Fresh<'_> {
+    fn has_pages(&self) -> bool {
+        !self.pieces.is_empty() || !self.huge.is_empty()
+    }
+
     /// Whether it is mapped writable first, to be filled, or because it was
     /// writable once: private memory stays accounted for (`ac` in smaps) then.
     fn is_mapped_writable(&self) -> bool {
         let flags = VmFlags::from_bits(self.vma.flags);
         let was_writable = !self.vma.shared && flags.contains(VmFlags::ACCOUNT);
-        !self.reads.is_empty() || was_writable && self.vma.prot & libc::PROT_WRITE as u32 == 0
+        self.has_pages() || was_writable && self.vma.prot & libc::PROT_WRITE as u32 == 0
     }
 }
 
 /// Makes the tree-wide objects in the root and fills them.
 pub(super) fn make_objects(
     loaded: &Loaded,
-    reader: &PageReader,
+    filler: &mut Filler,
     shells: &mut Shells<'_>,
     root: TaskId,
 ) -> Result<HashMap<ObjectId, OwnedFd>> {
@@ -83,7 +134,7 @@ pub(super) fn make_objects(
         let fd = kind
             .make(&mut Maker { shells, root }, record)
             .on(format!("memory object {}", id.0))?;
-        fill_object(reader, shells, root, &fd, OBJECT_INDEX | record.subject)
+        fill_object(filler, shells, root, &fd, OBJECT_INDEX | record.subject)
             .on(format!("memory object {}", id.0))?;
         objects.insert(id, fd);
     }
@@ -107,19 +158,18 @@ impl MakeObject for Maker<'_, '_> {
     }
 }
 
-/// The root maps the object whole, reads its pages into place, and unmaps it:
-/// so the memory is charged to the tree, not to us.
+/// The root maps the object whole, its pages are put into place there, and it is
+/// unmapped: so the memory is charged to the tree, not to us.
 fn fill_object(
-    reader: &PageReader,
+    filler: &mut Filler,
     shells: &mut Shells<'_>,
     root: TaskId,
     fd: &OwnedFd,
     index: u64,
 ) -> Result<()> {
-    let Some(size) = reader.extents(index).last().map(|e| e.end()) else {
+    let Some(size) = filler.reader().extents(index).last().map(|e| e.end()) else {
         return Ok(());
     };
-    let numbers = send_pages(reader, shells, root)?;
     let object = shells.send_fd(root, fd.as_fd())?;
     let mut batch = Batch::new();
     let prot = libc::PROT_READ | libc::PROT_WRITE;
@@ -136,14 +186,11 @@ fn fill_object(
         ],
     );
     let base = shells.run(root, &batch)?.raw(at) as u64;
-    let mut batch = Batch::new();
-    for mut run in reader.read_runs(index, 0..size)? {
-        run.to.iter_mut().for_each(|(addr, _)| *addr += base);
-        read_run(&mut batch, &numbers, &run);
+    let mut uses = filler.reader().uses(index, 0..size)?;
+    for part in uses.iter_mut().flat_map(|u| &mut u.to) {
+        part.addr += base;
     }
-    shells.run(root, &batch)?;
-    let packed = reader.packed(index, 0..size)?;
-    write_packed(reader, shells, root, &packed, base)?;
+    filler.fill_now(&Destination::Vm(shells.pid(root)), uses, false)?;
     let mut batch = Batch::new();
     batch.call(
         "munmap(object)",
@@ -151,127 +198,170 @@ fn fill_object(
         [Arg::Imm(base), Arg::Imm(size)],
     );
     batch.call("close", libc::SYS_close, [object.into()]);
-    close_all(&mut batch, &numbers);
     shells.run(root, &batch).map(drop)
 }
 
-/// Hands the page files to a task; their numbers there.
-fn send_pages(reader: &PageReader, shells: &mut Shells<'_>, task: TaskId) -> Result<Vec<i32>> {
-    let files: Vec<_> = (0..reader.files())
-        .filter_map(|n| reader.file(n))
-        .map(AsFd::as_fd)
-        .collect();
-    if files.is_empty() {
-        Ok(Vec::new())
-    } else {
-        shells.send_fds(task, &files)
-    }
-}
-
-/// Decompresses what is in compressed blocks, and writes it into place; `base`
-/// is added to its addresses.
-fn write_packed<'p>(
-    reader: &PageReader,
-    shells: &Shells<'_>,
-    task: TaskId,
-    packed: impl IntoIterator<Item = &'p Packed>,
-    base: u64,
-) -> Result<()> {
-    let mut packed = packed.into_iter().peekable();
-    if packed.peek().is_none() {
-        return Ok(());
-    }
-    let mem = shells.mem(task)?;
-    let (mut decompressor, mut stored, mut pages) =
-        (Decompressor::default(), Vec::new(), Vec::new());
-    for Packed { block, to } in packed {
-        reader.unpack(*block, &mut decompressor, &mut stored, &mut pages)?;
-        for &(from, addr, len) in to {
-            let bytes = &pages[from as usize..(from + len) as usize];
-            mem.write_all_at(base + addr, bytes)?;
-        }
-    }
-    Ok(())
-}
-
-fn close_all(batch: &mut Batch, numbers: &[i32]) {
-    for number in numbers {
-        batch.call("close", libc::SYS_close, [(*number).into()]);
-    }
-}
-
-/// One preadv, straight into place.
-fn read_run(batch: &mut Batch, files: &[i32], run: &ReadRun) {
-    let mut places = Vec::with_capacity(run.to.len() * 16);
-    for (addr, len) in &run.to {
-        places.extend_from_slice(&addr.to_le_bytes());
-        places.extend_from_slice(&len.to_le_bytes());
-    }
-    let iov = batch.data(&places);
-    let op = batch.call(
-        "preadv(pages)",
-        libc::SYS_preadv,
-        [
-            files[run.file as usize].into(),
-            iov.into(),
-            run.to.len().into(),
-            Arg::Imm(run.offset),
-            0.into(),
-        ],
-    );
-    batch.expect(op, run.len as i64);
-}
-
-impl Memory<'_> {
-    /// Builds the address space of a process. `forked_from` is the relative
-    /// whose complete memory it was forked with, if it shares pages with it.
-    pub(super) fn build(
+impl<'a> Memory<'a> {
+    /// Maps the address space of a process and begins to fill it. `forked_from` is
+    /// the relative whose complete memory it was forked with, if it shares
+    /// pages with it.
+    pub(super) fn start(
         &self,
+        filler: &mut Filler,
         shells: &mut Shells<'_>,
         task: TaskId,
         process: &Process,
         forked_from: Option<&Process>,
-    ) -> Result<()> {
+    ) -> Result<Building<'a>> {
         let space = &self.loaded.spaces[&process.mm];
+        let pid = Pid(process.pid());
+        let (mut kept, mut fresh) = (Vec::new(), Vec::new());
+        self.sort(
+            filler.reader(),
+            space,
+            process,
+            forked_from,
+            &mut kept,
+            &mut fresh,
+        )?;
+        let numbers = self.send_objects(shells, task, &fresh)?;
+        let mut batch = Batch::new();
+        unmap_others(&mut batch, &kept, shells.region());
+        self.map_fresh(&mut batch, pid, &fresh, &numbers)?;
+        let mut building = Building {
+            task,
+            pid,
+            fillings: Vec::new(),
+            missing: None,
+            huge: Vec::new(),
+            huge_uses: Vec::new(),
+            after: Batch::new(),
+            zeros: Vec::new(),
+        };
+        for (vma, delta) in &kept {
+            open_kept(&mut batch, vma, delta, &mut building.zeros);
+        }
+        for number in numbers.values() {
+            batch.call("close", libc::SYS_close, [(*number).into()]);
+        }
+        let missing: Vec<&Fresh<'_>> = fresh
+            .iter()
+            .filter(|f| is_anonymous(f.vma) && !f.pieces.is_empty())
+            .collect();
+        let size: u64 = missing.iter().flat_map(|f| &f.pieces).map(|p| p.len).sum();
+        let uffd = (size >= MISSING && !self.no_userfaultfd).then(|| {
+            let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
+            let op = batch.call("userfaultfd", libc::SYS_userfaultfd, [flags.into()]);
+            batch.may_fail(op)
+        });
+        let replies = shells.run(task, &batch).on_task(pid.0)?;
+        if let Some(Ok(number)) = uffd.map(|op| replies.result(op)) {
+            let ranges = missing.iter().map(|f| f.vma.start..f.vma.end).collect();
+            building.missing = register(shells, task, number as i32, ranges).on_task(pid.0)?;
+        }
+
+        let vm = Destination::Vm(pid);
+        let (mut by_uffd, mut by_vm, mut by_huge) = (Vec::new(), Vec::new(), Vec::new());
+        for f in fresh {
+            let way = match is_anonymous(f.vma) && building.missing.is_some() {
+                true => &mut by_uffd,
+                false => &mut by_vm,
+            };
+            way.extend(f.pieces.iter().cloned());
+            if !f.huge.is_empty() {
+                building.huge.push(f.vma);
+                by_huge.extend(f.huge.iter().cloned());
+            }
+            protect(&mut building.after, &f);
+            advise(&mut building.after, f.vma);
+            building.zeros.extend(f.zeros);
+        }
+        for (vma, delta) in kept {
+            close_kept(&mut building.after, vma, &delta);
+            building.fillings.push(filler.fill(&vm, delta.read, false)?);
+        }
+        for vma in &space.vmas {
+            lock(&mut building.after, vma);
+        }
+        building.huge_uses = uses(&by_huge);
+        building
+            .fillings
+            .push(filler.fill(&vm, uses(&by_vm), false)?);
+        if let Some(missing) = &building.missing {
+            let into = Destination::Missing(pid, Arc::clone(&missing.uffd));
+            building
+                .fillings
+                .push(filler.fill(&into, uses(&by_uffd), false)?);
+        }
+        Ok(building)
+    }
+
+    /// Which VMAs a child has from its relative, and how its pages differ
+    /// there; which are mapped afresh, and with what in them.
+    fn sort(
+        &self,
+        reader: &PageReader,
+        space: &'a Mm,
+        process: &Process,
+        forked_from: Option<&Process>,
+        kept: &mut Vec<(&'a Vma, Delta)>,
+        fresh: &mut Vec<Fresh<'a>>,
+    ) -> Result<()> {
         let theirs = forked_from.and_then(|p| Some((p.mm, self.loaded.spaces.get(&p.mm)?)));
-        let mut kept: Vec<(&Vma, Delta)> = Vec::new();
-        let mut fresh: Vec<Fresh<'_>> = Vec::new();
         for vma in &space.vmas {
             let range = vma.start..vma.end;
             let private = vma.contents == Contents::Private;
             match theirs.filter(|(_, theirs)| self.inherits(vma, theirs)) {
                 Some((mm, _)) if private => {
-                    kept.push((vma, self.reader.delta(process.mm, mm, range)?))
+                    kept.push((vma, reader.delta(process.mm, mm, range)?));
                 }
                 Some(_) => kept.push((vma, Delta::default())),
-                None => fresh.push(Fresh {
-                    vma,
-                    reads: if private {
-                        self.reader.read_runs(process.mm, range.clone())?
-                    } else {
-                        Vec::new()
-                    },
-                    packed: if private {
-                        self.reader.packed(process.mm, range.clone())?
-                    } else {
-                        Vec::new()
-                    },
-                    zeros: if private && !is_anonymous(vma) {
-                        self.reader.zeros(process.mm, range)?
-                    } else {
-                        Vec::new()
-                    },
-                }),
+                None => {
+                    let mut pieces = match private {
+                        true => reader.pieces(process.mm, range)?,
+                        false => Vec::new(),
+                    };
+                    let zeros = match is_anonymous(vma) {
+                        true => Vec::new(),
+                        false => zeros(&pieces),
+                    };
+                    pieces.retain(|p| p.place != Place::Zero);
+                    let mut huge = Vec::new();
+                    if is_anonymous(vma) && self.gets_huge_pages(vma) {
+                        (huge, pieces) = part_huge(&pieces);
+                    }
+                    fresh.push(Fresh {
+                        vma,
+                        pieces,
+                        huge,
+                        zeros,
+                    });
+                }
             }
         }
-        let pages = send_pages(self.reader, shells, task)?;
-        let mut objects: HashMap<(ObjectId, bool), i32> = HashMap::new();
-        for f in &fresh {
+        Ok(())
+    }
+
+    fn gets_huge_pages(&self, vma: &Vma) -> bool {
+        let flags = VmFlags::from_bits(vma.flags);
+        flags.contains(VmFlags::HUGE_PAGE)
+            || self.always_huge && !flags.contains(VmFlags::NO_HUGE_PAGE)
+    }
+
+    /// Hands a task the tree-wide objects its VMAs map.
+    fn send_objects(
+        &self,
+        shells: &mut Shells<'_>,
+        task: TaskId,
+        fresh: &[Fresh<'_>],
+    ) -> Result<HashMap<(ObjectId, bool), i32>> {
+        let mut numbers: HashMap<(ObjectId, bool), i32> = HashMap::new();
+        for f in fresh {
             let key = (f.vma.object, is_read_only(f.vma));
             if let Some(fd) = self
                 .objects
                 .get(&key.0)
-                .filter(|_| !objects.contains_key(&key))
+                .filter(|_| !numbers.contains_key(&key))
             {
                 let number = if key.1 {
                     let again = freezeframe_sys::fd::reopen(fd, OFlag::O_RDONLY)?;
@@ -279,49 +369,10 @@ impl Memory<'_> {
                 } else {
                     shells.send_fd(task, fd.as_fd())?
                 };
-                objects.insert(key, number);
+                numbers.insert(key, number);
             }
         }
-        let mut batch = Batch::new();
-        unmap_others(&mut batch, &kept, shells.region());
-        self.map_fresh(&mut batch, Pid(process.pid()), &fresh, &objects)?;
-        let mut zeros: Vec<Range<u64>> = Vec::new();
-        for f in &fresh {
-            f.reads
-                .iter()
-                .for_each(|run| read_run(&mut batch, &pages, run));
-            zeros.extend(f.zeros.iter().cloned());
-        }
-        for (vma, delta) in &kept {
-            zeros.extend(change_kept(&mut batch, vma, delta, &pages));
-        }
-        for f in &fresh {
-            protect(&mut batch, f);
-            advise(&mut batch, f.vma);
-        }
-        for vma in &space.vmas {
-            lock(&mut batch, vma);
-        }
-        close_all(&mut batch, &pages);
-        for number in objects.values() {
-            batch.call("close", libc::SYS_close, [(*number).into()]);
-        }
-        shells.run(task, &batch).on_task(process.pid())?;
-        let packed = fresh.iter().flat_map(|f| &f.packed);
-        let packed = packed.chain(kept.iter().flat_map(|(_, delta)| &delta.packed));
-        write_packed(self.reader, shells, task, packed, 0).on_task(process.pid())?;
-        // Rare: a page of zeros in a private file mapping hides the file's.
-        if !zeros.is_empty() {
-            let mem = shells.mem(task)?;
-            let page = [0u8; PAGE as usize];
-            for addr in zeros
-                .into_iter()
-                .flat_map(|z| (z.start..z.end).step_by(PAGE as usize))
-            {
-                mem.write_all_at(addr, &page).on_task(process.pid())?;
-            }
-        }
-        Ok(())
+        Ok(numbers)
     }
 
     /// Whether a forked child has this VMA from its relative, just as it is.
@@ -505,8 +556,9 @@ fn unmap_others(batch: &mut Batch, kept: &[(&Vma, Delta)], region: Range<u64>) {
     }
 }
 
-/// Brings an inherited VMA to the child's state; gives what is to be zeroed from outside.
-fn change_kept(batch: &mut Batch, vma: &Vma, delta: &Delta, pages: &[i32]) -> Vec<Range<u64>> {
+/// Brings an inherited VMA to the state in which the child's own pages can be put
+/// there; adds what is to be zeroed from outside.
+fn open_kept(batch: &mut Batch, vma: &Vma, delta: &Delta, outside: &mut Vec<Range<u64>>) {
     let advise = |batch: &mut Batch, r: &Range<u64>| {
         batch.call(
             "madvise(MADV_DONTNEED)",
@@ -519,26 +571,125 @@ fn change_kept(batch: &mut Batch, vma: &Vma, delta: &Delta, pages: &[i32]) -> Ve
         );
     };
     delta.drop.iter().for_each(|r| advise(batch, r));
-    let outside = if is_anonymous(vma) {
+    if is_anonymous(vma) {
         delta.zero.iter().for_each(|r| advise(batch, r));
-        Vec::new()
     } else {
-        delta.zero.clone()
-    };
-    if !delta.read.is_empty() {
-        let closed = vma.prot & filling_prot() != filling_prot();
-        if closed {
-            mprotect(batch, vma, filling_prot());
-        }
-        delta
-            .read
-            .iter()
-            .for_each(|run| read_run(batch, pages, run));
-        if closed {
-            mprotect(batch, vma, vma.prot);
+        outside.extend(delta.zero.iter().cloned());
+    }
+    if is_closed(vma, delta) {
+        mprotect(batch, vma, filling_prot());
+    }
+}
+
+fn close_kept(batch: &mut Batch, vma: &Vma, delta: &Delta) {
+    if is_closed(vma, delta) {
+        mprotect(batch, vma, vma.prot);
+    }
+}
+
+/// Whether an inherited VMA must be made writable for a while.
+fn is_closed(vma: &Vma, delta: &Delta) -> bool {
+    !delta.read.is_empty() && vma.prot & filling_prot() != filling_prot()
+}
+
+/// Parts data into what fills whole huge pages, and the rest. `pieces` are in
+/// order, and each is data.
+fn part_huge(pieces: &[Piece]) -> (Vec<Piece>, Vec<Piece>) {
+    let mut whole: Vec<Range<u64>> = Vec::new();
+    for run in pieces.chunk_by(|a, b| a.addr + a.len == b.addr) {
+        let (first, last) = (&run[0], &run[run.len() - 1]);
+        let start = first.addr.next_multiple_of(HUGE);
+        let end = (last.addr + last.len) / HUGE * HUGE;
+        if start < end {
+            whole.push(start..end);
         }
     }
-    outside
+    let (mut huge, mut rest) = (Vec::new(), Vec::new());
+    let mut whole = whole.into_iter().peekable();
+    for piece in pieces {
+        let end = piece.addr + piece.len;
+        let mut at = piece.addr;
+        while at < end {
+            while whole.peek().is_some_and(|w| w.end <= at) {
+                whole.next();
+            }
+            let (to, out) = match whole.peek() {
+                Some(w) if w.start <= at => (end.min(w.end), &mut huge),
+                Some(w) => (end.min(w.start), &mut rest),
+                None => (end, &mut rest),
+            };
+            out.push(piece.part(at..to));
+            at = to;
+        }
+    }
+    (huge, rest)
+}
+
+/// Takes a task's userfaultfd from it and registers ranges; none where that
+/// cannot be done, then other ways will do.
+fn register(
+    shells: &mut Shells<'_>,
+    task: TaskId,
+    number: i32,
+    ranges: Vec<Range<u64>>,
+) -> Result<Option<Missing>> {
+    let fd = shells.get_fd(task, number);
+    let mut batch = Batch::new();
+    batch.call("close", libc::SYS_close, [number.into()]);
+    shells.run(task, &batch)?;
+    let Ok(uffd) = fd.and_then(Userfaultfd::new) else {
+        return Ok(None);
+    };
+    // On failure its end takes back what is registered already.
+    let all = ranges.iter().try_for_each(|r| uffd.register(r));
+    Ok(all.ok().map(|()| Missing {
+        uffd: Arc::new(uffd),
+        ranges,
+    }))
+}
+
+impl Building<'_> {
+    /// Whose address space it is.
+    pub(super) fn pid(&self) -> Pid {
+        self.pid
+    }
+
+    /// Waits until the pages are in place, and completes the address space.
+    pub(super) fn finish(self, filler: &mut Filler, shells: &mut Shells<'_>) -> Result<()> {
+        let pid = self.pid.0;
+        for filling in self.fillings {
+            filling.wait()?;
+        }
+        if let Some(missing) = self.missing {
+            for range in &missing.ranges {
+                missing.uffd.unregister(range).on_task(pid)?;
+            }
+        }
+        if !self.huge.is_empty() {
+            let mut batch = Batch::new();
+            for vma in self.huge {
+                if VmFlags::from_bits(vma.flags).contains(VmFlags::HUGE_PAGE) {
+                    give_advice(&mut batch, vma, "MADV_HUGEPAGE", libc::MADV_HUGEPAGE);
+                }
+            }
+            shells.run(self.task, &batch).on_task(pid)?;
+            filler.fill_now(&Destination::Vm(self.pid), self.huge_uses, true)?;
+        }
+        shells.run(self.task, &self.after).on_task(pid)?;
+        // Rare: a page of zeros in a private file mapping hides the file's.
+        if !self.zeros.is_empty() {
+            let mem = shells.mem(self.task)?;
+            let page = [0u8; PAGE as usize];
+            for addr in self
+                .zeros
+                .into_iter()
+                .flat_map(|z| (z.start..z.end).step_by(PAGE as usize))
+            {
+                mem.write_all_at(addr, &page).on_task(pid)?;
+            }
+        }
+        Ok(())
+    }
 }
 
 fn mprotect(batch: &mut Batch, vma: &Vma, prot: u32) {
@@ -552,7 +703,7 @@ fn mprotect(batch: &mut Batch, vma: &Vma, prot: u32) {
 fn protect(batch: &mut Batch, fresh: &Fresh<'_>) {
     let vma = fresh.vma;
     if fresh.is_mapped_writable() && vma.prot != filling_prot() {
-        if fresh.reads.is_empty() && is_anonymous(vma) {
+        if !fresh.has_pages() && is_anonymous(vma) {
             // Memory that nobody ever wrote to is taken off the account again.
             for advice in [libc::MADV_POPULATE_WRITE, libc::MADV_DONTNEED] {
                 batch.call(
@@ -581,12 +732,16 @@ fn advise(batch: &mut Batch, vma: &Vma) {
         .iter()
         .filter(|(flag, _)| ours && flags.contains(*flag))
     {
-        batch.call(
-            format!("madvise({:x}-{:x}, {flag:?})", vma.start, vma.end),
-            libc::SYS_madvise,
-            [Arg::Imm(vma.start), Arg::Imm(vma.len()), (*advice).into()],
-        );
+        give_advice(batch, vma, flag, *advice);
     }
+}
+
+fn give_advice(batch: &mut Batch, vma: &Vma, name: impl std::fmt::Debug, advice: i32) {
+    batch.call(
+        format!("madvise({:x}-{:x}, {name:?})", vma.start, vma.end),
+        libc::SYS_madvise,
+        [Arg::Imm(vma.start), Arg::Imm(vma.len()), advice.into()],
+    );
 }
 
 fn lock(batch: &mut Batch, vma: &Vma) {

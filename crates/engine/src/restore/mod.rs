@@ -11,8 +11,8 @@ pub mod plan;
 mod tasks;
 
 use std::collections::{HashMap, HashSet};
-use std::os::fd::OwnedFd;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use freezeframe_error::{Error, Kind, Phase, Result, ResultExt, Target};
@@ -20,8 +20,8 @@ use freezeframe_inject::Batch;
 use freezeframe_inject::shell::{ForkOptions, Shells, SpawnOptions, TaskId};
 use freezeframe_inject::tracer::Tracer;
 use freezeframe_kinds::RestoreOptions;
-use freezeframe_kinds::model::{Life, ObjectId, Process};
-use freezeframe_pages::{PageReader, What};
+use freezeframe_kinds::model::{Life, Process};
+use freezeframe_pages::{Filler, PageReader, What};
 use freezeframe_sys::clock;
 use freezeframe_sys::ids::Pid;
 use freezeframe_sys::proc::ProcDir;
@@ -29,7 +29,7 @@ use freezeframe_sys::proc::ProcDir;
 use crate::events::{Events, Step as Point};
 use crate::log;
 use load::Loaded;
-use memory::Memory;
+use memory::{Building, Memory};
 use plan::Step;
 
 /// What to restore, and how.
@@ -82,9 +82,7 @@ fn restore(request: &RestoreRequest, events: &dyn Events) -> Result<RestoreRepor
     let started = Instant::now();
     events.phase(Phase::Load);
     let loaded = Loaded::open(&request.images_dir).in_phase(Phase::Load)?;
-    let reader = PageReader::open(&loaded.image)?;
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    reader.verify_all(cores)?;
+    let reader = Arc::new(PageReader::open(&loaded.image)?);
     check_host(&loaded, request).in_phase(Phase::Load)?;
     let cow = cow_children(&loaded, &reader);
     let steps = plan::plan(&loaded.procs, &cow).in_phase(Phase::Load)?;
@@ -97,15 +95,21 @@ fn restore(request: &RestoreRequest, events: &dyn Events) -> Result<RestoreRepor
     );
     events.step(Point::PreRestore)?;
 
+    // Every block is checked right before it is put into place, and nothing of the
+    // program runs before all are. The threads start before anything is pinned.
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let filler = Filler::new(Arc::clone(&reader), cores);
     let tracer = Tracer::new();
     let mut report = RestoreReport::default();
     let mut builder = Builder {
         loaded: &loaded,
-        reader: &reader,
+        filler,
+        always_huge: always_huge_pages(),
         request,
         events,
     };
     let (shells, finals) = builder.build(&tracer, &steps, &mut report)?;
+    drop(builder);
     events.step(Point::PreResume(report.pid))?;
     events.phase(Phase::Resume);
     // A failure in the last switch may come when the first tasks already run.
@@ -214,12 +218,24 @@ fn cow_children(loaded: &Loaded, reader: &PageReader) -> HashSet<i32> {
 
 struct Builder<'a> {
     loaded: &'a Loaded,
-    reader: &'a PageReader,
+    filler: Filler,
+    always_huge: bool,
     request: &'a RestoreRequest,
     events: &'a dyn Events,
 }
 
-impl Builder<'_> {
+/// Where the kernel says who gets huge pages.
+const HUGE_PAGES: &str = "/sys/kernel/mm/transparent_hugepage/enabled";
+
+/// Whether huge pages are for all who do not object.
+fn always_huge_pages() -> bool {
+    std::fs::read_to_string(HUGE_PAGES).is_ok_and(|text| text.contains("[always]"))
+}
+
+/// Set, it makes a restore do without userfaultfd, as where there is none. For tests.
+const NO_USERFAULTFD: &str = "FREEZEFRAME_NO_USERFAULTFD";
+
+impl<'a> Builder<'a> {
     fn build<'t>(
         &mut self,
         tracer: &'t Tracer,
@@ -240,14 +256,22 @@ impl Builder<'_> {
         report.pid = root.pid();
         files::make_room(&mut shells, root_task, self.loaded).in_phase(Phase::Fork)?;
         self.events.step(Point::SetupNamespaces(report.pid))?;
-        let objects = memory::make_objects(self.loaded, self.reader, &mut shells, root_task)
+        let objects = memory::make_objects(self.loaded, &mut self.filler, &mut shells, root_task)
             .in_phase(Phase::Rebuild)?;
         let mut tasks: HashMap<i32, TaskId> = HashMap::from([(root.pid(), root_task)]);
+        let memory = Memory {
+            loaded: self.loaded,
+            options,
+            objects: &objects,
+            always_huge: self.always_huge,
+            no_userfaultfd: std::env::var_os(NO_USERFAULTFD).is_some(),
+        };
+        let mut buildings: Vec<Building<'_>> = Vec::new();
         for step in steps {
             if self.events.cancelled() {
                 return Err(crate::freeze::cancelled());
             }
-            self.step(*step, &mut shells, &mut tasks, &objects)?;
+            self.step(*step, &mut shells, &mut tasks, &memory, &mut buildings)?;
         }
         self.check_tree()?;
         report.forking = forking.elapsed();
@@ -264,6 +288,14 @@ impl Builder<'_> {
             elapsed_ns,
         )
         .in_phase(Phase::Rebuild)?;
+        for building in buildings {
+            if self.events.cancelled() {
+                return Err(crate::freeze::cancelled());
+            }
+            building
+                .finish(&mut self.filler, &mut shells)
+                .in_phase(Phase::Rebuild)?;
+        }
         drop(objects);
         let finals = tasks::restore(
             self.loaded,
@@ -288,12 +320,13 @@ impl Builder<'_> {
         }
     }
 
-    fn step(
-        &self,
+    fn step<'m>(
+        &mut self,
         step: Step,
         shells: &mut Shells<'_>,
         tasks: &mut HashMap<i32, TaskId>,
-        objects: &HashMap<ObjectId, OwnedFd>,
+        memory: &Memory<'m>,
+        buildings: &mut Vec<Building<'m>>,
     ) -> Result<()> {
         let find = |tasks: &HashMap<i32, TaskId>, actor: i32| {
             tasks
@@ -301,8 +334,9 @@ impl Builder<'_> {
                 .copied()
                 .ok_or_else(|| Error::bug(format!("no process {actor} in the plan")))
         };
+        let loaded = self.loaded;
         let process = |pid: i32| {
-            self.loaded
+            loaded
                 .procs
                 .iter()
                 .find(|p| p.pid() == pid)
@@ -321,6 +355,14 @@ impl Builder<'_> {
             Step::Root(_) => Ok(()),
             Step::Fork { from, child } => {
                 let parent = find(tasks, from)?;
+                // The child is forked with what the parent has.
+                let whose = shells.pid(parent);
+                if let Some(i) = buildings.iter().position(|b| b.pid() == whose) {
+                    let building = buildings.swap_remove(i);
+                    building
+                        .finish(&mut self.filler, shells)
+                        .in_phase(Phase::Rebuild)?;
+                }
                 let pid = if child > 0 { child } else { self.free_pid()? };
                 let exit_signal = process(child).map_or(libc::SIGCHLD, |p| p.exit_signal);
                 let options = ForkOptions {
@@ -357,17 +399,13 @@ impl Builder<'_> {
                 [0, group],
             ),
             Step::Memory { who, like } => {
-                let memory = Memory {
-                    loaded: self.loaded,
-                    reader: self.reader,
-                    options: &self.request.options,
-                    objects,
-                };
                 let me = process(who)?;
                 let like = like.map(process).transpose()?;
-                memory
-                    .build(shells, find(tasks, who)?, me, like)
-                    .in_phase(Phase::Rebuild)
+                let building = memory
+                    .start(&mut self.filler, shells, find(tasks, who)?, me, like)
+                    .in_phase(Phase::Rebuild)?;
+                buildings.push(building);
+                Ok(())
             }
             Step::End { who, .. } => {
                 shells.vanish(find(tasks, who)?)?;
