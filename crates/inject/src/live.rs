@@ -45,7 +45,6 @@
 
 use std::borrow::Borrow;
 use std::cell::Cell;
-use std::fs;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
@@ -65,7 +64,7 @@ use nix::sys::time::{TimeVal, TimeValLike};
 use crate::arch;
 use crate::batch::{Batch, Replies};
 use crate::step::step;
-use crate::tracer::{StoppedTask, Tracer, timeout};
+use crate::tracer::{StoppedTask, Tracer, stat_fields, timeout};
 
 /// Length of the stub's private area.
 const AREA_LEN: u64 = 64 << 10;
@@ -341,9 +340,7 @@ impl Drop for CpuPin {
 
 /// Field 39 of /proc/PID/task/TID/stat.
 fn last_cpu(pid: Pid, tid: Tid) -> Option<usize> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/task/{tid}/stat")).ok()?;
-    let (_, rest) = stat.rsplit_once(") ")?;
-    rest.split(' ').nth(36)?.parse().ok()
+    stat_fields(pid, tid)?.split(' ').nth(36)?.parse().ok()
 }
 
 // -------------------------------------------------------------- the session

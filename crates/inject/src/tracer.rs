@@ -20,6 +20,8 @@
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, VecDeque};
+use std::fs::File;
+use std::io::Read;
 use std::marker::PhantomData;
 use std::time::{Duration, Instant};
 
@@ -836,12 +838,20 @@ fn tgid_of(tid: Tid) -> Option<Pid> {
 
 /// Whether a task is a zombie or gone.
 pub(crate) fn is_dead(tid: Tid) -> bool {
-    let Ok(stat) = std::fs::read(format!("/proc/{tid}/stat")) else {
-        return true;
-    };
-    // The state comes after the last parenthesis of the command name.
-    let after = stat.iter().rposition(|&b| b == b')').map(|at| at + 2);
-    matches!(after.and_then(|at| stat.get(at)), Some(b'Z' | b'X') | None)
+    // Of the thread, not of the process: that one adds up the times of all its threads.
+    stat_fields(tid, tid).is_none_or(|fields| fields.starts_with(['Z', 'X']))
+}
+
+/// /proc/PID/task/TID/stat from the state on, that is field 3. Any TID of the
+/// process will do as PID.
+pub(crate) fn stat_fields(pid: impl std::fmt::Display, tid: Tid) -> Option<String> {
+    let mut text = [0; 1024];
+    let len = File::open(format!("/proc/{pid}/task/{tid}/stat"))
+        .and_then(|mut file| file.read(&mut text))
+        .ok()?;
+    let text = String::from_utf8_lossy(&text[..len]);
+    // Behind the last parenthesis of the command name.
+    text.rsplit_once(") ").map(|(_, rest)| rest.to_owned())
 }
 
 /// The error of a task that does not stop.

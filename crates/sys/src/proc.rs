@@ -256,9 +256,20 @@ impl TaskFiles {
     /// [`read`](Self::read) into a buffer that is reused: its content is replaced.
     pub fn read_into(&self, name: &str, text: &mut Vec<u8>) -> Result<()> {
         let file = self.open(name, OFlag::O_RDONLY)?;
-        read_whole(&file, text)
+        read_text(&file, text, false)
             .sys("read")
             .map_err(|e| self.locate(e, name))
+    }
+
+    /// [`read`](Self::read) of a file that is one record: the kernel gives it
+    /// whole, or fills the buffer, so a short answer needs no second question.
+    fn read_record(&self, name: &str) -> Result<Vec<u8>> {
+        let file = self.open(name, OFlag::O_RDONLY)?;
+        let mut text = Vec::new();
+        read_text(&file, &mut text, true)
+            .sys("read")
+            .map_err(|e| self.locate(e, name))?;
+        Ok(text)
     }
 
     /// Writes `bytes` to a file below the directory, in one call.
@@ -284,12 +295,12 @@ impl TaskFiles {
 
     /// `stat`: every field of proc_pid_stat(5).
     pub fn stat(&self) -> Result<Stat> {
-        self.parsed("stat", parse::stat)
+        self.parsed_record("stat", parse::stat)
     }
 
     /// `status`.
     pub fn status(&self) -> Result<Status> {
-        self.parsed("status", parse::status)
+        self.parsed_record("status", parse::status)
     }
 
     /// `maps`: the VMAs, by address. Empty for kernel threads and zombies.
@@ -317,13 +328,13 @@ impl TaskFiles {
 
     /// What `fdinfo` says of a descriptor.
     pub fn fdinfo(&self, fd: i32) -> Result<FdInfo> {
-        self.parsed(&format!("fdinfo/{fd}"), parse::fdinfo)
+        self.parsed_record(&format!("fdinfo/{fd}"), parse::fdinfo)
     }
 
     /// The sixteen resource limits, indexed by `RLIMIT_*`. This needs no right
     /// on the target, as `prlimit` does.
     pub fn limits(&self) -> Result<[Limit; 16]> {
-        self.parsed("limits", parse::limits)
+        self.parsed_record("limits", parse::limits)
     }
 
     /// The auxiliary vector, as the kernel keeps it (pairs of 8-byte words).
@@ -343,7 +354,7 @@ impl TaskFiles {
 
     /// The name of the thread (at most 15 bytes; any byte but NUL).
     pub fn comm(&self) -> Result<Vec<u8>> {
-        let mut comm = self.read("comm")?;
+        let mut comm = self.read_record("comm")?;
         if comm.last() == Some(&b'\n') {
             comm.pop();
         }
@@ -352,14 +363,14 @@ impl TaskFiles {
 
     /// Which syscall the thread sleeps in, if any.
     pub fn syscall(&self) -> Result<SyscallState> {
-        self.parsed("syscall", parse::syscall)
+        self.parsed_record("syscall", parse::syscall)
     }
 
     /// When the thread last began to run, in nanoseconds of the scheduler's
     /// clock (`se.exec_start` of `sched`; in step with CLOCK_MONOTONIC, up to
     /// the difference between the two). `None`: the kernel does not tell.
     pub fn sched_exec_start_ns(&self) -> Result<Option<u64>> {
-        match self.read("sched") {
+        match self.read_record("sched") {
             Ok(text) => Ok(parse::sched_exec_start(&text)),
             Err(e) if e.errno() == Some(libc::ENOENT) => Ok(None),
             Err(e) => Err(e),
@@ -378,7 +389,7 @@ impl TaskFiles {
 
     /// The kernel function it sleeps in; empty when it runs or may not be told.
     pub fn wchan(&self) -> Result<String> {
-        let text = self.read("wchan")?;
+        let text = self.read_record("wchan")?;
         Ok(match text.as_slice() {
             b"0" => String::new(),
             other => String::from_utf8_lossy(other).into_owned(),
@@ -421,9 +432,15 @@ impl TaskFiles {
         parse(&text).map_err(|e| self.locate(e, name))
     }
 
+    /// The same for a file that is one record.
+    fn parsed_record<T>(&self, name: &str, parse: fn(&[u8]) -> Result<T>) -> Result<T> {
+        let text = self.read_record(name)?;
+        parse(&text).map_err(|e| self.locate(e, name))
+    }
+
     /// Reads a file that holds one number that fits `T`.
     fn number<N, T: TryFrom<N>>(&self, name: &str, parse: fn(&[u8]) -> Option<N>) -> Result<T> {
-        let text = self.read(name)?;
+        let text = self.read_record(name)?;
         parse(parse::trimmed(&text))
             .and_then(|n| T::try_from(n).ok())
             .ok_or_else(|| self.locate(parse::unexpected("number", &text), name))
@@ -480,7 +497,7 @@ fn gone(id: i32) -> Error {
 
 /// Reads a file to its end. Files of `/proc` give at most a page a call and
 /// tell no size.
-fn read_whole(file: &OwnedFd, text: &mut Vec<u8>) -> nix::Result<()> {
+fn read_text(file: &OwnedFd, text: &mut Vec<u8>, one_record: bool) -> nix::Result<()> {
     // Most files are small, and thousands of them (fdinfo) are read in a row.
     const FIRST: usize = 4 << 10;
     text.clear();
@@ -491,7 +508,12 @@ fn read_whole(file: &OwnedFd, text: &mut Vec<u8>) -> nix::Result<()> {
         }
         match nix::unistd::read(file, &mut text[len..]) {
             Ok(0) => break,
-            Ok(n) => len += n,
+            Ok(n) => {
+                len += n;
+                if one_record && len < text.len() {
+                    break;
+                }
+            }
             Err(Errno::EINTR) => {}
             Err(errno) => return Err(errno),
         }

@@ -1,7 +1,6 @@
 //! The execution domain of a thread (personality(2)): ADDR_NO_RANDOMIZE and the like.
 //!
-//! Read from /proc/PID/task/TID/personality, set by personality(2). Set when the memory is mapped
-//! already, so READ_IMPLIES_EXEC changes no mapping.
+//! Read and set by personality(2) inside the thread. Set when the memory is mapped already, so READ_IMPLIES_EXEC changes no mapping.
 
 use freezeframe_error::{Error, Result};
 use freezeframe_image::{RawRecord, Tag};
@@ -28,6 +27,9 @@ static ABOUT: About = About {
     show: show::<Record>,
 };
 
+/// The argument that changes nothing.
+const ASK: u32 = u32::MAX;
+
 #[derive(Debug, Serialize, Deserialize)]
 struct Record {
     persona: u32,
@@ -43,22 +45,26 @@ impl TaskKind for Personality {
     fn stage(&self) -> Stage {
         Stage::Attributes
     }
-    fn ask(&self, _task: &TaskView<'_>, _batch: &mut Batch) -> Result<Asked> {
-        Ok(Asked::default())
+    fn ask(&self, _task: &TaskView<'_>, batch: &mut Batch) -> Result<Asked> {
+        let op = batch.call("personality", libc::SYS_personality, [ASK.into()]);
+        Ok(Asked {
+            ops: vec![op],
+            data: Vec::new(),
+        })
     }
     fn dump(
         &self,
         _cx: &mut DumpCx<'_>,
         task: &TaskView<'_>,
-        _asked: &Asked,
-        _replies: &Replies,
+        asked: &Asked,
+        replies: &Replies,
     ) -> Result<Option<RawRecord>> {
-        let persona = task.dir.personality()?;
+        let persona = replies.raw(asked.ops[0]) as u32;
         Ok(Some(ABOUT.record(task.subject(), &Record { persona })?))
     }
     fn restore(&self, task: &mut RestoreTask<'_>, record: &RawRecord) -> Result<()> {
         let record: Record = ABOUT.decode(record)?;
-        if record.persona == u32::MAX {
+        if record.persona == ASK {
             return Err(Error::corrupt("a personality of all ones").on_task(task.tid.0));
         }
         task.batch.call(

@@ -1,6 +1,6 @@
 //! The timer slack of a thread: how much later than asked for its sleeps may end.
 //!
-//! Read from /proc/TID/timerslack_ns, set by `PR_SET_TIMERSLACK`. Threads of a
+//! Read and set inside the thread, by `PR_GET_TIMERSLACK` and `PR_SET_TIMERSLACK`. Threads of a
 //! real-time policy have none. The default slack, to which a thread returns by setting 0, cannot be
 //! read and is the restorer's.
 
@@ -44,18 +44,26 @@ impl TaskKind for TimerSlack {
     fn stage(&self) -> Stage {
         Stage::Attributes
     }
-    fn ask(&self, _task: &TaskView<'_>, _batch: &mut Batch) -> Result<Asked> {
-        Ok(Asked::default())
+    fn ask(&self, _task: &TaskView<'_>, batch: &mut Batch) -> Result<Asked> {
+        let op = batch.call(
+            "prctl(PR_GET_TIMERSLACK)",
+            libc::SYS_prctl,
+            [libc::PR_GET_TIMERSLACK.into()],
+        );
+        Ok(Asked {
+            ops: vec![op],
+            data: Vec::new(),
+        })
     }
     fn dump(
         &self,
         _cx: &mut DumpCx<'_>,
         task: &TaskView<'_>,
-        _asked: &Asked,
-        _replies: &Replies,
+        asked: &Asked,
+        replies: &Replies,
     ) -> Result<Option<RawRecord>> {
         // 0 is a real-time thread, which gets it from its policy (and to set 0 is to set the default).
-        let ns = task.dir.timerslack_ns()?;
+        let ns = replies.raw(asked.ops[0]) as u64;
         if ns == 0 {
             return Ok(None);
         }
