@@ -27,7 +27,8 @@ pub enum Mode {
     Restore,
     /// Dumped with `--leave-running`.
     Running,
-    /// Dumped with `--live`, then killed and restored: what its forks had, while it ran on, is what comes back.
+    /// Dumped with `--live`, ended by a further dump, and restored from the first: what its forks had, while it ran on,
+    /// is what comes back.
     Live,
     /// Dumped and restored, then both once more.
     Twice,
@@ -98,10 +99,8 @@ pub fn carry(program: &Program, mode: Mode) -> Result<(), String> {
                 return Err(format!("it was dumped without forks: {told}"));
             }
             scene.verify("img")?;
-            for pid in &before.pids {
-                // A zombie is dead already.
-                let _ = kill(Pid::from_raw(*pid), Signal::SIGKILL);
-            }
+            // A further dump ends it: the one before has left nothing in its way.
+            scene.dump(program, &target, "again", &[])?.must_exit(0)?;
             scene.await_gone(&before, DEADLINE)?;
             target = scene.restore(program, &target, "img")?;
         }
