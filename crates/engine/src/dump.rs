@@ -3,6 +3,7 @@
 mod files;
 mod live;
 mod memory;
+mod seen;
 mod tasks;
 
 use std::collections::{BTreeMap, HashMap};
@@ -16,8 +17,10 @@ use freezeframe_kinds::model::{self, FdTable, Life, Mm, Process, Thread, Tree};
 use freezeframe_kinds::{DumpCx, DumpOptions};
 use freezeframe_pages::{PageDumper, PageOptions};
 use freezeframe_sys::clock;
+use freezeframe_sys::ids::Pid;
 use freezeframe_sys::proc::Status;
 
+use self::seen::Seen;
 use crate::events::{Events, Step};
 use crate::freeze::{self, Frozen};
 use crate::{log, tree};
@@ -91,8 +94,11 @@ pub fn run(request: &DumpRequest, events: &dyn Events) -> Result<DumpReport> {
     let mut writer = ImageWriter::create(&request.images_dir, Header::new())
         .in_phase(Phase::Plan)
         .map_err(untouched)?;
-    let host = Host::read().in_phase(Phase::Plan).map_err(untouched)?;
+    let mut host = Host::read().in_phase(Phase::Plan).map_err(untouched)?;
     events.step(Step::PreDump).map_err(untouched)?;
+    if request.live {
+        host.seen = Seen::look(Pid(request.pid));
+    }
 
     events.phase(Phase::Freeze);
     let started = Instant::now();
@@ -193,11 +199,13 @@ fn release_after(e: Error, frozen: Frozen) -> Error {
     }
 }
 
-/// What the image says of where it was made; read before anything is frozen.
+/// What is read before anything is frozen: what the image says of where it was made.
 struct Host {
     boot_id: String,
     vdso_hash: u64,
     namespaces: tree::Namespaces,
+    /// What was seen of the tree itself.
+    seen: Seen,
 }
 
 impl Host {
@@ -206,6 +214,7 @@ impl Host {
             boot_id: clock::boot_id()?,
             vdso_hash: crate::vdso::own_hash()?,
             namespaces: tree::Namespaces::ours()?,
+            seen: Seen::default(),
         })
     }
 }
@@ -258,7 +267,8 @@ fn gather(
         return Err(all_of(blockers));
     }
     let tables = files::collect(&mut cx, &mut blockers).in_phase(Phase::Collect)?;
-    let mut spaces = memory::collect(&mut cx, &mut blockers).in_phase(Phase::Collect)?;
+    let mut spaces =
+        memory::collect(&mut cx, &host.seen, &mut blockers).in_phase(Phase::Collect)?;
     tasks::collect(&mut cx, tracer, tasks, &mut blockers).in_phase(Phase::Collect)?;
     if events.cancelled() {
         return Err(freeze::cancelled());
@@ -277,13 +287,18 @@ fn gather(
     let mut dumper = PageDumper::new(writer, PageOptions::default()).in_phase(Phase::Pages)?;
     memory::store_inside(&cx, &mut spaces, &processes, &forks, &mut dumper)
         .in_phase(Phase::Pages)?;
-    if !forks.is_empty() {
+    if forks.is_empty() {
+        memory::confirm(&cx, &host.seen, &forks, &mut spaces).in_phase(Phase::Collect)?;
+    } else {
         frozen.release(false).in_phase(Phase::Thaw)?;
         report.frozen = started.elapsed();
         log!(events, Info, "the tree runs on after {:?}", report.frozen);
     }
     memory::store(&cx, &mut spaces, &processes, &forks, &mut dumper, events)
         .in_phase(Phase::Pages)?;
+    if !forks.is_empty() {
+        memory::confirm(&cx, &host.seen, &forks, &mut spaces).in_phase(Phase::Collect)?;
+    }
     // They take their time to give back their memory.
     forks.iter().for_each(Fork::kill);
     memory::finish(&cx, dumper, writer, report).in_phase(Phase::Pages)?;

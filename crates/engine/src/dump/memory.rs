@@ -10,19 +10,24 @@ use freezeframe_kinds::model::{Contents, Mm, OBJECT_INDEX, Process, Vma};
 use freezeframe_kinds::{DumpCx, VmaView, mem, registry};
 use freezeframe_pages::{Kind as PageKind, PAGE, PageDumper, Source};
 use freezeframe_sys::ids::Pid;
-use freezeframe_sys::proc::{Smap, VmFlags};
+use freezeframe_sys::proc::{ProcDir, Smap, VmFlags};
 
 use super::DumpReport;
 use super::live::fork_of;
+use super::seen::Seen;
 use crate::events::Events;
 
 /// Reads the VMAs of every process; each is claimed and described by its kind.
 /// The result's keys are mm ids.
-pub(super) fn collect(cx: &mut DumpCx<'_>, blockers: &mut Vec<Error>) -> Result<BTreeMap<u64, Mm>> {
+pub(super) fn collect(
+    cx: &mut DumpCx<'_>,
+    seen: &Seen,
+    blockers: &mut Vec<Error>,
+) -> Result<BTreeMap<u64, Mm>> {
     let mut spaces = BTreeMap::new();
     for proc in cx.procs.iter().filter(|p| !p.tids.is_empty()) {
         let mut space = Mm::default();
-        for smap in proc.dir.smaps().on_task(proc.pid.0)? {
+        for smap in seen.smaps(proc).on_task(proc.pid.0)? {
             let view = VmaView {
                 proc,
                 map: &smap.map,
@@ -159,6 +164,26 @@ pub(super) fn store(
             events.progress(dumper.total().total().min(total), total);
         }
         sources.insert(view.pid.0, source);
+    }
+    Ok(())
+}
+
+/// Asks the forks, or the processes themselves while they are stopped, whether
+/// what was thought of their VMAs was true.
+pub(super) fn confirm(
+    cx: &DumpCx<'_>,
+    seen: &Seen,
+    forks: &[Fork<'_>],
+    spaces: &mut BTreeMap<u64, Mm>,
+) -> Result<()> {
+    for proc in cx.procs.iter().filter(|p| !p.tids.is_empty()) {
+        let Some(space) = spaces.get_mut(&(proc.pid.0 as u64)) else {
+            continue;
+        };
+        match fork_of(forks, proc.pid) {
+            Some(fork) => seen.confirm(proc.pid, &ProcDir::open(fork.pid())?, space)?,
+            None => seen.confirm(proc.pid, &proc.dir, space)?,
+        }
     }
     Ok(())
 }
