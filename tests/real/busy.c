@@ -117,7 +117,10 @@ static void *spin(void *arg) {
 
 static void leap(void) {
     pthread_t ignored;
-    if (pthread_create(&ignored, NULL, spin, NULL) != 0 || pthread_create(&ignored, NULL, exec, NULL) != 0)
+    for (int i = 0; i < 5; i++)
+        if (pthread_create(&ignored, NULL, spin, NULL) != 0)
+            fail("pthread_create");
+    if (pthread_create(&ignored, NULL, exec, NULL) != 0)
         fail("pthread_create");
     for (;;)
         pause();

@@ -133,6 +133,11 @@ fn exec_loop() -> Done {
 }
 
 #[test]
+fn exec_by_another_thread_loop() -> Done {
+    rounds("leap")
+}
+
+#[test]
 fn a_vfork_child_that_takes_too_long() -> Done {
     let busy = Busy::start("slow")?;
     busy.scene.await_that(

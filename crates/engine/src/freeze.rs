@@ -61,6 +61,8 @@ pub struct Frozen {
 struct Found {
     dir: ProcDir,
     zombie: bool,
+    /// Its first thread has ended, and others go on.
+    first_ended: bool,
     /// Its threads when last looked at.
     threads: Vec<Tid>,
 }
@@ -83,7 +85,7 @@ pub fn freeze(request: &DumpRequest, events: &dyn Events) -> Result<Frozen> {
     let mut order: Vec<Pid> = Vec::new();
     let mut held: BTreeMap<Tid, Held> = BTreeMap::new();
     for round in 0.. {
-        let fresh = discover(Pid(request.pid), &mut found, &mut order, &held)?;
+        let fresh = discover(&tracer, Pid(request.pid), &mut found, &mut order, &mut held)?;
         if fresh.is_empty() {
             log!(events, Debug, "the tree is stopped after {round} rounds");
             break;
@@ -98,8 +100,12 @@ pub fn freeze(request: &DumpRequest, events: &dyn Events) -> Result<Frozen> {
             )
             .on_task(request.pid));
         }
-        stop(&tracer, fresh, &mut held, deadline, events)?;
+        if stop(&tracer, fresh, &mut held, deadline, events)? == 0 {
+            // They are ending; nothing else will do.
+            std::thread::sleep(Duration::from_micros(200));
+        }
     }
+    tracer.unwatch();
     details(tracer, found, order, held, request.timeout)
 }
 
@@ -108,12 +114,15 @@ pub(crate) fn cancelled() -> Error {
     Error::new(Kind::Cancelled, "stopped at the caller's request")
 }
 
-/// Threads of the tree that are not held yet, each with its process.
+/// Threads of the tree that are not held yet, each with its process. What is no
+/// longer as it was held (an execve(2) of another thread takes the first one's
+/// TID and ends the others) is held no longer.
 fn discover(
+    tracer: &Tracer,
     root: Pid,
     found: &mut BTreeMap<Pid, Found>,
     order: &mut Vec<Pid>,
-    held: &BTreeMap<Tid, Held>,
+    held: &mut BTreeMap<Tid, Held>,
 ) -> Result<Vec<(Pid, Tid)>> {
     let mut fresh = Vec::new();
     let mut seen = HashSet::new();
@@ -129,6 +138,7 @@ fn discover(
                 Ok(dir) => vacant.insert(Found {
                     dir,
                     zombie: false,
+                    first_ended: false,
                     threads: Vec::new(),
                 }),
                 // It ended while we looked; the root must not.
@@ -153,23 +163,26 @@ fn discover(
             }
             Err(e) => return Err(e.on_task(pid.0)),
         };
-        process.zombie = stat.is_zombie();
-        if stat.is_zombie() && pid == root {
+        process.zombie = stat.is_zombie() && threads.is_empty();
+        process.first_ended = stat.is_zombie() && !threads.is_empty();
+        if process.zombie && pid == root {
             return Err(Error::new(Kind::TargetGone, "it has ended (a zombie)").on_task(pid.0));
         }
-        if stat.is_zombie() && !threads.is_empty() {
-            return Err(Error::unsupported(
-                "a process whose first thread has ended, while others run on, is not supported",
-            )
-            .on_task(pid.0));
-        }
         order.push(pid);
-        fresh.extend(
-            threads
-                .iter()
-                .filter(|t| !held.contains_key(t))
-                .map(|t| (pid, *t)),
-        );
+        for &tid in &threads {
+            // A first thread that has ended, or is being replaced.
+            if tid == pid.leader() && stat.is_zombie() {
+                held.remove(&tid);
+                continue;
+            }
+            match held.get(&tid) {
+                Some(task) if tracer.is_still(&task.stopped) => {}
+                _ => {
+                    held.remove(&tid);
+                    fresh.push((pid, tid));
+                }
+            }
+        }
         process.threads = threads;
         queue.extend(children);
     }
@@ -179,13 +192,15 @@ fn discover(
 /// How long a stop may take before it is asked why; and at most, since asking costs.
 const PATIENCE: [Duration; 2] = [Duration::from_millis(2), Duration::from_millis(50)];
 
+/// Stops them; says how many there were to stop.
 fn stop(
     tracer: &Tracer,
     fresh: Vec<(Pid, Tid)>,
     held: &mut BTreeMap<Tid, Held>,
     deadline: Instant,
     events: &dyn Events,
-) -> Result<()> {
+) -> Result<usize> {
+    let mut count = 0;
     let mut before: BTreeMap<Tid, (Pid, BeforeStop)> = BTreeMap::new();
     for (pid, tid) in &fresh {
         let seen = ProcDir::open(*pid)
@@ -196,6 +211,9 @@ fn stop(
     }
     let tids: Vec<Tid> = fresh.iter().map(|(_, tid)| *tid).collect();
     let options = Options::TRACESYSGOOD | Options::SUSPEND_SECCOMP;
+    if fresh.iter().any(|(pid, tid)| *tid != pid.leader()) {
+        tracer.watch();
+    }
     let mut done = Vec::new();
     let mut stopping = Stopping::default();
     tracer.begin_stop(&tids, options, &mut stopping, &mut done)?;
@@ -204,6 +222,7 @@ fn stop(
         let until = deadline.min(Instant::now() + patience);
         tracer.await_stops(&mut stopping, until, &mut done)?;
         for stopped in done.drain(..) {
+            count += 1;
             if let Some((pid, before)) = before.remove(&stopped.tid) {
                 let now = Held {
                     pid,
@@ -214,11 +233,14 @@ fn stop(
             }
         }
         let Some(first) = stopping.tids().next() else {
-            return Ok(());
+            return Ok(count);
         };
         if events.cancelled() {
             return Err(cancelled());
         }
+        // An execve(2) of one of several threads waits for the end of the others, and
+        // that their tracer has seen it.
+        held.retain(|&tid, _| !tracer.forget_dead(tid));
         let mut released = false;
         let mut why = None;
         for tid in stopping.tids().collect::<Vec<_>>() {
@@ -287,6 +309,12 @@ fn details(
         // All were held when these were read: none can have come or gone since.
         let mut tids = process.threads;
         tids.sort_by_key(|t| (*t != pid.leader(), *t));
+        if process.first_ended {
+            return Err(Error::unsupported(
+                "a process whose first thread has ended, while others run on, is not supported",
+            )
+            .on_task(pid.0));
+        }
         for &tid in &tids {
             let task = held.remove(&tid).ok_or_else(|| {
                 Error::new(Kind::TargetChanged, "a thread that was not there before").on_task(tid.0)

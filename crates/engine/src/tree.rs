@@ -45,7 +45,8 @@ fn look(pid: i32) -> Result<()> {
             ),
         ));
     }
-    if stat.is_zombie() {
+    // (One of several threads may go on, by itself or in execve(2).)
+    if stat.is_zombie() && stat.num_threads <= 1 {
         return Err(Error::new(
             Kind::TargetGone,
             "it has ended already (a zombie)",

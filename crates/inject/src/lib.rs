@@ -18,6 +18,7 @@ mod step;
 #[cfg(feature = "step-kill")]
 pub mod step;
 pub mod tracer;
+mod watch;
 
 pub use batch::{Arg, Batch, DataRef, OpRef, Replies};
 pub use freezeframe_stub::layout::Undo;

@@ -35,6 +35,7 @@ use nix::sys::wait::{WaitPidFlag, waitpid};
 use crate::arch;
 use crate::live;
 use crate::step::step;
+use crate::watch::Watch;
 
 /// How long one task is waited for before the next has its turn.
 const TURN: Duration = Duration::from_millis(2);
@@ -156,6 +157,7 @@ impl Stopping {
 pub struct Tracer {
     held: RefCell<BTreeMap<Tid, Held>>,
     seen: RefCell<Vec<Seen>>,
+    watch: RefCell<Option<Watch>>,
     not_send: PhantomData<*const ()>,
 }
 
@@ -197,9 +199,16 @@ impl Tracer {
     /// has a tracer (says who; [`Kind::TargetBusy`]).
     pub fn seize(&self, tid: Tid, options: Options) -> Result<()> {
         let mut options = options;
+        let mut again = true;
         loop {
-            match ptrace::seize(tid, options) {
+            match self.watched_seize(tid, options) {
                 Ok(()) => break,
+                // It ended while the call waited for its execve(2); the thread that
+                // made that has its TID now.
+                Err(e)
+                    if e.errno() == Some(libc::EPERM)
+                        && std::mem::take(&mut again)
+                        && refusal(tid).is_none() => {}
                 Err(e)
                     if options.contains(Options::SUSPEND_SECCOMP)
                         && matches!(e.errno(), Some(libc::EPERM | libc::EINVAL))
@@ -212,6 +221,31 @@ impl Tracer {
         }
         self.adopt(tid, options);
         Ok(())
+    }
+
+    fn watched_seize(&self, tid: Tid, options: Options) -> Result<()> {
+        let watch = self.watch.borrow();
+        if let Some(watch) = &*watch {
+            watch.state().enter();
+        }
+        let result = ptrace::seize(tid, options);
+        if let Some(watch) = &*watch {
+            watch.state().leave(result.is_ok().then_some(tid));
+        }
+        result
+    }
+
+    /// From now on until [`Tracer::unwatch`] a seize cannot block on an execve(2) that
+    /// waits for us; to be called before threads of one process are seized. Costs a thread.
+    pub fn watch(&self) {
+        if self.watch.borrow().is_none() {
+            self.watch.replace(Some(Watch::start()));
+        }
+    }
+
+    /// Ends what [`Tracer::watch`] has begun.
+    pub fn unwatch(&self) {
+        self.watch.take();
     }
 
     /// Asks a seized task to stop.
@@ -301,10 +335,13 @@ impl Tracer {
             let result = self.seize(tid, options);
             step("seize");
             match result {
+                Ok(()) => {}
                 Err(e) if e.kind() == Kind::TargetGone => return Ok(()),
-                Err(e) if !self.holds(tid) => return Err(e),
-                _ => fresh.push_back(tid),
+                // After an execve(2) it is the one that called it, under the first one's TID.
+                Err(_) if is_ours(tid) => self.adopt(tid, options),
+                Err(e) => return Err(e),
             }
+            fresh.push_back(tid);
             Ok(())
         });
         let result = seized.and_then(|()| self.interrupt_all(&mut fresh, stopping, done));
@@ -337,6 +374,8 @@ impl Tracer {
                 match self.poll_stopped(first) {
                     Ok(Some(task)) => done.push(task),
                     Ok(None) => stopping.waiting.push_back(first),
+                    // It is killed, but not dead yet.
+                    Err(e) if e.kind() == Kind::TargetGone => stopping.waiting.push_back(first),
                     Err(e) => {
                         stopping.waiting.push_back(first);
                         return Err(e);
@@ -372,7 +411,8 @@ impl Tracer {
                 Ok(None) => {
                     stopping.waiting.pop_front();
                 }
-                Err(e) if e.kind() == Kind::Timeout => {
+                // Gone is what is killed and not dead yet.
+                Err(e) if matches!(e.kind(), Kind::Timeout | Kind::TargetGone) => {
                     stopping.waiting.rotate_left(1);
                     in_vain += 1;
                     // Each has had its turn, however late it is.
@@ -399,18 +439,10 @@ impl Tracer {
         Ok(())
     }
 
-    /// Whether a task is seized by us.
-    fn holds(&self, tid: Tid) -> bool {
-        self.held.borrow().contains_key(&tid)
-            && Status::read(tid).is_some_and(|s| {
-                s.number("TracerPid") == Some(i64::from(Tid::this().0))
-                    && !matches!(s.state(), 'Z' | 'X')
-            })
-    }
-
-    /// Whether a task is ours and in a stop.
-    pub fn is_stopped(&self, tid: Tid) -> bool {
-        matches!(ptrace::try_siginfo(tid), Ok(Some(_)))
+    /// Whether a task is in a stop still, with the registers it had.
+    pub fn is_still(&self, task: &StoppedTask) -> bool {
+        self.held.borrow().contains_key(&task.tid)
+            && ptrace::getregs(task.tid).is_ok_and(|regs| regs.to_bytes() == task.regs.to_bytes())
     }
 
     /// Forgets a task that is dead, waiting for it if it is kept for us (its
@@ -729,40 +761,49 @@ impl Tracer {
         Ok(())
     }
 
-    /// Like [`Tracer::reap`], but leaves a child of our own process to whoever made
-    /// it: its exit status is theirs, and it is kept from nobody.
+    /// Waits for a task that is dead or dying. True once it is out of our hands.
     fn let_die(&self, tid: Tid) -> bool {
-        if let Some(status) = Status::read(tid)
-            && status.number("Tgid") == Some(i64::from(tid.0))
-            && status.number("PPid") == Some(i64::from(std::process::id()))
-        {
-            let dead = is_dead(tid);
-            if dead {
-                self.forget(tid);
-            }
-            return dead;
+        let over = wait_for_dead(tid);
+        if over {
+            self.forget(tid);
         }
-        self.reap(tid)
+        over
     }
 
     /// Waits for a task that is dead or dying. True once it is out of our hands:
     /// reaped by us, or by somebody else in our process (ECHILD).
     pub(crate) fn reap(&self, tid: Tid) -> bool {
-        let flags = WaitPidFlag::__WALL | WaitPidFlag::WNOHANG;
-        loop {
-            match waitpid(nix::unistd::Pid::from_raw(tid.0), Some(flags)) {
-                Ok(
-                    nix::sys::wait::WaitStatus::Exited(..)
-                    | nix::sys::wait::WaitStatus::Signaled(..),
-                )
-                | Err(Errno::ECHILD) => {
-                    self.forget(tid);
-                    return true;
-                }
-                Ok(nix::sys::wait::WaitStatus::StillAlive) => return false,
-                Ok(_) | Err(Errno::EINTR) => {} // an old stop report
-                Err(_) => return false,
+        let over = reap(tid);
+        if over {
+            self.forget(tid);
+        }
+        over
+    }
+}
+
+/// Like [`reap`], but leaves a child of our own process to whoever made it: its
+/// exit status is theirs, and it is kept from nobody.
+pub(crate) fn wait_for_dead(tid: Tid) -> bool {
+    if let Some(status) = Status::read(tid)
+        && status.number("Tgid") == Some(i64::from(tid.0))
+        && status.number("PPid") == Some(i64::from(std::process::id()))
+    {
+        return is_dead(tid);
+    }
+    reap(tid)
+}
+
+fn reap(tid: Tid) -> bool {
+    use nix::sys::wait::WaitStatus;
+    let flags = WaitPidFlag::__WALL | WaitPidFlag::WNOHANG;
+    loop {
+        match waitpid(nix::unistd::Pid::from_raw(tid.0), Some(flags)) {
+            Ok(WaitStatus::Exited(..) | WaitStatus::Signaled(..)) | Err(Errno::ECHILD) => {
+                return true;
             }
+            Ok(WaitStatus::StillAlive) => return false,
+            Ok(_) | Err(Errno::EINTR) => {} // an old stop report
+            Err(_) => return false,
         }
     }
 }
@@ -834,6 +875,13 @@ impl Status {
 
 fn tgid_of(tid: Tid) -> Option<Pid> {
     Some(Pid(Status::read(tid)?.number("Tgid")? as i32))
+}
+
+/// Whether a task is seized by this thread.
+fn is_ours(tid: Tid) -> bool {
+    Status::read(tid).is_some_and(|s| {
+        s.number("TracerPid") == Some(i64::from(Tid::this().0)) && !matches!(s.state(), 'Z' | 'X')
+    })
 }
 
 /// Whether a task is a zombie or gone.
