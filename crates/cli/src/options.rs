@@ -131,6 +131,9 @@ pub(crate) static OPTIONS: &[Opt] = &[
     opt("shell-job", "Accept a session, process group or terminal from outside the tree; at the restore, ours stand in").short('j').on(BOTH),
     opt("external", "A resource given again at the restore: file[MNT:INO], unix[INO], pipe:[INO]").takes("NAME").on(BOTH).repeats(),
     opt("ghost-limit", "Largest open file without a name to carry, in bytes, or with K, M, G (default 1M)").takes("SIZE").on(DUMPS),
+    opt("compress", "Compress pages: none (default), lz4 or zstd[:LEVEL]").takes("METHOD").on(DUMPS),
+    opt("dedup-pages", "Store pages with equal contents once").on(DUMPS),
+    opt("direct", "Write pages past the page cache (O_DIRECT), where the filesystem can do that").on(DUMPS),
     // A restore.
     opt("restore-detached", "Return when the tree runs, instead of waiting for its end").short('d').on(&[Restore]),
     opt("restore-sibling", "Make the root a child of our parent").short('S').on(&[Restore]),
@@ -217,8 +220,6 @@ pub(crate) static OPTIONS: &[Opt] = &[
     opt("exec-cmd", "Run this command after the restore").on(&[Restore]).not_yet(),
     opt("libdir", "Directory of plugins").short('L').takes("DIR").on(BOTH).not_yet(),
     opt("stream", "Write or read the image as one stream").on(BOTH).not_yet(),
-    opt("compress", "Compress pages: none, lz4 or zstd[:LEVEL]").takes("METHOD").on(DUMPS).only(&["none"]),
-    opt("direct", "Write pages past the page cache").on(DUMPS).not_yet(),
 ];
 
 /// Actions that take no part in the option groups above.

@@ -55,6 +55,8 @@ pub struct DumpRequest {
     pub sync: bool,
     /// What kinds look at.
     pub options: DumpOptions,
+    /// How pages are read and stored.
+    pub pages: PageOptions,
 }
 
 /// What a dump did.
@@ -76,7 +78,11 @@ pub struct DumpReport {
     pub freezing: Duration,
     /// Time the tree was stopped.
     pub frozen: Duration,
-    /// Time spent on memory.
+    /// Pages stored once with others of the same contents.
+    pub pages_duplicate: u64,
+    /// Bytes of page files: what the pages written take there.
+    pub bytes_written: u64,
+    /// Time spent on finding and reading memory.
     pub memory: Duration,
     /// Things the caller should know.
     pub warnings: Vec<String>,
@@ -94,6 +100,7 @@ pub fn run(request: &DumpRequest, events: &dyn Events) -> Result<DumpReport> {
     let mut writer = ImageWriter::create(&request.images_dir, Header::new())
         .in_phase(Phase::Plan)
         .map_err(untouched)?;
+    let mut pages = memory::prepare(request, &mut writer).map_err(untouched)?;
     let mut host = Host::read().in_phase(Phase::Plan).map_err(untouched)?;
     events.step(Step::PreDump).map_err(untouched)?;
     if request.live {
@@ -122,7 +129,7 @@ pub fn run(request: &DumpRequest, events: &dyn Events) -> Result<DumpReport> {
         events,
         &host,
         &frozen,
-        &mut writer,
+        (&mut pages, &mut writer),
         &mut report,
         started,
     )
@@ -138,7 +145,14 @@ pub fn run(request: &DumpRequest, events: &dyn Events) -> Result<DumpReport> {
         After::Kill => {
             // The tree stays stopped until the image is safe: then there is
             // always one of the two.
-            if let Err(e) = commit(gathered, &host, writer, request, events) {
+            if let Err(e) = commit(
+                gathered,
+                &host,
+                (pages, writer),
+                request,
+                events,
+                &mut report,
+            ) {
                 return Err(release_after(e, frozen));
             }
             events.phase(Phase::Thaw);
@@ -163,7 +177,15 @@ pub fn run(request: &DumpRequest, events: &dyn Events) -> Result<DumpReport> {
             if report.frozen.is_zero() {
                 report.frozen = started.elapsed();
             }
-            commit(gathered, &host, writer, request, events).map_err(|e| e.leaving(left))?;
+            commit(
+                gathered,
+                &host,
+                (pages, writer),
+                request,
+                events,
+                &mut report,
+            )
+            .map_err(|e| e.leaving(left))?;
         }
     }
     log!(
@@ -180,10 +202,12 @@ pub fn run(request: &DumpRequest, events: &dyn Events) -> Result<DumpReport> {
 fn commit(
     gathered: Gathered,
     host: &Host,
-    mut writer: ImageWriter,
+    (pages, mut writer): (PageDumper, ImageWriter),
     request: &DumpRequest,
     events: &dyn Events,
+    report: &mut DumpReport,
 ) -> Result<()> {
+    memory::finish(pages, &mut writer, report).in_phase(Phase::Pages)?;
     events.phase(Phase::Commit);
     gathered
         .write(host, request, &mut writer)
@@ -238,7 +262,7 @@ fn gather(
     events: &dyn Events,
     host: &Host,
     frozen: &Frozen,
-    writer: &mut ImageWriter,
+    (pages, writer): (&mut PageDumper, &mut ImageWriter),
     report: &mut DumpReport,
     started: Instant,
 ) -> Result<Gathered> {
@@ -284,24 +308,24 @@ fn gather(
     };
     events.phase(Phase::Pages);
     let memory_started = Instant::now();
-    let mut dumper = PageDumper::new(writer, PageOptions::default()).in_phase(Phase::Pages)?;
-    memory::store_inside(&cx, &mut spaces, &processes, &forks, &mut dumper)
-        .in_phase(Phase::Pages)?;
+    memory::plan_inside(&cx, &mut spaces, &processes, &forks, pages).in_phase(Phase::Pages)?;
     if forks.is_empty() {
         memory::confirm(&cx, &host.seen, &forks, &mut spaces).in_phase(Phase::Collect)?;
     } else {
+        memory::capture(pages, writer, true, events).in_phase(Phase::Pages)?;
         frozen.release(false).in_phase(Phase::Thaw)?;
         report.frozen = started.elapsed();
         log!(events, Info, "the tree runs on after {:?}", report.frozen);
     }
-    memory::store(&cx, &mut spaces, &processes, &forks, &mut dumper, events)
-        .in_phase(Phase::Pages)?;
+    memory::plan(&cx, &mut spaces, &processes, &forks, pages).in_phase(Phase::Pages)?;
+    // What the tree need not wait for is left to the end.
+    let hurry = request.after == After::Run && forks.is_empty();
+    memory::capture(pages, writer, hurry, events).in_phase(Phase::Pages)?;
     if !forks.is_empty() {
         memory::confirm(&cx, &host.seen, &forks, &mut spaces).in_phase(Phase::Collect)?;
     }
     // They take their time to give back their memory.
     forks.iter().for_each(Fork::kill);
-    memory::finish(&cx, dumper, writer, report).in_phase(Phase::Pages)?;
     report.memory = memory_started.elapsed();
 
     report.processes = processes.len() as u64;

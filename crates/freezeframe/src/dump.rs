@@ -14,6 +14,7 @@ use crate::{DEFAULT_DEADLINE, SharedEvents, thread};
 use freezeframe_engine::dump::{After, DumpReport, DumpRequest, run};
 use freezeframe_engine::events::NoEvents;
 use freezeframe_kinds::DumpOptions;
+use freezeframe_pages::{Compression, PageOptions};
 
 /// A dump of the process tree under one process: set up, then [`run`](Dump::run).
 ///
@@ -37,6 +38,7 @@ impl Dump {
                 sync: true,
                 live: false,
                 options: DumpOptions::default(),
+                pages: PageOptions::default(),
             },
             events: Arc::new(NoEvents),
         }
@@ -95,6 +97,27 @@ impl Dump {
     /// unless said otherwise.
     pub fn sync(mut self, yes: bool) -> Dump {
         self.request.sync = yes;
+        self
+    }
+
+    /// How pages are compressed: not at all unless said otherwise. What hardly
+    /// shrinks is stored as it is.
+    pub fn compress(mut self, how: Compression) -> Dump {
+        self.request.pages.compression = how;
+        self
+    }
+
+    /// Store pages with equal contents once, wherever in the tree they are.
+    /// (Pages shared since a fork are stored once in any case.)
+    pub fn dedup_pages(mut self, yes: bool) -> Dump {
+        self.request.pages.deduplicate = yes;
+        self
+    }
+
+    /// Write pages past the page cache (O_DIRECT), where the filesystem can do
+    /// that: the image takes no memory that others could use.
+    pub fn direct(mut self, yes: bool) -> Dump {
+        self.request.pages.direct = yes;
         self
     }
 

@@ -48,6 +48,7 @@ pub use freezeframe_engine::dump::DumpReport;
 pub use freezeframe_engine::events::{Events, Level, NoEvents, Step};
 pub use freezeframe_engine::restore::RestoreReport;
 pub use freezeframe_error::{Error, Kind, Phase, Result, Target};
+pub use freezeframe_pages::Compression;
 pub use restore::{Restore, Restored};
 
 /// Events whose receiver is shared with the operation's thread.

@@ -1,30 +1,45 @@
 //! Finding, reading and storing pages.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::os::fd::BorrowedFd;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
 
 use freezeframe_error::{Error, Phase, Result, ResultExt};
 use freezeframe_image::ImageWriter;
-use freezeframe_sys::pagemap::{Categories, Filter, Run, entry};
-use xxhash_rust::xxh3::xxh3_64;
 
 use crate::PAGE;
-use crate::codec::{Codec, Compression, Compressor};
+use crate::buffer::Buffer;
+use crate::codec::Compression;
+use crate::cow::{Entries, Sharing, Watch, same_contents, sharing};
 use crate::index::{
     BLOCKS_PER_RECORD, Block, EXTENTS_PER_RECORD, Extent, MAX_BLOCK_PAGES, MAX_EXTENT_PAGES,
     PageBlocks, PageIndex, PageStats, Range, What, within,
 };
 use crate::sink::PageSink;
 use crate::source::{Object, Piece, Source, pages_of};
+use crate::store::{Shared, Storer};
 
 /// How pages are read and stored.
 #[derive(Clone, Debug)]
 pub struct PageOptions {
-    /// How many bytes are read by one call, at most: a multiple of the page
-    /// size, at best such that it stays in a core's second-level cache.
+    /// How many bytes are read at once, at most: a multiple of the page size,
+    /// at best such that it stays in a core's second-level cache.
     pub chunk: usize,
     /// How pages are compressed. A block that hardly shrinks is stored as it is.
     pub compression: Compression,
+    /// Pages with equal contents are stored once, wherever they are.
+    pub deduplicate: bool,
+    /// Page files are written past the page cache (O_DIRECT), where their
+    /// filesystem can do that.
+    pub direct: bool,
+    /// How many bytes that were read may wait to be stored.
+    pub waiting: usize,
+    /// How many of them are made ready at once, because they will be needed.
+    pub ready: usize,
+    /// How many threads read and store, at most; 0 for one per CPU.
+    pub threads: usize,
 }
 
 impl Default for PageOptions {
@@ -32,419 +47,734 @@ impl Default for PageOptions {
         PageOptions {
             chunk: 512 << 10,
             compression: Compression::None,
+            deduplicate: false,
+            direct: false,
+            waiting: 32 << 20,
+            ready: 0,
+            threads: 0,
         }
     }
 }
 
-/// Which pages of a range are stored.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
-    /// Those private to the address space: present or swapped, and neither a
-    /// page of the mapped file nor the kernel's page of zeros. Indexed by address.
-    Private,
-    /// All, mapped or not, for a shared object that can only be read through
-    /// a mapping of it. Indexed by offset in the object.
-    WholeObject {
-        /// Which offset the start of the range maps.
-        offset: u64,
-    },
-}
-
-/// What came of a range.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Dumped {
-    /// How much was found.
-    pub stats: PageStats,
-    /// Guard regions (MADV_GUARD_INSTALL): nothing of them is stored.
-    pub guards: Vec<Range>,
-}
+/// Below this many bytes one thread is faster than starting another.
+const WORTH_A_THREAD: u64 = 8 << 20;
+/// Each has buffers; beyond this memory itself is the limit.
+const MOST_THREADS: usize = 8;
+/// How many different pages are remembered to find equal ones: so that the
+/// memory for it stays in bounds, all those of small targets and a part of large ones.
+const REMEMBERED: u64 = 400_000;
 
 /// Stores the pages of a tree: of its address spaces, and of the memory
 /// objects its processes share.
 ///
-/// A relative that others are compared with is dumped before them. When all is
-/// dumped, [`finish`](PageDumper::finish) writes the page indexes.
+/// Made before the target is stopped; then what there is to store is added (a
+/// relative before those that are compared with it), and
+/// [`capture`](PageDumper::capture)d while the target stays stopped, and after
+/// that, whatever the target does, [`finish`](PageDumper::finish)ed.
+///
+/// Threads take chunks from one list; each reads one into a buffer that stays
+/// in its core's cache, tells the pages apart, checksums, compresses and
+/// writes them to a page file of its own. If the target waits for it, the end
+/// of the list, as much as fits into memory, is only read, and the rest of the
+/// work is left to `finish`: of a small target nothing is written while it is stopped.
 #[derive(Debug)]
 pub struct PageDumper {
-    sink: PageSink,
-    blocks: Vec<Block>,
-    compressor: Compressor,
-    indexes: BTreeMap<u64, Index>,
-    chunk: Chunk,
+    options: PageOptions,
+    spaces: Vec<Space>,
+    waiting: Buffer,
+    storers: Vec<Storer>,
+    /// How many of the spaces are captured.
+    done: usize,
+    shared: Option<Shared>,
+    captured: Captured,
 }
 
+/// What `capture` leaves to `finish`.
 #[derive(Debug, Default)]
-struct Index {
-    extents: Vec<Extent>,
+struct Captured {
+    /// In the order of their bytes in the buffer, each with what is the same
+    /// as the relative's.
+    jobs: Vec<(Job, Vec<bool>)>,
+    /// Pages that are a relative's, by the place of their space.
+    same: Vec<OfSpace>,
     stats: PageStats,
-    /// Whether all was added in the order of addresses.
-    unsorted: bool,
 }
 
-/// The pages on their way, all of one index.
+/// An address space, or an object.
 #[derive(Debug)]
-struct Chunk {
-    capacity: usize,
-    /// Where the bytes are read from.
+struct Space {
+    id: u64,
+    input: Input,
+    runs: Vec<Range>,
+    /// What an address is moved by to become the index's.
+    shift: u64,
+    /// The place of the space that it is compared with.
+    relative: Option<usize>,
+}
+
+/// Where a space's bytes come from.
+#[derive(Debug)]
+enum Input {
+    Memory {
+        source: Arc<Source>,
+        /// Pages that cannot be read are zero.
+        lenient: bool,
+    },
+    Object(Object),
+}
+
+/// What is read at once: pages of one space.
+#[derive(Debug)]
+struct Job {
+    space: usize,
     pieces: Vec<Piece>,
     bytes: usize,
-    buf: Vec<u8>,
-    /// The same pages of the relative, where they may be shared.
-    relative: Vec<u8>,
+    /// Which of its pages may be the relative's; none if it is empty.
+    maybe: Vec<bool>,
 }
+
+/// The place of a space, and extents of it.
+type OfSpace = (usize, Vec<Extent>);
+
+/// By the place of a space, what its runs share with its relative's.
+type Compared = HashMap<usize, Vec<(Range, Sharing)>>;
 
 /// The most pieces read by one call: IOV_MAX.
 const PIECES: usize = 1024;
 
-static ZEROS: [u8; PAGE as usize] = [0; PAGE as usize];
-
-/// Where a chunk's bytes come from.
-enum Input<'a> {
-    Memory {
-        source: &'a Source,
-        lenient: bool,
-        relative: Option<(&'a Source, u64)>,
-    },
-    Object(&'a Object),
-}
-
-/// What a page turned out to be.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Class {
-    Zero,
-    /// As in this index at this address.
-    Same(u64, u64),
-    Data,
-}
-
 impl PageDumper {
-    /// A dumper that stores into a new page file of `writer`.
+    /// A dumper that stores into new page files of `writer`.
     ///
     /// # Errors
     /// What the filesystem says, naming the path.
     pub fn new(writer: &mut ImageWriter, options: PageOptions) -> Result<PageDumper> {
         let page = PAGE as usize;
-        let most = MAX_BLOCK_PAGES as usize * page;
+        let chunk = (options.chunk / page * page).clamp(page, MAX_BLOCK_PAGES as usize * page);
+        let options = PageOptions { chunk, ..options };
+        let sink = PageSink::new(writer, options.direct)?;
+        let mut waiting = Buffer::new(options.waiting).in_phase(Phase::Pages)?;
+        waiting.touch(options.ready);
         Ok(PageDumper {
-            sink: PageSink::new(writer)?,
-            blocks: Vec::new(),
-            compressor: Compressor::new(options.compression)?,
-            indexes: BTreeMap::new(),
-            chunk: Chunk {
-                capacity: (options.chunk / page * page).clamp(page, most),
-                pieces: Vec::new(),
-                bytes: 0,
-                buf: Vec::new(),
-                relative: Vec::new(),
-            },
+            storers: vec![Storer::new(sink, options.compression)?],
+            options,
+            spaces: Vec::new(),
+            waiting,
+            done: 0,
+            shared: None,
+            captured: Captured::default(),
         })
     }
 
-    /// Stores the pages of `range` (page-aligned) of a stopped process into
-    /// the index `mm`. With `relative`, pages that are the same at the same
-    /// address of that process (its parent, most often), whose index must
-    /// hold them already, are not stored again.
+    /// Adds the pages of a stopped process that are private to its address
+    /// space: of those of `ranges` (page-aligned, sorted), present or swapped,
+    /// the ones that are neither of a mapped file nor the kernel's page of
+    /// zeros. They get the index `mm`, by address. Pages that are the same in
+    /// the space `relative` (its parent's, most often), added before, are not
+    /// stored again.
+    ///
+    /// Gives the guard regions found (MADV_GUARD_INSTALL): nothing of them is stored.
     ///
     /// # Errors
-    /// Of reading, naming task and address; of writing, naming the path.
-    pub fn dump_vma(
+    /// Of the scan, naming the task.
+    pub fn add_private(
         &mut self,
-        source: &Source,
+        source: Arc<Source>,
         mm: u64,
-        range: Range,
-        kind: Kind,
-        relative: Option<(&Source, u64)>,
-    ) -> Result<Dumped> {
-        self.dump_range(source, mm, range, kind, relative)
+        ranges: &[Range],
+        relative: Option<u64>,
+    ) -> Result<Vec<Range>> {
+        let pid = source.pid.0;
+        let (runs, guards) = source
+            .private_runs(ranges)
             .in_phase(Phase::Pages)
-            .on_task(source.pid.0)
+            .on_task(pid)?;
+        let relative = relative.and_then(|id| self.spaces.iter().rposition(|s| s.id == id));
+        self.spaces.push(Space {
+            id: mm,
+            input: Input::Memory {
+                source,
+                lenient: false,
+            },
+            runs,
+            shift: 0,
+            relative,
+        });
+        Ok(guards)
     }
 
-    fn dump_range(
-        &mut self,
-        source: &Source,
-        mm: u64,
-        range: Range,
-        kind: Kind,
-        relative: Option<(&Source, u64)>,
-    ) -> Result<Dumped> {
-        let mut dumped = Dumped::default();
-        let (runs, shift) = match kind {
-            Kind::Private => (private_runs(source, range, &mut dumped.guards)?, 0),
-            Kind::WholeObject { offset } => {
-                let shift = offset.wrapping_sub(range.start);
-                (vec![range], shift)
-            }
-        };
-        if let Some((_, relative_mm)) = relative
-            && let Some(index) = self.indexes.get_mut(&relative_mm)
-        {
-            index.sort();
-        }
-        let input = Input::Memory {
-            source,
-            lenient: kind != Kind::Private,
-            relative: relative.filter(|_| kind == Kind::Private),
-        };
-        dumped.stats = self.dump_runs(&input, mm, runs, shift)?;
-        Ok(dumped)
+    /// Adds all pages of a shared object, `id`, that can only be read through
+    /// a mapping of it: `range` of a stopped process, whose start maps
+    /// `offset`. Pages that cannot be read (behind the end of a file) are zero.
+    pub fn add_mapping(&mut self, source: Arc<Source>, id: u64, range: Range, offset: u64) {
+        self.spaces.push(Space {
+            id,
+            input: Input::Memory {
+                source,
+                lenient: true,
+            },
+            shift: offset.wrapping_sub(range.start),
+            runs: vec![range],
+            relative: None,
+        });
     }
 
-    /// Stores a shared memory object (memfd, shared anonymous memory, System V
-    /// segment) of `size` bytes into the index `id`, through a descriptor that
+    /// Adds a shared memory object (memfd, shared anonymous memory, System V
+    /// segment) of `size` bytes under the index `id`, through a descriptor that
     /// may be the target's own (its position is left alone). Holes stay holes.
     ///
     /// # Errors
-    /// Of reading and of writing, naming the path.
-    pub fn dump_object(&mut self, fd: BorrowedFd<'_>, size: u64, id: u64) -> Result<PageStats> {
+    /// Of finding the holes.
+    pub fn add_object(&mut self, fd: BorrowedFd<'_>, size: u64, id: u64) -> Result<()> {
         let object = Object::open(fd, size).in_phase(Phase::Pages)?;
-        let data = object.data().in_phase(Phase::Pages)?;
-        self.dump_runs(&Input::Object(&object), id, data, 0)
+        let runs = object.data().in_phase(Phase::Pages)?;
+        self.spaces.push(Space {
+            id,
+            input: Input::Object(object),
+            runs,
+            shift: 0,
+            relative: None,
+        });
+        Ok(())
+    }
+
+    /// How many bytes all that was added has.
+    pub fn found(&self) -> u64 {
+        let runs = self.spaces.iter().flat_map(|s| &s.runs);
+        runs.map(|r| r.end - r.start).sum()
+    }
+
+    /// Reads all that was added since the last time, while the target is
+    /// stopped. With `hurry` as much as fits into memory is left to
+    /// [`finish`](PageDumper::finish), or to the next `capture`; without, all is stored. `progress` is called now and then, on this
+    /// thread, with the bytes that were read; what it returns ends the work.
+    ///
+    /// # Errors
+    /// Of reading, naming task and address; of writing, naming the path;
+    /// those of `progress`.
+    pub fn capture(
+        &mut self,
+        writer: &mut ImageWriter,
+        hurry: bool,
+        progress: &mut dyn FnMut(u64) -> Result<()>,
+    ) -> Result<()> {
+        self.capture_all(writer, hurry, progress)
             .in_phase(Phase::Pages)
     }
 
-    /// How much has been found for one index.
-    pub fn stats(&self, mm: u64) -> PageStats {
-        self.indexes.get(&mm).map(|i| i.stats).unwrap_or_default()
+    fn capture_all(
+        &mut self,
+        writer: &mut ImageWriter,
+        hurry: bool,
+        progress: &mut dyn FnMut(u64) -> Result<()>,
+    ) -> Result<()> {
+        self.store_waiting()?;
+        let (mut jobs, mut same) = self.plan()?;
+        self.done = self.spaces.len();
+        let total: u64 = jobs.iter().map(|j| j.bytes as u64).sum();
+        let found = self.found();
+        let remembered = found.div_ceil(PAGE).min(REMEMBERED + found / PAGE / 16);
+        let duplicates = self.options.deduplicate.then_some(remembered as usize);
+
+        // The end of the list, as much as may wait.
+        let mut first = jobs.len();
+        let mut waiting = 0;
+        while hurry && first > 0 && waiting + jobs[first - 1].bytes <= self.waiting.len() {
+            first -= 1;
+            waiting += jobs[first].bytes;
+        }
+        while self.storers.len() < self.threads(total) {
+            let sink = PageSink::new(writer, self.options.direct)?;
+            let storer = Storer::new(sink, self.options.compression)?;
+            self.storers.push(storer);
+        }
+
+        let shared = &*self.shared.get_or_insert_with(|| Shared::new(duplicates));
+        let mut slots: Vec<Slot<'_>> = Vec::with_capacity(jobs.len() - first);
+        let mut rest = self.waiting.as_mut();
+        for job in &jobs[first..] {
+            let (bytes, more) = rest.split_at_mut(job.bytes);
+            rest = more;
+            slots.push(Mutex::new((bytes, Vec::new())));
+        }
+        let run = Run {
+            jobs: &jobs,
+            spaces: &self.spaces,
+            shared,
+            first,
+            slots: &slots,
+            next: AtomicUsize::new(0),
+            done: AtomicU64::new(0),
+            stop: AtomicBool::new(false),
+            chunk: self.options.chunk,
+        };
+        let mut stats = self.captured.stats;
+        for more in in_threads(
+            &mut self.storers,
+            |storer| run.work(storer, &mut |_| Ok(())),
+            |storer| run.work(storer, progress),
+        )? {
+            stats += more;
+        }
+        let sames: Vec<Vec<bool>> = slots
+            .iter()
+            .map(|slot| std::mem::take(&mut lock(slot).1))
+            .collect();
+        let left = jobs.split_off(first);
+        self.captured.jobs = left.into_iter().zip(sames).collect();
+        self.captured.same.append(&mut same);
+        self.captured.stats = stats;
+        Ok(())
     }
 
-    /// How much has been found in all.
-    pub fn total(&self) -> PageStats {
-        let mut total = PageStats::default();
-        self.indexes.values().for_each(|i| total += i.stats);
-        total
+    /// Stores what waits for it.
+    fn store_waiting(&mut self) -> Result<()> {
+        let jobs = std::mem::take(&mut self.captured.jobs);
+        let Some(shared) = self.shared.as_ref().filter(|_| !jobs.is_empty()) else {
+            return Ok(());
+        };
+        let bytes = jobs.iter().map(|(job, _)| job.bytes as u64).sum();
+        let threads = self.threads(bytes).min(self.storers.len());
+        let mut waiting = Vec::with_capacity(jobs.len());
+        let mut rest = self.waiting.as_mut();
+        for (job, same) in &jobs {
+            let (bytes, more) = rest.split_at_mut(job.bytes);
+            rest = more;
+            waiting.push(Mutex::new((job, same, bytes)));
+        }
+        let next = AtomicUsize::new(0);
+        let spaces = &self.spaces;
+        let work = |storer: &mut Storer| {
+            let mut stats = PageStats::default();
+            while let Some(one) = waiting.get(next.fetch_add(1, Ordering::Relaxed)) {
+                let (job, same, bytes) = &mut *lock(one);
+                stats += job.store(spaces, shared, same, bytes, storer)?;
+            }
+            Ok(stats)
+        };
+        for more in in_threads(&mut self.storers[..threads], work, work)? {
+            self.captured.stats += more;
+        }
+        Ok(())
     }
 
-    /// Writes the page indexes, and says how much was found in all.
+    /// How many threads are worth it for so many bytes.
+    fn threads(&self, bytes: u64) -> usize {
+        let most = match self.options.threads {
+            0 => thread::available_parallelism().map_or(1, |n| n.get()),
+            n => n,
+        };
+        let worth = (bytes / WORTH_A_THREAD) as usize + 1;
+        most.min(worth).min(MOST_THREADS)
+    }
+
+    /// The spaces that are not captured yet, and their places.
+    fn added(&self) -> impl Iterator<Item = (usize, &Space)> {
+        self.spaces.iter().enumerate().skip(self.done)
+    }
+
+    /// The jobs, in the order of the spaces, and what needs none because it is
+    /// a relative's.
+    fn plan(&self) -> Result<(Vec<Job>, Vec<OfSpace>)> {
+        let mut compared = self.compare_frames()?;
+        let mut jobs = Vec::new();
+        let mut same = Vec::new();
+        for (at, space) in self.added() {
+            let mut chunk = Chunk::new(at, self.options.chunk, &mut jobs);
+            match compared.remove(&at) {
+                None => space.runs.iter().for_each(|r| chunk.add(r.clone(), false)),
+                Some(parts) => {
+                    let mut extents = Vec::new();
+                    let mm = space.relative.map_or(0, |r| self.spaces[r].id);
+                    for (range, sharing) in parts {
+                        match sharing {
+                            Sharing::Not => chunk.add(range, false),
+                            Sharing::Maybe => chunk.add(range, true),
+                            Sharing::OneFrame => push_same(&mut extents, range, mm),
+                        }
+                    }
+                    same.push((at, extents));
+                }
+            }
+            chunk.end();
+        }
+        Ok((jobs, same))
+    }
+
+    /// For each space that has a relative, what the page tables say its pages
+    /// share with it.
+    fn compare_frames(&self) -> Result<Compared> {
+        if self.added().all(|(_, s)| s.relative.is_none()) {
+            return Ok(HashMap::new());
+        }
+        let (mut compared, mut proven) = self.compare_once()?;
+        if !proven {
+            (compared, proven) = self.compare_once()?;
+        }
+        if !proven {
+            // Pages are on the move, or we are not told: contents decide.
+            let parts = compared.values_mut().flatten();
+            for (_, sharing) in parts.filter(|(_, s)| *s == Sharing::OneFrame) {
+                *sharing = Sharing::Maybe;
+            }
+        }
+        Ok(compared)
+    }
+
+    /// The same, and whether nothing moved meanwhile; see [`Watch`].
+    fn compare_once(&self) -> Result<(Compared, bool)> {
+        let watch = Watch::begin();
+        let before = self.relatives_entries()?;
+        let mut compared = HashMap::new();
+        for (at, space) in self.added() {
+            if let Input::Memory { source, .. } = &space.input
+                && let Some(theirs) = space.relative.and_then(|r| before.get(&r))
+            {
+                compared.insert(at, compare_runs(source, &space.runs, theirs)?);
+            }
+        }
+        let after = self.relatives_entries()?;
+        let unmoved = before
+            .iter()
+            .all(|(at, entries)| after.get(at).is_some_and(|a| a.is_as(entries)));
+        Ok((compared, unmoved && watch.is_quiet()))
+    }
+
+    /// The entries of those that others are compared with.
+    fn relatives_entries(&self) -> Result<BTreeMap<usize, Entries>> {
+        let mut all = BTreeMap::new();
+        for relative in self.added().filter_map(|(_, s)| s.relative) {
+            let space = &self.spaces[relative];
+            if let Input::Memory { source, .. } = &space.input
+                && !all.contains_key(&relative)
+            {
+                all.insert(relative, Entries::read(source, &space.runs)?);
+            }
+        }
+        Ok(all)
+    }
+
+    /// Stores what is still waiting, writes the page indexes, and says how
+    /// much was found in all. The target is not needed any more.
     ///
     /// # Errors
     /// What the filesystem says, naming the path; `Bug` when some page was
-    /// dumped twice into one index.
-    pub fn finish(mut self, writer: &mut ImageWriter) -> Result<PageStats> {
-        let total = self.total();
-        for blocks in self.blocks.chunks(BLOCKS_PER_RECORD) {
-            let blocks = blocks.to_vec();
+    /// added twice to one index.
+    pub fn finish(self, writer: &mut ImageWriter) -> Result<PageStats> {
+        self.finish_all(writer).in_phase(Phase::Pages)
+    }
+
+    fn finish_all(mut self, writer: &mut ImageWriter) -> Result<PageStats> {
+        self.store_waiting()?;
+        let Captured {
+            same, mut stats, ..
+        } = std::mem::take(&mut self.captured);
+        let mut blocks: Vec<(u32, Block)> = Vec::new();
+        let mut indexes: Vec<Vec<Extent>> = self.spaces.iter().map(|_| Vec::new()).collect();
+        for storer in &mut self.storers {
+            blocks.append(&mut storer.blocks);
+            for (space, mut extents) in storer.extents.drain(..) {
+                indexes[space].append(&mut extents);
+            }
+        }
+        for (space, mut extents) in same {
+            stats.same += extents.iter().map(Extent::len).sum::<u64>();
+            indexes[space].append(&mut extents);
+        }
+        blocks.sort_unstable_by_key(|(number, _)| *number);
+        for blocks in blocks.chunks(BLOCKS_PER_RECORD) {
+            let blocks = blocks.iter().map(|(_, block)| *block).collect();
             writer.put_record(0, &PageBlocks { blocks })?;
         }
-        for (&mm, index) in &mut self.indexes {
-            index.sort();
-            if let Some(pair) = index.extents.windows(2).find(|p| p[1].addr < p[0].end()) {
+        let mut done: BTreeMap<u64, Vec<Extent>> = BTreeMap::new();
+        for (space, mut extents) in self.spaces.iter().zip(indexes) {
+            extents.sort_by_key(|e| e.addr);
+            let extents = settled(extents, &done)?;
+            // Added in parts: together they are one index.
+            let index = done.entry(space.id).or_default();
+            index.extend(extents);
+            index.sort_by_key(|e| e.addr);
+        }
+        for (id, mut extents) in done {
+            if let Some(pair) = extents.windows(2).find(|p| p[1].addr < p[0].end()) {
                 return Err(Error::bug(format!("dumped twice: {}", pair[1])).on(&pair[0]));
             }
-            let mut rest = std::mem::take(&mut index.extents);
-            while !rest.is_empty() {
-                let later = rest.split_off(rest.len().min(EXTENTS_PER_RECORD));
-                writer.put_record(mm, &PageIndex { extents: rest })?;
-                rest = later;
+            while !extents.is_empty() {
+                let later = extents.split_off(extents.len().min(EXTENTS_PER_RECORD));
+                writer.put_record(id, &PageIndex { extents })?;
+                extents = later;
             }
         }
-        Ok(total)
-    }
-
-    /// `shift` is what an address is moved by to become the index's.
-    fn dump_runs(
-        &mut self,
-        input: &Input<'_>,
-        mm: u64,
-        runs: Vec<Range>,
-        shift: u64,
-    ) -> Result<PageStats> {
-        let mut stats = PageStats::default();
-        self.chunk.pieces.clear();
-        self.chunk.bytes = 0;
-        for run in runs {
-            let mut at = run.start;
-            while at < run.end {
-                let chunk = &mut self.chunk;
-                let len = (run.end - at).min((chunk.capacity - chunk.bytes) as u64);
-                chunk.pieces.push((at, len as usize));
-                chunk.bytes += len as usize;
-                at += len;
-                if chunk.bytes == chunk.capacity || chunk.pieces.len() == PIECES {
-                    self.flush(input, mm, shift, &mut stats)?;
-                }
-            }
-        }
-        self.flush(input, mm, shift, &mut stats)?;
-        self.indexes.entry(mm).or_default().stats += stats;
         Ok(stats)
     }
+}
 
-    /// Reads the chunk, tells its pages apart, stores what is to be stored.
-    fn flush(
-        &mut self,
-        input: &Input<'_>,
-        mm: u64,
-        shift: u64,
-        stats: &mut PageStats,
-    ) -> Result<()> {
-        let bytes = std::mem::take(&mut self.chunk.bytes);
-        if bytes == 0 {
-            return Ok(());
-        }
-        let pieces = std::mem::take(&mut self.chunk.pieces);
-        self.chunk.buf.resize(self.chunk.capacity, 0);
-        let buf = &mut self.chunk.buf[..bytes];
-        let mut same = Vec::new();
-        match input {
-            Input::Object(object) => object.read(&pieces, buf)?,
-            Input::Memory {
-                source,
-                lenient,
-                relative,
-            } => {
-                let entries = source.entries(&pieces)?;
-                source.read(&pieces, &entries, buf, *lenient)?;
-                if let Some((relative, id)) = relative {
-                    let empty = Index::default();
-                    let index = self.indexes.get(id).unwrap_or(&empty);
-                    let theirs = &mut self.chunk.relative;
-                    same = same_pages(relative, (*id, index), &pieces, &entries, buf, theirs)?;
-                }
-            }
-        }
+/// Bytes that were read and wait, and what of them is the same as the relative's.
+type Slot<'a> = Mutex<(&'a mut [u8], Vec<bool>)>;
 
-        // The extents, their data moved together at the front of the buffer.
-        let page = PAGE as usize;
-        let mut extents: Vec<Extent> = Vec::new();
-        let (mut from, mut data) = (0, 0);
-        for &(addr, len) in &pieces {
-            for i in 0..len / page {
-                let at = addr.wrapping_add(shift) + (i * page) as u64;
-                let bytes = &buf[from..from + page];
-                let class = match same.get(from / page) {
-                    _ if bytes == ZEROS => Class::Zero,
-                    Some(&Some((mm, addr))) => Class::Same(mm, addr),
-                    _ => Class::Data,
-                };
-                if class == Class::Data {
-                    if from != data {
-                        buf.copy_within(from..from + page, data);
-                    }
-                    data += page;
-                }
-                from += page;
-                grow(&mut extents, at, class);
-            }
+/// One `capture`, seen by its threads.
+struct Run<'a> {
+    jobs: &'a [Job],
+    spaces: &'a [Space],
+    shared: &'a Shared,
+    /// The first job that is only read.
+    first: usize,
+    /// For each of those.
+    slots: &'a [Slot<'a>],
+    next: AtomicUsize,
+    done: AtomicU64,
+    stop: AtomicBool,
+    chunk: usize,
+}
+
+impl Run<'_> {
+    fn work(
+        &self,
+        storer: &mut Storer,
+        progress: &mut dyn FnMut(u64) -> Result<()>,
+    ) -> Result<PageStats> {
+        let result = self.work_on(storer, progress);
+        if result.is_err() {
+            self.stop.store(true, Ordering::Relaxed);
         }
-        let number = self.blocks.len() as u32;
-        if data > 0 {
-            let pages = &buf[..data];
-            let (codec, bytes) = match self.compressor.compress(pages) {
-                Some((codec, bytes)) => (codec, bytes),
-                None => (Codec::Raw, pages),
+        result
+    }
+
+    fn work_on(
+        &self,
+        storer: &mut Storer,
+        progress: &mut dyn FnMut(u64) -> Result<()>,
+    ) -> Result<PageStats> {
+        let mut stats = PageStats::default();
+        let mut buffer: Option<Buffer> = None;
+        let mut theirs = Vec::new();
+        while !self.stop.load(Ordering::Relaxed) {
+            let at = self.next.fetch_add(1, Ordering::Relaxed);
+            let Some(job) = self.jobs.get(at) else {
+                break;
             };
-            self.blocks.push(Block {
-                file: self.sink.number(),
-                pages: (data / page) as u32,
-                offset: self.sink.append(bytes, codec == Codec::Raw)?,
-                stored: bytes.len() as u64,
-                codec: codec as u8,
-                checksum: xxh3_64(pages),
-            });
-        }
-        let mut placed = 0;
-        for extent in &mut extents {
-            if let What::Data { block, page } = &mut extent.what {
-                (*block, *page) = (number, placed);
-                placed += extent.pages as u32;
+            if let Some(slot) = at.checked_sub(self.first).and_then(|i| self.slots.get(i)) {
+                let (bytes, same) = &mut *lock(slot);
+                *same = job.read(self.spaces, bytes, &mut theirs)?;
+            } else {
+                let buffer = match &mut buffer {
+                    Some(buffer) => buffer,
+                    none => none.insert(Buffer::new(self.chunk)?),
+                };
+                let bytes = &mut buffer.as_mut()[..job.bytes];
+                let same = job.read(self.spaces, bytes, &mut theirs)?;
+                stats += job.store(self.spaces, self.shared, &same, bytes, storer)?;
             }
-            stats.add(&extent.what, extent.len());
+            let bytes = job.bytes as u64;
+            progress(self.done.fetch_add(bytes, Ordering::Relaxed) + bytes)?;
         }
-        self.indexes.entry(mm).or_default().push_all(extents);
-        self.chunk.pieces = pieces;
-        self.chunk.pieces.clear();
-        Ok(())
+        Ok(stats)
     }
 }
 
-/// Adds one page to the extents of a chunk.
-fn grow(extents: &mut Vec<Extent>, addr: u64, class: Class) {
+impl Job {
+    /// Fills `buf`; tells which pages are as in the relative.
+    fn read(&self, spaces: &[Space], buf: &mut [u8], theirs: &mut Vec<u8>) -> Result<Vec<bool>> {
+        let space = &spaces[self.space];
+        match &space.input {
+            Input::Object(object) => object.read(&self.pieces, buf)?,
+            Input::Memory { source, lenient } => source
+                .entries(&self.pieces)
+                .and_then(|entries| source.read(&self.pieces, &entries, buf, *lenient))
+                .on_task(source.pid.0)?,
+        }
+        let relative = space.relative.map(|r| &spaces[r].input);
+        match relative {
+            Some(Input::Memory { source, .. }) if !self.maybe.is_empty() => {
+                same_contents(source, &self.pieces, &self.maybe, buf, theirs).on_task(source.pid.0)
+            }
+            _ => Ok(Vec::new()),
+        }
+    }
+
+    /// Stores what was read.
+    fn store(
+        &self,
+        spaces: &[Space],
+        shared: &Shared,
+        same: &[bool],
+        buf: &mut [u8],
+        storer: &mut Storer,
+    ) -> Result<PageStats> {
+        let space = &spaces[self.space];
+        let mm = space.relative.map_or(0, |r| spaces[r].id);
+        let (at, shift) = (self.space, space.shift);
+        storer.store(shared, at, shift, &self.pieces, (mm, same), buf)
+    }
+}
+
+/// Cuts the runs of one space into jobs.
+struct Chunk<'a> {
+    job: Job,
+    most: usize,
+    jobs: &'a mut Vec<Job>,
+}
+
+impl Chunk<'_> {
+    fn new(space: usize, most: usize, jobs: &mut Vec<Job>) -> Chunk<'_> {
+        let job = Job {
+            space,
+            pieces: Vec::new(),
+            bytes: 0,
+            maybe: Vec::new(),
+        };
+        Chunk { job, most, jobs }
+    }
+
+    /// Adds a run; `maybe` if its pages may be the relative's.
+    fn add(&mut self, run: Range, maybe: bool) {
+        let page = PAGE as usize;
+        let mut at = run.start;
+        while at < run.end {
+            let job = &mut self.job;
+            let len = (run.end - at).min((self.most - job.bytes) as u64) as usize;
+            match job.pieces.last_mut() {
+                Some((addr, before)) if *addr + *before as u64 == at => *before += len,
+                _ => job.pieces.push((at, len)),
+            }
+            if maybe || !job.maybe.is_empty() {
+                job.maybe.resize(job.bytes / page, false);
+                job.maybe.resize((job.bytes + len) / page, maybe);
+            }
+            job.bytes += len;
+            at += len as u64;
+            if job.bytes == self.most || job.pieces.len() == PIECES {
+                self.end();
+            }
+        }
+    }
+
+    fn end(&mut self) {
+        if self.job.bytes > 0 {
+            let next = Chunk::new(self.job.space, self.most, &mut Vec::new()).job;
+            self.jobs.push(std::mem::replace(&mut self.job, next));
+        }
+    }
+}
+
+/// `other` on new threads for all but the first of `storers`, `this` here for
+/// that one. All results, or the first error, this thread's before the others'.
+fn in_threads(
+    storers: &mut [Storer],
+    other: impl Fn(&mut Storer) -> Result<PageStats> + Sync,
+    this: impl FnOnce(&mut Storer) -> Result<PageStats>,
+) -> Result<Vec<PageStats>> {
+    let Some((first, others)) = storers.split_first_mut() else {
+        return Ok(Vec::new());
+    };
+    thread::scope(|scope| {
+        let other = &other;
+        let mut started = Vec::new();
+        for storer in others {
+            let name = "freezeframe-pages".to_owned();
+            // Where no thread can be started, the others do its work.
+            let thread = thread::Builder::new().name(name);
+            started.extend(thread.spawn_scoped(scope, move || other(storer)));
+        }
+        let mut results = vec![this(first)];
+        results.extend(started.into_iter().map(|thread| {
+            let panicked = |_| Err(Error::bug("a thread that stores pages panicked"));
+            thread.join().unwrap_or_else(panicked)
+        }));
+        results.into_iter().collect()
+    })
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The runs, cut by what their pages share with the relative.
+fn compare_runs(
+    source: &Source,
+    runs: &[Range],
+    theirs: &Entries,
+) -> Result<Vec<(Range, Sharing)>> {
+    let pieces: Vec<Piece> = runs
+        .iter()
+        .map(|r| (r.start, (r.end - r.start) as usize))
+        .collect();
+    let own = source.entries(&pieces)?;
+    let mut parts: Vec<(Range, Sharing)> = Vec::new();
+    let pages = pages_of(&pieces).zip(own).zip(theirs.of(&pieces));
+    for ((addr, own), other) in pages {
+        let sharing = sharing(own, other);
+        match parts.last_mut() {
+            Some((range, before)) if range.end == addr && *before == sharing => range.end += PAGE,
+            _ => parts.push((addr..addr + PAGE, sharing)),
+        }
+    }
+    Ok(parts)
+}
+
+/// A range that is as in `mm`, in extents.
+fn push_same(extents: &mut Vec<Extent>, range: Range, mm: u64) {
+    let most = MAX_EXTENT_PAGES * PAGE;
+    let mut addr = range.start;
+    while addr < range.end {
+        let end = range.end.min(addr + most);
+        extents.push(Extent {
+            addr,
+            pages: (end - addr) / PAGE,
+            what: What::Same { mm, addr },
+        });
+        addr = end;
+    }
+}
+
+/// Makes each `Same` refer to what holds the pages, so that chains are one link
+/// long: `done` are the indexes of the spaces before this one. Neighbours that
+/// are of one kind become one.
+fn settled(extents: Vec<Extent>, done: &BTreeMap<u64, Vec<Extent>>) -> Result<Vec<Extent>> {
+    let mut out: Vec<Extent> = Vec::with_capacity(extents.len());
+    for extent in extents {
+        let What::Same { mm, addr } = extent.what else {
+            push(&mut out, extent);
+            continue;
+        };
+        let there = done.get(&mm).map(Vec::as_slice).unwrap_or_default();
+        let end = addr + extent.len();
+        let mut at = addr;
+        for theirs in within(there, addr..end) {
+            if theirs.addr > at {
+                break;
+            }
+            let to = theirs.end().min(end);
+            let what = match theirs.what_at((at - theirs.addr) / PAGE) {
+                What::Data { .. } => What::Same { mm, addr: at },
+                what => what,
+            };
+            push(
+                &mut out,
+                Extent {
+                    addr: extent.addr + (at - addr),
+                    pages: (to - at) / PAGE,
+                    what,
+                },
+            );
+            at = to;
+        }
+        if at < end {
+            return Err(Error::bug("a relative's page was not dumped").on(&extent));
+        }
+    }
+    Ok(out)
+}
+
+fn push(extents: &mut Vec<Extent>, extent: Extent) {
     if let Some(last) = extents.last_mut()
-        && last.end() == addr
-        && last.pages < MAX_EXTENT_PAGES
+        && last.end() == extent.addr
+        && last.what_at(last.pages) == extent.what
+        && (extent.what == What::Zero || last.pages + extent.pages <= MAX_EXTENT_PAGES)
     {
-        let goes_on = match (&last.what, class) {
-            (What::Zero, Class::Zero) | (What::Data { .. }, Class::Data) => true,
-            (What::Same { mm, addr }, Class::Same(page_mm, page_addr)) => {
-                *mm == page_mm && addr + last.len() == page_addr
-            }
-            _ => false,
-        };
-        if goes_on {
-            last.pages += 1;
-            return;
-        }
+        last.pages += extent.pages;
+    } else {
+        extents.push(extent);
     }
-    let what = match class {
-        Class::Zero => What::Zero,
-        Class::Same(mm, addr) => What::Same { mm, addr },
-        // The place follows once the data is moved together.
-        Class::Data => What::Data { block: 0, page: 0 },
-    };
-    extents.push(Extent {
-        addr,
-        pages: 1,
-        what,
-    });
-}
-
-impl Index {
-    fn push_all(&mut self, extents: Vec<Extent>) {
-        for extent in extents {
-            match self.extents.last_mut() {
-                Some(last) if last.end() > extent.addr => self.unsorted = true,
-                Some(last)
-                    if last.end() == extent.addr
-                        && last.what == What::Zero
-                        && extent.what == What::Zero =>
-                {
-                    last.pages += extent.pages;
-                    continue;
-                }
-                _ => {}
-            }
-            self.extents.push(extent);
-        }
-    }
-
-    fn sort(&mut self) {
-        if std::mem::take(&mut self.unsorted) {
-            self.extents.sort_by_key(|e| e.addr);
-        }
-    }
-
-    /// What holds the page at `addr`, of this index `mm`: this one or the one
-    /// it refers to, so that chains stay one link long.
-    fn origin(&self, mm: u64, addr: u64) -> Option<(u64, u64)> {
-        let extent = within(&self.extents, addr..addr + PAGE).first()?;
-        match extent.what {
-            What::Same { mm, addr: there } => Some((mm, there + (addr - extent.addr))),
-            _ => Some((mm, addr)),
-        }
-    }
-}
-
-/// The pages of a private mapping that are its own, and its guard regions.
-fn private_runs(source: &Source, range: Range, guards: &mut Vec<Range>) -> Result<Vec<Range>> {
-    let filter = Filter {
-        any: Categories::PRESENT | Categories::SWAPPED,
-        none: Categories::FILE | Categories::PFNZERO,
-    };
-    let mut found: Vec<Run> = Vec::new();
-    source
-        .pagemap
-        .scan_where(range.start, range.end, filter, &mut found)?;
-    let mut runs = Vec::new();
-    for run in found {
-        let into = if run.cats.contains(Categories::GUARD) {
-            &mut *guards
-        } else {
-            &mut runs
-        };
-        push_range(into, run.start..run.end);
-    }
-    Ok(runs)
 }
 
 /// Appends a range, as part of the last one where they touch.
@@ -453,61 +783,4 @@ pub(crate) fn push_range(ranges: &mut Vec<Range>, range: Range) {
         Some(last) if last.end == range.start => last.end = range.end,
         _ => ranges.push(range),
     }
-}
-
-/// For each page of the chunk: where it is stored already, if the relative,
-/// whose index must hold it, has the same bytes at the same address. Frame
-/// numbers only spare the comparison where they differ; the contents decide.
-fn same_pages(
-    relative: &Source,
-    (mm, index): (u64, &Index),
-    pieces: &[Piece],
-    entries: &[u64],
-    buf: &[u8],
-    theirs: &mut Vec<u8>,
-) -> Result<Vec<Option<(u64, u64)>>> {
-    let page = PAGE as usize;
-    let other = relative.entries(pieces)?;
-    let pages = pages_of(pieces).zip(entries).zip(&other);
-    let mut same: Vec<Option<(u64, u64)>> = pages
-        .map(|((addr, &own), &other)| {
-            let maybe = may_be_shared(own, other);
-            maybe.then(|| index.origin(mm, addr)).flatten()
-        })
-        .collect();
-
-    // What to read of theirs.
-    let mut wanted = Vec::<Piece>::new();
-    let mut wanted_entries = Vec::new();
-    for ((addr, entry), _) in pages_of(pieces)
-        .zip(other)
-        .zip(&same)
-        .filter(|(_, origin)| origin.is_some())
-    {
-        wanted_entries.push(entry);
-        match wanted.last_mut() {
-            Some((start, len)) if *start + *len as u64 == addr => *len += page,
-            _ => wanted.push((addr, page)),
-        }
-    }
-    theirs.resize(wanted_entries.len() * page, 0);
-    relative.read(&wanted, &wanted_entries, theirs, false)?;
-    let mut theirs = theirs.chunks_exact(page);
-    for (same, ours) in same.iter_mut().zip(buf.chunks_exact(page)) {
-        if same.is_some() && theirs.next() != Some(ours) {
-            *same = None;
-        }
-    }
-    Ok(same)
-}
-
-/// Whether two pagemap entries could be of one page. Where both frames (or
-/// both places in swap) are seen, they tell.
-fn may_be_shared(own: u64, other: u64) -> bool {
-    let used = entry::PRESENT | entry::SWAPPED;
-    if other & used == 0 || other & (entry::FILE | entry::GUARD) != 0 {
-        return false;
-    }
-    let (a, b) = (own & entry::PFN, other & entry::PFN);
-    own & used != other & used || a == 0 || b == 0 || a == b
 }

@@ -48,7 +48,7 @@ pub struct PageBlocks {
 
 /// Pages stored together, by one codec and under one checksum. They need not
 /// be neighbours in memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Block {
     /// Number of the page file.
     pub file: u32,
@@ -188,6 +188,27 @@ impl Extent {
         self.addr + self.len()
     }
 
+    /// What its page number `page` would be, also of one behind its end.
+    pub(crate) fn what_at(&self, page: u64) -> What {
+        let on = page * PAGE;
+        match self.what {
+            What::Zero => What::Zero,
+            What::Data { block, page: first } => What::Data {
+                block,
+                page: first + page as u32,
+            },
+            What::Same { mm, addr } => What::Same {
+                mm,
+                addr: addr + on,
+            },
+            What::Parent { image, mm, addr } => What::Parent {
+                image,
+                mm,
+                addr: addr + on,
+            },
+        }
+    }
+
     /// Whether it makes sense by itself, in an image with these blocks.
     pub(crate) fn check(&self, blocks: &[Block]) -> Result<()> {
         let aligned = |n: u64| n.is_multiple_of(PAGE);
@@ -251,6 +272,11 @@ pub struct PageStats {
     pub same: u64,
     /// In an image made before, not stored.
     pub parent: u64,
+    /// Of those stored, what is stored once for several pages: counted for each
+    /// but the first. Only a dump knows.
+    pub duplicate: u64,
+    /// How many bytes of page files the stored pages take. Only a dump knows.
+    pub written: u64,
 }
 
 impl PageStats {
@@ -275,6 +301,8 @@ impl AddAssign for PageStats {
         self.zero += other.zero;
         self.same += other.same;
         self.parent += other.parent;
+        self.duplicate += other.duplicate;
+        self.written += other.written;
     }
 }
 

@@ -23,16 +23,20 @@
 //! were in memory. An extent names its block and the first page in it.
 //! [`PageBlocks`] is the list of blocks; nothing else is in the page files.
 
+mod buffer;
 mod codec;
+mod cow;
 mod dump;
 mod fill;
 mod index;
 mod reader;
 mod sink;
 mod source;
+mod store;
+mod zero;
 
 pub use codec::{Codec, Compression, Compressor, Decompressor};
-pub use dump::{Dumped, Kind, PageDumper, PageOptions};
+pub use dump::{PageDumper, PageOptions};
 pub use fill::{Destination, Filler, Filling};
 pub use index::{
     Block, Extent, MAX_BLOCK_PAGES, MAX_EXTENT_PAGES, PAGE_BLOCKS, PAGE_INDEX, PageBlocks,
@@ -40,6 +44,7 @@ pub use index::{
 };
 pub use reader::{Delta, PageReader, Part, Piece, Place, Use, uses, zeros};
 pub use source::Source;
+pub use zero::is_zero;
 
 /// The size of a page in bytes.
 pub const PAGE: u64 = freezeframe_sys::pagemap::PAGE;

@@ -7,12 +7,13 @@ use std::os::unix::fs::FileExt;
 use freezeframe_error::{Error, Result, ResultExt, SysExt};
 use freezeframe_sys::Pid;
 use freezeframe_sys::mem::{Mem, vm_readv};
-use freezeframe_sys::pagemap::{Pagemap, entry};
+use freezeframe_sys::pagemap::{Categories, Filter, Pagemap, Run, entry, has_pagemap_scan};
 use freezeframe_sys::proc::ProcDir;
 use nix::errno::Errno;
 use nix::unistd::{Whence, lseek64};
 
 use crate::PAGE;
+use crate::dump::push_range;
 use crate::index::Range;
 
 /// The memory of a stopped process.
@@ -45,6 +46,37 @@ impl Source {
             mem: Mem::of(proc, false)?,
             pagemap: Pagemap::of(proc)?,
         })
+    }
+
+    /// The pages of `ranges` (sorted) that are private to the address space:
+    /// present or swapped, neither of a mapped file nor the kernel's page of
+    /// zeros; and the guard regions, each within one range.
+    pub(crate) fn private_runs(&self, ranges: &[Range]) -> Result<(Vec<Range>, Vec<Range>)> {
+        let filter = Filter {
+            any: Categories::PRESENT | Categories::SWAPPED,
+            none: Categories::FILE | Categories::PFNZERO,
+        };
+        let mut found: Vec<Run> = Vec::new();
+        for span in spans(ranges) {
+            self.pagemap
+                .scan_where(span.start, span.end, filter, &mut found)?;
+        }
+        let (mut runs, mut guards) = (Vec::new(), Vec::new());
+        let mut next = 0;
+        for run in found {
+            while ranges.get(next).is_some_and(|r| r.end <= run.start) {
+                next += 1;
+            }
+            for range in ranges[next..].iter().take_while(|r| r.start < run.end) {
+                let part = range.start.max(run.start)..range.end.min(run.end);
+                if run.cats.contains(Categories::GUARD) {
+                    guards.push(part);
+                } else {
+                    push_range(&mut runs, part);
+                }
+            }
+        }
+        Ok((runs, guards))
     }
 
     /// The pagemap entries of the pages of `pieces`.
@@ -139,6 +171,25 @@ impl Source {
         Ok(())
     }
 }
+
+/// What is scanned at once: ranges with not much between them, together,
+/// where the kernel skips what is not there. Elsewhere each entry costs.
+fn spans(ranges: &[Range]) -> Vec<Range> {
+    let far = if has_pagemap_scan() { FAR } else { 0 };
+    let mut spans: Vec<Range> = Vec::new();
+    for range in ranges {
+        match spans.last_mut() {
+            Some(last) if range.start - last.end <= far => last.end = range.end,
+            _ => spans.push(range.clone()),
+        }
+    }
+    spans
+}
+
+/// What lies between two ranges may be mapped, by files or shared memory, and
+/// to walk the page tables of 16 MiB takes as long as another call or two; a
+/// hole costs nothing, but its size does not tell it from a mapping.
+const FAR: u64 = 16 << 20;
 
 /// Address and length of memory to read.
 pub(crate) type Piece = (u64, usize);

@@ -6,8 +6,9 @@ use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::Arc;
 
 use freezeframe_error::Kind as ErrorKind;
 use freezeframe_image::{Header, Image, ImageWriter, pages_name};
@@ -99,21 +100,40 @@ fn writer(dir: &TempDir) -> ImageWriter {
 fn options(chunk: usize) -> PageOptions {
     PageOptions {
         chunk,
+        threads: 1,
         ..PageOptions::default()
     }
 }
 
-/// One range of one process into one image.
-fn dump(pid: Pid, range: Range, kind: Kind, chunk: usize) -> (TempDir, Dumped) {
+fn open(pid: Pid) -> Arc<Source> {
+    Arc::new(Source::open(pid).unwrap())
+}
+
+/// What `add` adds, in one image; how much it was.
+fn image(options: PageOptions, hurry: bool, add: impl Fn(&mut PageDumper)) -> (TempDir, PageStats) {
     let dir = TempDir::new().unwrap();
     let mut w = writer(&dir);
-    let mut dumper = PageDumper::new(&mut w, options(chunk)).unwrap();
-    let source = Source::open(pid).unwrap();
-    let dumped = dumper.dump_vma(&source, 1, range, kind, None).unwrap();
-    assert_eq!(dumper.stats(1), dumped.stats);
-    assert_eq!(dumper.finish(&mut w).unwrap(), dumped.stats);
+    let mut dumper = PageDumper::new(&mut w, options).unwrap();
+    add(&mut dumper);
+    let mut seen = 0;
+    let mut progress = |bytes| {
+        seen = bytes;
+        Ok(())
+    };
+    let found = dumper.found();
+    dumper.capture(&mut w, hurry, &mut progress).unwrap();
+    assert!(seen <= found);
+    let stats = dumper.finish(&mut w).unwrap();
     w.commit(false).unwrap();
-    (dir, dumped)
+    (dir, stats)
+}
+
+/// The private pages of one range of one process, in one image.
+fn dump(pid: Pid, range: Range, chunk: usize) -> (TempDir, PageStats) {
+    image(options(chunk), false, |dumper| {
+        let guards = dumper.add_private(open(pid), 1, std::slice::from_ref(&range), None);
+        assert!(guards.unwrap().is_empty());
+    })
 }
 
 fn reader(dir: &TempDir) -> PageReader {
@@ -163,12 +183,12 @@ fn random_zero_and_untouched_pages() {
     let p = Program::run("a = mmap(1000); fill(a, 0, 300); zero(a, 400, 50); fill(a, 999); say(a)");
     let all = range(p.said[0], 1000);
     for chunk in [4096, 64 << 10, 512 << 10, 1 << 20] {
-        let (dir, dumped) = dump(p.pid(), all.clone(), Kind::Private, chunk);
-        assert_eq!(dumped.stats.stored, 301 * PAGE);
-        assert_eq!(dumped.stats.zero, 50 * PAGE);
-        assert!(dumped.guards.is_empty());
+        let (dir, stats) = dump(p.pid(), all.clone(), chunk);
+        assert_eq!(stats.stored, 301 * PAGE);
+        assert_eq!(stats.zero, 50 * PAGE);
         let reader = reader(&dir);
-        assert_eq!(reader.stats(1, all.clone()), dumped.stats);
+        let read = reader.stats(1, all.clone());
+        assert_eq!((read.stored, read.zero), (stats.stored, stats.zero));
         let before = vec![0; 1000 * PAGE as usize];
         let after = restored(&reader, 1, all.clone(), before);
         assert!(after == memory(p.pid(), all.clone()));
@@ -193,8 +213,8 @@ for p in range(0, 9000, 3): fill(a, p)
 fill(a, (1 << 24) - 1); say(a)",
     );
     let all = range(p.said[0], 1 << 24); // 64 GiB
-    let (dir, dumped) = dump(p.pid(), all.clone(), Kind::Private, 512 << 10);
-    assert_eq!(dumped.stats.stored, 3001 * PAGE);
+    let (dir, stats) = dump(p.pid(), all.clone(), 512 << 10);
+    assert_eq!(stats.stored, 3001 * PAGE);
     let reader = reader(&dir);
     let uses = reader.uses(1, all).unwrap();
     assert_eq!(uses.iter().map(|u| u.to.len()).sum::<usize>(), 3001);
@@ -218,8 +238,8 @@ assert libc.mprotect(a + 30 * P, P, 2) == 0
 say(a)",
     );
     let all = range(p.said[0], 64);
-    let (dir, dumped) = dump(p.pid(), all.clone(), Kind::Private, 128 << 10);
-    assert_eq!(dumped.stats.stored, 62 * PAGE);
+    let (dir, stats) = dump(p.pid(), all.clone(), 128 << 10);
+    assert_eq!(stats.stored, 62 * PAGE);
     let before = vec![0; 64 * PAGE as usize];
     let after = restored(&reader(&dir), 1, all.clone(), before);
     assert!(after == memory(p.pid(), all));
@@ -229,9 +249,13 @@ say(a)",
 fn guard_regions_are_reported_and_not_read() {
     let p = Program::run("a = mmap(16); fill(a, 0, 16); madvise(a, 4, 3, 102); say(a)");
     let a = p.said[0];
-    let (dir, dumped) = dump(p.pid(), range(a, 16), Kind::Private, 1 << 20);
-    assert_eq!(dumped.guards, [range(a + 4 * PAGE, 3)]);
-    assert_eq!(dumped.stats.stored, 13 * PAGE);
+    let (dir, stats) = image(options(1 << 20), true, |dumper| {
+        // In two ranges, as in two VMAs.
+        let ranges = [range(a, 5), range(a + 5 * PAGE, 11)];
+        let guards = dumper.add_private(open(p.pid()), 1, &ranges, None).unwrap();
+        assert_eq!(guards, [range(a + 4 * PAGE, 1), range(a + 5 * PAGE, 2)]);
+    });
+    assert_eq!(stats.stored, 13 * PAGE);
     assert_eq!(reader(&dir).extents(1).len(), 2);
 }
 
@@ -247,9 +271,9 @@ ctypes.string_at(a, 32 * P); fill(a, 3, 2); zero(a, 10); say(a)",
         path.to_str().unwrap()
     ));
     let all = range(p.said[0], 32);
-    let (images, dumped) = dump(p.pid(), all.clone(), Kind::Private, 1 << 20);
-    assert_eq!(dumped.stats.stored, 2 * PAGE);
-    assert_eq!(dumped.stats.zero, PAGE, "hides the file: not a hole");
+    let (images, stats) = dump(p.pid(), all.clone(), 1 << 20);
+    assert_eq!(stats.stored, 2 * PAGE);
+    assert_eq!(stats.zero, PAGE, "hides the file: not a hole");
     let after = restored(&reader(&images), 1, all.clone(), content);
     assert!(after == memory(p.pid(), all));
 }
@@ -268,41 +292,44 @@ wait(); os.close(w2); os.waitpid(pid, 0); sys.exit(0)";
 
 #[test]
 fn pages_shared_since_a_fork_are_stored_once() {
+    for hurry in [false, true] {
+        shared_since_a_fork(hurry);
+    }
+}
+
+fn shared_since_a_fork(hurry: bool) {
     let p = Program::run(FORKED);
     let (a, child) = (p.said[0], Pid(p.said[1] as i32));
     let all = range(a, 200);
-    let dir = TempDir::new().unwrap();
-    let mut w = writer(&dir);
-    let mut dumper = PageDumper::new(&mut w, PageOptions::default()).unwrap();
-    let parent_source = Source::open(p.pid()).unwrap();
-    let child_source = Source::open(child).unwrap();
+    let (parent_source, child_source) = (open(p.pid()), open(child));
     let entries = || {
         let of = |s: &Source| s.pagemap.entries(a, 200).unwrap();
         (of(&parent_source), of(&child_source))
     };
     let before = entries();
-    let mut dump = |source, mm, relative| {
-        dumper
-            .dump_vma(source, mm, all.clone(), Kind::Private, relative)
-            .unwrap()
-            .stats
-    };
-    let parent = dump(&parent_source, 1, None);
-    assert_eq!(parent.stored, 100 * PAGE);
-    let stats = dump(&child_source, 2, Some((&parent_source, 1)));
-    // 5 written, 1 of its own, and the 3 that the parent wrote.
-    assert_eq!(stats.stored, 9 * PAGE);
-    assert_eq!(stats.zero, PAGE);
-    assert_eq!(stats.same, (100 - 5 - 5 - 1 - 3) * PAGE);
-    // A grandchild, for which the child stands in: through the child to the parent.
-    let third = dump(&child_source, 3, Some((&child_source, 2)));
-    assert_eq!(third.stored, 0);
+    let (dir, stats) = image(PageOptions::default(), hurry, |dumper| {
+        let mut add = |source: &Arc<Source>, mm, relative| {
+            let ranges = std::slice::from_ref(&all);
+            let source = Arc::clone(source);
+            dumper.add_private(source, mm, ranges, relative).unwrap();
+        };
+        add(&parent_source, 1, None);
+        add(&child_source, 2, Some(1));
+        // A grandchild, for which the child stands in: through the child to the parent.
+        add(&child_source, 3, Some(2));
+    });
     // Reading has not parted what the two share.
     assert!(entries() == before);
-    dumper.finish(&mut w).unwrap();
-    w.commit(false).unwrap();
+    // The child: 5 written, 1 of its own, and the 3 that the parent wrote; 1 zero.
+    assert_eq!(stats.stored, (100 + 9) * PAGE);
+    assert_eq!(stats.total(), (100 + 96 + 96) * PAGE);
 
     let reader = reader(&dir);
+    let child_stats = reader.stats(2, all.clone());
+    assert_eq!(child_stats.stored, 9 * PAGE);
+    assert_eq!(child_stats.zero, PAGE);
+    assert_eq!(child_stats.same, (100 - 5 - 5 - 1 - 3) * PAGE);
+    assert_eq!(reader.stats(3, all.clone()).stored, 0);
     let same_as = |mm: u64| {
         let of = |e: &Extent| match e.what {
             What::Same { mm, .. } => Some(mm),
@@ -351,21 +378,13 @@ a = mmap(100, 3, SHARED, f); say(f, a)",
     let size = 100 * PAGE + 5;
     let proc = format!("/proc/{}", p.pid());
     let file = File::open(format!("{proc}/fd/{}", p.said[0])).unwrap();
-    let dir = TempDir::new().unwrap();
-    let mut w = writer(&dir);
-    let mut dumper = PageDumper::new(&mut w, PageOptions::default()).unwrap();
-    let stats = dumper.dump_object(file.as_fd(), size, 9).unwrap();
-    assert_eq!((stats.stored, stats.zero), (4 * PAGE, 2 * PAGE));
     // The same through a mapping of it, as far as that goes.
-    let source = Source::open(p.pid()).unwrap();
-    let kind = Kind::WholeObject { offset: 0 };
-    let mapped = dumper
-        .dump_vma(&source, 10, range(p.said[1], 100), kind, None)
-        .unwrap();
-    assert_eq!(mapped.stats.stored, 3 * PAGE);
-    assert_eq!(mapped.stats.total(), 100 * PAGE);
-    dumper.finish(&mut w).unwrap();
-    w.commit(false).unwrap();
+    let (dir, stats) = image(PageOptions::default(), true, |dumper| {
+        dumper.add_object(file.as_fd(), size, 9).unwrap();
+        dumper.add_mapping(open(p.pid()), 10, range(p.said[1], 100), 0);
+    });
+    assert_eq!(stats.stored, (4 + 3) * PAGE);
+    assert_eq!(stats.zero, (2 + 97) * PAGE);
 
     let reader = reader(&dir);
     let pieces = reader.pieces(9, 0..101 * PAGE).unwrap();
@@ -392,19 +411,17 @@ fn a_mapping_longer_than_its_object() {
         "f = os.memfd_create('m'); os.ftruncate(f, 2 * P); os.pwrite(f, random.randbytes(2 * P), 0)
 a = mmap(6, 3, SHARED, f); say(a)",
     );
-    let kind = Kind::WholeObject { offset: 8 * PAGE };
-    let (dir, dumped) = dump(p.pid(), range(p.said[0], 6), kind, 1 << 20);
-    assert_eq!(
-        (dumped.stats.stored, dumped.stats.zero),
-        (2 * PAGE, 4 * PAGE)
-    );
+    let (dir, stats) = image(PageOptions::default(), false, |dumper| {
+        dumper.add_mapping(open(p.pid()), 1, range(p.said[0], 6), 8 * PAGE);
+    });
+    assert_eq!((stats.stored, stats.zero), (2 * PAGE, 4 * PAGE));
     assert_eq!(reader(&dir).extents(1)[0].addr, 8 * PAGE);
 }
 
 #[test]
 fn damaged_pages_are_named() {
     let p = Program::run("a = mmap(600); fill(a, 0, 600); say(a)");
-    let (dir, _) = dump(p.pid(), range(p.said[0], 600), Kind::Private, 512 << 10);
+    let (dir, _) = dump(p.pid(), range(p.said[0], 600), 512 << 10);
     let image = Image::open(dir.path()).unwrap();
     let name = pages_name(image.header().image_id, 0);
     let damage = |at: u64| {
@@ -529,7 +546,6 @@ fn malformed_indexes_are_refused() {
 #[test]
 fn dumped_twice_is_a_bug_and_out_of_order_is_not() {
     let p = Program::run("a = mmap(8); fill(a, 0, 8); say(a)");
-    let source = Source::open(p.pid()).unwrap();
     let a = p.said[0];
     let run = |ranges: [Range; 2]| {
         let dir = TempDir::new().unwrap();
@@ -537,9 +553,10 @@ fn dumped_twice_is_a_bug_and_out_of_order_is_not() {
         let mut dumper = PageDumper::new(&mut w, PageOptions::default()).unwrap();
         for range in ranges {
             dumper
-                .dump_vma(&source, 1, range, Kind::Private, None)
+                .add_private(open(p.pid()), 1, &[range], None)
                 .unwrap();
         }
+        dumper.capture(&mut w, true, &mut |_| Ok(())).unwrap();
         dumper.finish(&mut w).map_err(|e| e.kind())
     };
     assert!(run([range(a + 4 * PAGE, 4), range(a, 4)]).is_ok());
@@ -549,18 +566,196 @@ fn dumped_twice_is_a_bug_and_out_of_order_is_not() {
 #[test]
 fn a_target_that_is_gone_is_said_to_be() {
     let mut p = Program::run("a = mmap(8); fill(a, 0, 8); say(a)");
-    let source = Source::open(p.pid()).unwrap();
+    let source = open(p.pid());
+    let dir = TempDir::new().unwrap();
+    let mut w = writer(&dir);
+    let new = |w: &mut ImageWriter| PageDumper::new(w, PageOptions::default()).unwrap();
+    let ranges = [range(p.said[0], 8)];
+    // Gone after the scan, before it, and through a mapping.
+    let mut scanned = new(&mut w);
+    scanned
+        .add_private(source.clone(), 1, &ranges, None)
+        .unwrap();
     p.child.kill().unwrap();
     p.child.wait().unwrap();
     let e = Source::open(p.pid()).unwrap_err();
     assert_eq!(e.kind(), ErrorKind::TargetGone);
+    let mut mapping = new(&mut w);
+    mapping.add_mapping(source.clone(), 1, ranges[0].clone(), 0);
+    for mut dumper in [scanned, mapping] {
+        let e = dumper.capture(&mut w, true, &mut |_| Ok(())).unwrap_err();
+        assert_eq!(e.kind(), ErrorKind::TargetGone, "{e:?}");
+    }
+}
+
+/// Nothing is written before the end where the target waits and all fits into
+/// memory; where it does not fit, all of it is there all the same.
+#[test]
+fn a_hurry_leaves_the_work_to_the_end() {
+    let p = Program::run("a = mmap(6000); fill(a, 0, 3000); zero(a, 4000, 500); say(a)");
+    let all = range(p.said[0], 6000);
+    for (waiting, threads, left) in [(32 << 20, 0, true), (1 << 20, 3, false), (0, 1, false)] {
+        let dir = TempDir::new().unwrap();
+        let mut w = writer(&dir);
+        let options = PageOptions {
+            waiting,
+            threads,
+            ready: 2 << 20,
+            ..PageOptions::default()
+        };
+        let mut dumper = PageDumper::new(&mut w, options).unwrap();
+        let ranges = std::slice::from_ref(&all);
+        dumper.add_private(open(p.pid()), 1, ranges, None).unwrap();
+        dumper.capture(&mut w, true, &mut |_| Ok(())).unwrap();
+        let written = || {
+            // The files have no names yet.
+            let of = |fd: PathBuf| {
+                let ours = std::fs::read_link(&fd).is_ok_and(|path| path.starts_with(dir.path()));
+                ours && std::fs::metadata(&fd).is_ok_and(|m| m.is_file() && m.len() > 0)
+            };
+            let fds = std::fs::read_dir("/proc/self/fd").unwrap();
+            fds.map(|fd| fd.unwrap().path()).any(of)
+        };
+        assert_eq!(!written(), left, "{waiting}");
+        let before = memory(p.pid(), all.clone());
+        let stats = dumper.finish(&mut w).unwrap();
+        assert_eq!((stats.stored, stats.zero), (3000 * PAGE, 500 * PAGE));
+        w.commit(false).unwrap();
+        let after = restored(&reader(&dir), 1, all.clone(), vec![0; 6000 * PAGE as usize]);
+        assert!(after == before);
+    }
+}
+
+#[test]
+fn progress_can_end_the_work() {
+    let p = Program::run("a = mmap(600); fill(a, 0, 600); say(a)");
     let dir = TempDir::new().unwrap();
     let mut w = writer(&dir);
-    let mut dumper = PageDumper::new(&mut w, PageOptions::default()).unwrap();
-    for kind in [Kind::Private, Kind::WholeObject { offset: 0 }] {
-        let e = dumper
-            .dump_vma(&source, 1, range(p.said[0], 8), kind, None)
-            .unwrap_err();
-        assert_eq!(e.kind(), ErrorKind::TargetGone, "{e:?}");
+    let mut dumper = PageDumper::new(&mut w, options(64 << 10)).unwrap();
+    dumper
+        .add_private(open(p.pid()), 1, &[range(p.said[0], 600)], None)
+        .unwrap();
+    let mut calls = 0;
+    let mut progress = |_| {
+        calls += 1;
+        match calls {
+            3 => Err(freezeframe_error::Error::new(ErrorKind::Timeout, "enough")),
+            _ => Ok(()),
+        }
+    };
+    let e = dumper.capture(&mut w, false, &mut progress).unwrap_err();
+    assert_eq!((e.kind(), calls), (ErrorKind::Timeout, 3));
+}
+
+/// Half text, half noise, every other page.
+const MIXED: &str = "a = mmap(1200); fill(a, 0, 1000); text = (b'to be or not to be ' * 300)[:P]
+for p in range(0, 1000, 2): ctypes.memmove(a + p * P, text[p % 19:] + text[:p % 19], P)
+zero(a, 1100, 50)
+say(a)";
+
+#[test]
+fn compressed_and_back() {
+    let p = Program::run(MIXED);
+    let all = range(p.said[0], 1200);
+    let before = memory(p.pid(), all.clone());
+    for (how, hurry, direct) in [
+        ("lz4", false, false),
+        ("lz4", true, true),
+        ("zstd", true, false),
+        ("zstd:-5", false, true),
+        ("none", false, true),
+    ] {
+        let compression: Compression = how.parse().unwrap();
+        let options = PageOptions {
+            compression,
+            direct,
+            ..PageOptions::default()
+        };
+        let (dir, stats) = image(options, hurry, |dumper| {
+            let ranges = std::slice::from_ref(&all);
+            dumper.add_private(open(p.pid()), 1, ranges, None).unwrap();
+        });
+        assert_eq!((stats.stored, stats.zero), (1000 * PAGE, 50 * PAGE));
+        let most = if how == "none" { 1000 } else { 600 };
+        assert!(stats.written <= most * PAGE, "{how}: {}", stats.written);
+        let reader = reader(&dir);
+        let after = restored(&reader, 1, all.clone(), vec![0; 1200 * PAGE as usize]);
+        assert!(after == before, "{how}");
+        let raw = reader.blocks().iter().all(Block::is_raw);
+        assert_eq!(raw, how == "none");
+        // A part, from within a block.
+        let part = range(p.said[0] + 333 * PAGE, 7);
+        let after = restored(&reader, 1, part.clone(), vec![0; 7 * PAGE as usize]);
+        assert!(after == memory(p.pid(), part), "{how}");
+    }
+}
+
+#[test]
+fn one_bit_in_a_compressed_block_is_found() {
+    let p = Program::run(MIXED);
+    let all = range(p.said[0], 1200);
+    for how in ["lz4", "zstd"] {
+        let compression: Compression = how.parse().unwrap();
+        let options = PageOptions {
+            compression,
+            ..options(64 << 10)
+        };
+        let (dir, _) = image(options, false, |dumper| {
+            let ranges = std::slice::from_ref(&all);
+            dumper.add_private(open(p.pid()), 1, ranges, None).unwrap();
+        });
+        let image = Image::open(dir.path()).unwrap();
+        let path = dir.path().join(pages_name(image.header().image_id, 0));
+        let file = File::options().read(true).write(true).open(path).unwrap();
+        let reader = PageReader::open(&image).unwrap();
+        let block = reader.blocks()[2];
+        assert!(!block.is_raw());
+        for at in [0, block.stored / 3, block.stored - 1] {
+            let mut byte = [0];
+            file.read_exact_at(&mut byte, block.offset + at).unwrap();
+            file.write_all_at(&[byte[0] ^ 4], block.offset + at)
+                .unwrap();
+            let e = reader.verify_all(2).unwrap_err();
+            assert_eq!(e.kind(), ErrorKind::ImageCorrupt, "{how} {at}");
+            file.write_all_at(&byte, block.offset + at).unwrap();
+            reader.verify_all(2).unwrap();
+        }
+    }
+}
+
+/// Equal pages within an address space, in another one, and in an object.
+#[test]
+fn equal_pages_are_stored_once() {
+    let script = "random.seed(7); a = mmap(400); fill(a, 0, 100)
+for p in range(100, 300): ctypes.memmove(a + p * P, a + (p % 50) * P, P)
+f = os.memfd_create('m'); os.pwrite(f, ctypes.string_at(a, 20 * P), 0); say(a, f)";
+    let (p, q) = (Program::run(script), Program::run(script));
+    let (a, b) = (range(p.said[0], 400), range(q.said[0], 400));
+    let fd = File::open(format!("/proc/{}/fd/{}", p.pid(), p.said[1])).unwrap();
+    for (compression, hurry) in [(Compression::None, true), (Compression::Lz4, false)] {
+        let options = PageOptions {
+            deduplicate: true,
+            compression,
+            ..options(128 << 10)
+        };
+        let (dir, stats) = image(options, hurry, |dumper| {
+            let add = |d: &mut PageDumper, p: &Program, mm, r: &Range| {
+                let ranges = std::slice::from_ref(r);
+                d.add_private(open(p.pid()), mm, ranges, None).unwrap();
+            };
+            add(dumper, &p, 1, &a);
+            add(dumper, &q, 2, &b);
+            dumper.add_object(fd.as_fd(), 20 * PAGE, 3).unwrap();
+        });
+        assert_eq!(stats.stored, (300 + 300 + 20) * PAGE);
+        assert_eq!(stats.duplicate, stats.stored - 100 * PAGE);
+        assert_eq!(stats.written, 100 * PAGE);
+        let reader = reader(&dir);
+        for (mm, p, r) in [(1, &p, &a), (2, &q, &b)] {
+            let after = restored(&reader, mm, r.clone(), vec![0; 400 * PAGE as usize]);
+            assert!(after == memory(p.pid(), r.clone()));
+        }
+        let object = restored(&reader, 3, 0..20 * PAGE, vec![0; 20 * PAGE as usize]);
+        assert!(object == memory(p.pid(), range(a.start, 20)));
     }
 }

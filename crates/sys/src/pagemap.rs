@@ -435,6 +435,14 @@ fn accepts(category: Categories) -> bool {
     unsafe { pagemap_scan(file.as_raw_fd(), &mut arg) }.is_ok()
 }
 
+/// How many pages the kernel has moved from one frame to another since it
+/// started (`pgmigrate_success` of /proc/vmstat); `None` if it does not tell.
+pub fn migrated_pages() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/vmstat").ok()?;
+    let value = |line: &str| line.strip_prefix("pgmigrate_success ")?.parse().ok();
+    text.lines().find_map(value)
+}
+
 /// The frame of the kernel's page of zeros, if we may see frames.
 fn zero_pfn() -> Option<u64> {
     static ZERO: OnceLock<Option<u64>> = OnceLock::new();

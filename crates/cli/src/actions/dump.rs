@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use freezeframe::{Dump, DumpReport, Result};
+use freezeframe::{Compression, Dump, DumpReport, Result};
 use serde_json::json;
 
 use crate::ears::Ears;
@@ -30,6 +30,7 @@ pub(crate) fn run(line: &Line) -> Result<i32, Stop> {
     }
     let deadline = line.number::<u64>("timeout")?.filter(|s| *s > 0);
     let ghost_limit = line.text("ghost-limit")?.map(size).transpose()?;
+    let compress = line.text("compress")?.map(compression).transpose()?;
     let mut external = Vec::new();
     for name in line.values("external") {
         external.push(external_name(name.to_str())?);
@@ -55,6 +56,9 @@ pub(crate) fn run(line: &Line) -> Result<i32, Stop> {
             .leave_stopped(after.stopped)
             .sync(!line.has("no-sync"))
             .shell_job(line.has("shell-job"))
+            .compress(compress.unwrap_or_default())
+            .dedup_pages(line.has("dedup-pages"))
+            .direct(line.has("direct"))
             .events(ears);
         for name in external {
             dump = dump.external(name);
@@ -127,6 +131,12 @@ fn size(text: &str) -> Result<u64, Usage> {
     })
 }
 
+/// How to compress.
+fn compression(text: &str) -> Result<Compression, Usage> {
+    text.parse()
+        .map_err(|e: freezeframe::Error| Usage(format!("--compress: {e}")))
+}
+
 /// An external resource's name that we carry.
 fn external_name(name: Option<&str>) -> Result<String, Usage> {
     let name = name.ok_or_else(|| Usage("--external: the name is not text".to_owned()))?;
@@ -151,7 +161,8 @@ fn result_json(pid: i32, dir: &Path, r: &DumpReport) -> serde_json::Value {
         "images_dir": dir.to_string_lossy(),
         "processes": r.processes,
         "threads": r.threads,
-        "pages": {"scanned": r.pages_scanned, "written": r.pages_written, "shared": r.pages_shared, "zero": r.pages_zero},
+        "pages": {"scanned": r.pages_scanned, "written": r.pages_written, "shared": r.pages_shared, "zero": r.pages_zero, "duplicate": r.pages_duplicate},
+        "bytes_written": r.bytes_written,
         "microseconds": {
             "freezing": r.freezing.as_micros() as u64,
             "frozen": r.frozen.as_micros() as u64,
@@ -161,8 +172,18 @@ fn result_json(pid: i32, dir: &Path, r: &DumpReport) -> serde_json::Value {
     })
 }
 
+/// `3 MB`, or `3 MB in 1 MB`.
+fn memory_written(r: &DumpReport) -> String {
+    use crate::words::bytes;
+    let pages = r.pages_written * 4096;
+    match r.bytes_written < pages {
+        true => format!("{} in {}", bytes(pages), bytes(r.bytes_written)),
+        false => bytes(pages),
+    }
+}
+
 fn tell(pid: i32, dir: &Path, after: After, r: &DumpReport, stats: bool) {
-    use crate::words::{bytes, count, time};
+    use crate::words::{count, time};
     if std::io::stdout().is_terminal() {
         let now = match after {
             After { running: true, .. } => "it runs on",
@@ -174,7 +195,7 @@ fn tell(pid: i32, dir: &Path, after: After, r: &DumpReport, stats: bool) {
             count(r.processes, "process"),
             count(r.threads, "thread"),
             dir.display(),
-            bytes(r.pages_written * 4096),
+            memory_written(r),
             time(r.frozen),
         );
     }
@@ -186,7 +207,9 @@ fn tell(pid: i32, dir: &Path, after: After, r: &DumpReport, stats: bool) {
         say!("Memory pages scanned: {}", r.pages_scanned);
         say!("Memory pages zero: {}", r.pages_zero);
         say!("Memory pages equal to a relative's: {}", r.pages_shared);
+        say!("Memory pages equal to others: {}", r.pages_duplicate);
         say!("Memory pages written: {}", r.pages_written);
+        say!("Bytes written: {}", r.bytes_written);
     }
 }
 
@@ -202,6 +225,16 @@ mod tests {
         for wrong in ["", "K", "-1", "99999999999G", "1T"] {
             assert!(size(wrong).is_err(), "{wrong}");
         }
+    }
+
+    #[test]
+    fn ways_to_compress() {
+        assert_eq!(compression("zstd:3"), Ok(Compression::Zstd(3)));
+        let Usage(text) = compression("gzip").unwrap_err();
+        assert!(
+            text.contains("--compress") && text.contains("gzip"),
+            "{text}"
+        );
     }
 
     #[test]

@@ -1,20 +1,21 @@
 //! Address spaces: which VMAs there are, what they map, and their pages.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::os::fd::AsFd;
+use std::sync::Arc;
 
 use freezeframe_error::{Error, Kind, Result, ResultExt};
 use freezeframe_image::ImageWriter;
 use freezeframe_inject::fork::Fork;
 use freezeframe_kinds::model::{Contents, Mm, OBJECT_INDEX, Process, Vma};
 use freezeframe_kinds::{DumpCx, VmaView, mem, registry};
-use freezeframe_pages::{Kind as PageKind, PAGE, PageDumper, Source};
+use freezeframe_pages::{PAGE, PageDumper, Source};
 use freezeframe_sys::ids::Pid;
 use freezeframe_sys::proc::{ProcDir, Smap, VmFlags};
 
-use super::DumpReport;
 use super::live::fork_of;
 use super::seen::Seen;
+use super::{After, DumpReport, DumpRequest};
 use crate::events::Events;
 
 /// Reads the VMAs of every process; each is claimed and described by its kind.
@@ -73,9 +74,21 @@ fn describe(cx: &mut DumpCx<'_>, view: &VmaView<'_>, smap: &Smap) -> Result<Vma>
     })
 }
 
-/// Stores the pages of the shared objects, and with forks those private pages
+/// What can be made ready for the pages before anything is frozen.
+pub(super) fn prepare(request: &DumpRequest, writer: &mut ImageWriter) -> Result<PageDumper> {
+    let status = ProcDir::open(Pid(request.pid)).and_then(|proc| proc.status());
+    // A guess, of the root alone: that it is gone is found out later.
+    let anonymous = status.ok().and_then(|s| s.rss_anon).unwrap_or_default() as usize;
+    let mut options = request.pages.clone();
+    if request.after == After::Run && !request.live {
+        options.ready = anonymous + anonymous / 8;
+    }
+    PageDumper::new(writer, options)
+}
+
+/// Finds the pages of the shared objects, and with forks those private pages
 /// that these do not have: what must be read while the tree stands still.
-pub(super) fn store_inside(
+pub(super) fn plan_inside(
     cx: &DumpCx<'_>,
     spaces: &mut BTreeMap<u64, Mm>,
     processes: &[Process],
@@ -83,23 +96,16 @@ pub(super) fn store_inside(
     dumper: &mut PageDumper,
 ) -> Result<()> {
     for (id, source) in &cx.sources {
-        dumper.dump_object(
-            source.fd.as_fd(),
-            source.size,
-            OBJECT_INDEX | u64::from(id.0),
-        )?;
+        let id = OBJECT_INDEX | u64::from(id.0);
+        dumper.add_object(source.fd.as_fd(), source.size, id)?;
     }
-    for process in processes.iter().filter(|p| p.is_alive()) {
-        let pid = Pid(process.pid());
+    for (process, view) in processes.iter().zip(cx.procs).filter(|(p, _)| p.is_alive()) {
         let Some(space) = spaces.get_mut(&process.mm) else {
             continue;
         };
-        if fork_of(forks, pid).is_none() || !space.vmas.iter().any(not_in_fork) {
-            continue;
-        }
-        let source = Source::open(pid).on_task(pid.0)?;
-        for vma in space.vmas.iter_mut().filter(|v| not_in_fork(v)) {
-            store_vma(dumper, &source, process.mm, vma, None)?;
+        if fork_of(forks, view.pid).is_some() && space.vmas.iter().any(not_in_fork) {
+            let source = Source::of(&view.dir).on_task(view.pid.0)?;
+            plan_space(dumper, source, process.mm, space, None, not_in_fork)?;
         }
     }
     Ok(())
@@ -111,59 +117,30 @@ fn not_in_fork(vma: &Vma) -> bool {
     vma.contents == Contents::Private && vma.flags & lost.bits() != 0
 }
 
-fn store_vma(
-    dumper: &mut PageDumper,
-    source: &Source,
-    mm: u64,
-    vma: &mut Vma,
-    relative: Option<(&Source, u64)>,
-) -> Result<()> {
-    let range = vma.start..vma.end;
-    let dumped = dumper.dump_vma(source, mm, range, PageKind::Private, relative)?;
-    vma.guards = dumped
-        .guards
-        .iter()
-        .map(|g| (g.start, g.end - g.start))
-        .collect();
-    Ok(())
-}
-
-/// Stores the pages of each address space that are private to it (a child's
+/// Finds the pages of each address space that are private to it (a child's
 /// after its parent's, with which they are compared): those of the fork where
 /// there is one.
-pub(super) fn store(
+pub(super) fn plan(
     cx: &DumpCx<'_>,
     spaces: &mut BTreeMap<u64, Mm>,
     processes: &[Process],
     forks: &[Fork<'_>],
     dumper: &mut PageDumper,
-    events: &dyn Events,
 ) -> Result<()> {
-    let total = total(cx);
-    let mut sources: HashMap<i32, Source> = HashMap::new();
     for (process, view) in processes.iter().zip(cx.procs).filter(|(p, _)| p.is_alive()) {
-        let fork = fork_of(forks, view.pid);
-        let pid = fork.map_or(view.pid, Fork::pid);
-        let source = Source::open(pid).on_task(view.pid.0)?;
-        let relative = process
-            .cow_parent
-            .and_then(|pid| Some((sources.get(&pid)?, pid as u64)));
         let Some(space) = spaces.get_mut(&process.mm) else {
             continue;
         };
-        for vma in space
-            .vmas
-            .iter_mut()
-            .filter(|v| v.contents == Contents::Private)
-            .filter(|v| fork.is_none() || !not_in_fork(v))
-        {
-            store_vma(dumper, &source, process.mm, vma, relative)?;
-            if events.cancelled() {
-                return Err(crate::freeze::cancelled());
-            }
-            events.progress(dumper.total().total().min(total), total);
-        }
-        sources.insert(view.pid.0, source);
+        let fork = fork_of(forks, view.pid);
+        let source = match fork {
+            Some(fork) => Source::open(fork.pid()),
+            None => Source::of(&view.dir),
+        };
+        let source = source.on_task(view.pid.0)?;
+        let relative = process.cow_parent.map(|pid| pid as u64);
+        let wanted =
+            |v: &Vma| v.contents == Contents::Private && (fork.is_none() || !not_in_fork(v));
+        plan_space(dumper, source, process.mm, space, relative, wanted)?;
     }
     Ok(())
 }
@@ -188,23 +165,57 @@ pub(super) fn confirm(
     Ok(())
 }
 
-/// The resident memory of the tree, in bytes.
-fn total(cx: &DumpCx<'_>) -> u64 {
-    let rss = cx.procs.iter().map(|p| p.stat.rss.max(0) as u64);
-    rss.sum::<u64>() * PAGE
+/// The private pages of some VMAs of an address space, by one scan.
+fn plan_space(
+    dumper: &mut PageDumper,
+    source: Source,
+    mm: u64,
+    space: &mut Mm,
+    relative: Option<u64>,
+    wanted: impl Fn(&Vma) -> bool,
+) -> Result<()> {
+    let vmas = space.vmas.iter().filter(|v| wanted(v));
+    let ranges: Vec<_> = vmas.map(|v| v.start..v.end).collect();
+    let guards = dumper.add_private(Arc::new(source), mm, &ranges, relative)?;
+    let mut guards = guards.iter().peekable();
+    for vma in space.vmas.iter_mut().filter(|v| wanted(v)) {
+        while let Some(guard) = guards.next_if(|g| g.start < vma.end) {
+            vma.guards.push((guard.start, guard.end - guard.start));
+        }
+    }
+    Ok(())
 }
 
-/// Writes the page indexes, and what there is to tell of the pages.
+/// Reads what was found. With `hurry` what can wait is not done yet.
+pub(super) fn capture(
+    dumper: &mut PageDumper,
+    writer: &mut ImageWriter,
+    hurry: bool,
+    events: &dyn Events,
+) -> Result<()> {
+    let total = dumper.found();
+    dumper.capture(writer, hurry, &mut |done| {
+        if events.cancelled() {
+            return Err(crate::freeze::cancelled());
+        }
+        events.progress(done, total);
+        Ok(())
+    })
+}
+
+/// Stores what `capture` left, and writes the page indexes: the tree may run.
 pub(super) fn finish(
-    cx: &DumpCx<'_>,
     dumper: PageDumper,
     writer: &mut ImageWriter,
     report: &mut DumpReport,
 ) -> Result<()> {
+    let found = dumper.found();
     let stats = dumper.finish(writer)?;
-    report.pages_scanned = total(cx) / PAGE;
-    report.pages_written = stats.stored / PAGE;
+    report.pages_scanned = found / PAGE;
+    report.pages_written = (stats.stored - stats.duplicate) / PAGE;
+    report.pages_duplicate = stats.duplicate / PAGE;
     report.pages_shared = stats.same / PAGE;
     report.pages_zero = stats.zero / PAGE;
+    report.bytes_written = stats.written;
     Ok(())
 }
