@@ -214,3 +214,93 @@ fn killed_while_it_is_frozen() -> Done {
     }
     Ok(())
 }
+
+/// A frozen cgroup, thawed and removed in the end; whoever is left in it moves to the root.
+struct Frozen {
+    dir: PathBuf,
+    file: &'static str,
+    thawed: &'static str,
+}
+
+impl Frozen {
+    fn with(
+        root: &str,
+        file: &'static str,
+        words: [&'static str; 2],
+        pid: i32,
+    ) -> Result<Self, String> {
+        let dir = PathBuf::from(format!("{root}/ff-test-{pid}"));
+        let told = |e: std::io::Error| format!("{}: {e}", dir.display());
+        fs::create_dir(&dir).map_err(told)?;
+        let [frozen, thawed] = words;
+        let cgroup = Frozen {
+            dir: dir.clone(),
+            file,
+            thawed,
+        };
+        fs::write(dir.join("cgroup.procs"), pid.to_string()).map_err(told)?;
+        fs::write(dir.join(file), frozen).map_err(told)?;
+        Ok(cgroup)
+    }
+}
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        let _ = fs::write(self.dir.join(self.file), self.thawed);
+        let procs = fs::read_to_string(self.dir.join("cgroup.procs")).unwrap_or_default();
+        for pid in procs.lines() {
+            let _ = fs::write(self.dir.join("../cgroup.procs"), pid);
+        }
+        let _ = fs::remove_dir(&self.dir);
+    }
+}
+
+#[test]
+fn in_a_frozen_cgroup() -> Done {
+    for (root, file, words) in [
+        (
+            "/sys/fs/cgroup/freezer",
+            "freezer.state",
+            ["FROZEN", "THAWED"],
+        ),
+        ("/sys/fs/cgroup/unified", "cgroup.freeze", ["1", "0"]),
+        ("/sys/fs/cgroup", "cgroup.freeze", ["1", "0"]),
+    ] {
+        // Where this machine has it.
+        let known = [
+            "freezer.state",
+            "cgroup.controllers",
+            "cgroup.clone_children",
+        ];
+        if !known.iter().any(|f| PathBuf::from(root).join(f).exists()) {
+            continue;
+        }
+        let busy = Busy::start("fork")?;
+        let frozen = Frozen::with(root, file, words, busy.target.pid)?;
+        let name = format!("ff-test-{}", busy.target.pid);
+        let state = || fs::read_to_string(frozen.dir.join(file)).unwrap_or_default();
+        let events = || fs::read_to_string(frozen.dir.join("cgroup.events")).unwrap_or_default();
+        busy.scene.await_that(
+            "the cgroup to be frozen",
+            || Ok(state().trim() == "FROZEN" || events().contains("frozen 1")),
+            Some(&busy.target),
+        )?;
+        let outcome = busy
+            .scene
+            .dump_pid(busy.target.pid, "img", &[])?
+            .must_exit(1)?;
+        if !outcome.stderr.contains(&name) || !outcome.stderr.contains("target=untouched") {
+            return Err(outcome.told());
+        }
+        if busy.tracer() != "0" {
+            return Err(format!("{} traces it", busy.tracer()));
+        }
+        drop(frozen);
+        busy.scene
+            .dump_pid(busy.target.pid, "img", &["--leave-running"])?
+            .must_exit(0)?;
+        busy.await_records(2)?;
+        busy.unharmed()?;
+    }
+    Ok(())
+}

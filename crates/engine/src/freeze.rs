@@ -135,12 +135,17 @@ fn discover(
         let process = match found.entry(pid) {
             Entry::Occupied(known) => known.into_mut(),
             Entry::Vacant(vacant) => match ProcDir::open(pid) {
-                Ok(dir) => vacant.insert(Found {
-                    dir,
-                    zombie: false,
-                    first_ended: false,
-                    threads: Vec::new(),
-                }),
+                Ok(dir) => {
+                    if pid != root {
+                        tree::check_thawed(pid).on_task(pid.0)?;
+                    }
+                    vacant.insert(Found {
+                        dir,
+                        zombie: false,
+                        first_ended: false,
+                        threads: Vec::new(),
+                    })
+                }
                 // It ended while we looked; the root must not.
                 Err(e) if e.kind() == Kind::TargetGone && pid != root => continue,
                 Err(e) => return Err(e.on_task(pid.0)),

@@ -919,17 +919,16 @@ pub(crate) fn timeout(tid: Tid, what: &str) -> Error {
         Kind::Timeout,
         format!(
             "{what} (state {state}, in {wchan}, freezer: {})",
-            freezer(tid)
+            frozen_by(tid).unwrap_or_else(|| "not frozen".to_string())
         ),
     )
     .on_task(tid.0)
 }
 
-/// What the cgroup freezers say about a task.
-fn freezer(tid: Tid) -> String {
-    let Ok(cgroups) = std::fs::read_to_string(format!("/proc/{tid}/cgroup")) else {
-        return "unknown".to_string();
-    };
+/// The frozen cgroup a task is in, for people; None if there is none, or the
+/// freezers cannot be found at their usual places. A cgroup is frozen by its ancestors too.
+pub fn frozen_by(tid: Tid) -> Option<String> {
+    let cgroups = std::fs::read_to_string(format!("/proc/{tid}/cgroup")).ok()?;
     for line in cgroups.lines() {
         let mut parts = line.splitn(3, ':');
         let (Some(_), Some(controllers), Some(path)) = (parts.next(), parts.next(), parts.next())
@@ -940,19 +939,19 @@ fn freezer(tid: Tid) -> String {
             let file = format!("/sys/fs/cgroup/freezer{path}/freezer.state");
             match std::fs::read_to_string(file).as_deref().map(str::trim) {
                 Ok("THAWED") | Err(_) => {}
-                Ok(state) => return format!("{state}, cgroup {path}"),
+                Ok(state) => return Some(format!("{state}, cgroup {path}")),
             }
         }
         if controllers.is_empty() {
             for root in ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"] {
                 let events = std::fs::read_to_string(format!("{root}{path}/cgroup.events"));
                 if events.is_ok_and(|e| e.lines().any(|l| l == "frozen 1")) {
-                    return format!("frozen, cgroup {path}");
+                    return Some(format!("frozen, cgroup {path}"));
                 }
             }
         }
     }
-    "not frozen".to_string()
+    None
 }
 
 /// All threads of a process.
