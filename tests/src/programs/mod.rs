@@ -17,6 +17,7 @@ mod beyond;
 mod credentials;
 mod events;
 mod files;
+mod live;
 mod mappings;
 mod memory;
 mod pipes;
@@ -169,6 +170,7 @@ const FAMILIES: &[(&str, &[Program])] = &[
     ("process", process::PROGRAMS),
     ("terminal", terminal::PROGRAMS),
     ("beyond", beyond::PROGRAMS),
+    ("live", live::PROGRAMS),
     ("scale", scale::PROGRAMS),
     ("memory", memory::PROGRAMS),
     ("mappings", mappings::PROGRAMS),

@@ -387,14 +387,17 @@ impl<'a> Memory<'a> {
             VmFlags::from_bits(vma.flags),
             VmFlags::from_bits(other.flags),
         );
+        // Objects of the tree may be alike and yet be two.
+        let of_tree = registry::memory(vma.kind).is_some_and(|k| k.sharing() == Sharing::Tree);
         let same_object = vma.object == other.object
-            || match (
-                self.object(vma.kind, vma.object),
-                self.object(other.kind, other.object),
-            ) {
-                (Some(a), Some(b)) => a == b,
-                _ => false,
-            };
+            || !of_tree
+                && match (
+                    self.object(vma.kind, vma.object),
+                    self.object(other.kind, other.object),
+                ) {
+                    (Some(a), Some(b)) => a == b,
+                    _ => false,
+                };
         (
             vma.start,
             vma.end,
