@@ -3,7 +3,7 @@
 use crate::compare::differences;
 use crate::programs::{Expect, Program};
 use crate::snapshot::{Snapshot, children, state_of, tree};
-use crate::tool::{Outcome, freezeframe};
+use crate::tool::{Outcome, freezeframe, freezeframe_with};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid};
 use nix::unistd::Pid;
@@ -356,6 +356,17 @@ impl Scene {
         images: &str,
         more: &[&str],
     ) -> Result<(Target, Outcome), String> {
+        self.restore_with(pid, images, more, &[])
+    }
+
+    /// The same, with more in the environment of the command.
+    pub fn restore_with(
+        &self,
+        pid: i32,
+        images: &str,
+        more: &[&str],
+        env: &[(&str, &str)],
+    ) -> Result<(Target, Outcome), String> {
         let (dir, pidfile) = (self.path(images), self.path("pidfile"));
         let _ = fs::remove_file(&pidfile);
         let (dir, pidfile_text) = (dir.to_string_lossy(), pidfile.to_string_lossy());
@@ -364,7 +375,7 @@ impl Scene {
             more,
         ]
         .concat();
-        let outcome = freezeframe(&args, DEADLINE)?.must_exit(0)?;
+        let outcome = freezeframe_with(&args, env, DEADLINE)?.must_exit(0)?;
         let told = fs::read_to_string(&pidfile)
             .map_err(|e| format!("pidfile: {e}\n{}", outcome.told()))?;
         if told.trim() != pid.to_string() {

@@ -68,9 +68,18 @@ pub fn binary() -> PathBuf {
 
 /// Runs the command to its end, at most `deadline` long.
 pub fn freezeframe<S: AsRef<str>>(args: &[S], deadline: Duration) -> Result<Outcome, String> {
+    freezeframe_with(args, &[], deadline)
+}
+
+/// The same, with more in its environment.
+pub fn freezeframe_with<S: AsRef<str>>(
+    args: &[S],
+    env: &[(&str, &str)],
+    deadline: Duration,
+) -> Result<Outcome, String> {
     let args: Vec<String> = args.iter().map(|a| a.as_ref().to_owned()).collect();
     let mut command = Command::new(binary());
-    command.args(&args);
+    command.args(&args).envs(env.iter().copied());
     run(command, args, deadline)
 }
 

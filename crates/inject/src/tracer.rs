@@ -551,11 +551,16 @@ impl Tracer {
     /// # Errors
     /// [`Kind::TargetGone`] if it dies, [`Kind::Timeout`].
     pub fn to_syscall_stop(&self, tid: Tid, deadline: Instant) -> Result<()> {
-        let mut sig = 0;
+        ptrace::syscall(tid, 0)?;
+        step("syscall");
+        self.await_syscall_stop(tid, deadline)
+    }
+
+    /// The second half of [`Tracer::to_syscall_stop`]: waits for the stop of a
+    /// task that PTRACE_SYSCALL has set going.
+    pub(crate) fn await_syscall_stop(&self, tid: Tid, deadline: Instant) -> Result<()> {
         loop {
-            ptrace::syscall(tid, sig)?;
-            step("syscall");
-            sig = match self.wait_stop(tid, deadline)? {
+            let sig = match self.wait_stop(tid, deadline)? {
                 Stop::SyscallStop => {
                     step("syscall-stop");
                     return Ok(());
@@ -568,6 +573,8 @@ impl Tracer {
                 Stop::SignalDelivery(info) => info.signo(),
                 Stop::Exited => return Err(self.died(tid)),
             };
+            ptrace::syscall(tid, sig)?;
+            step("syscall");
         }
     }
 

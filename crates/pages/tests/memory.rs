@@ -15,6 +15,8 @@ use freezeframe_image::{Header, Image, ImageWriter, pages_name};
 use freezeframe_pages::*;
 use freezeframe_sys::Pid;
 use freezeframe_sys::mem::Mem;
+use freezeframe_sys::pidfd::{pidfd_getfd, pidfd_open};
+use freezeframe_sys::userfaultfd::Userfaultfd;
 use tempfile::TempDir;
 
 /// What every script starts with: mmap and its like, and `say`, which tells us
@@ -757,5 +759,132 @@ f = os.memfd_create('m'); os.pwrite(f, ctypes.string_at(a, 20 * P), 0); say(a, f
         }
         let object = restored(&reader, 3, 0..20 * PAGE, vec![0; 20 * PAGE as usize]);
         assert!(object == memory(p.pid(), range(a.start, 20)));
+    }
+}
+
+/// A process to be filled, with room for `pages` pages, and a userfaultfd of its own.
+fn to_be_filled(pages: u64) -> (Program, Userfaultfd) {
+    let p = Program::run(&format!(
+        "a = mmap({pages}); say(a, libc.syscall(323, 0x80800))"
+    ));
+    let pidfd = pidfd_open(p.pid()).unwrap();
+    let fd = pidfd_getfd(&pidfd, p.said[1] as i32).unwrap();
+    (p, Userfaultfd::new(fd).unwrap())
+}
+
+/// An image of one process: 12 MiB of which a part can be compressed, with holes and zeros.
+fn large_image(compression: Compression) -> (Program, TempDir) {
+    let p = Program::run(
+        "a = mmap(4000); fill(a, 0, 1000); zero(a, 1500, 10); fill(a, 2001, 999)
+for i in range(1000): ctypes.memmove(a + (3000 + i) * P, (b'%d words, ' % i) * 300, P)
+say(a)",
+    );
+    let dir = TempDir::new().unwrap();
+    let mut w = writer(&dir);
+    let options = PageOptions {
+        compression,
+        ..PageOptions::default()
+    };
+    let mut dumper = PageDumper::new(&mut w, options).unwrap();
+    let all = range(p.said[0], 4000);
+    dumper.add_private(open(p.pid()), 1, &[all], None).unwrap();
+    dumper.capture(&mut w, false, &mut |_| Ok(())).unwrap();
+    dumper.finish(&mut w).unwrap();
+    w.commit(false).unwrap();
+    (p, dir)
+}
+
+/// What the image has for the process at `from`, moved to `to`.
+fn moved(reader: &PageReader, from: u64, to: u64) -> Vec<Use> {
+    let mut uses = reader.uses(1, range(from, 4000)).unwrap();
+    for part in uses.iter_mut().flat_map(|u| &mut u.to) {
+        part.addr = part.addr - from + to;
+    }
+    uses
+}
+
+#[test]
+fn filled_by_every_way_from_every_codec() {
+    for compression in [Compression::None, Compression::Lz4, Compression::Zstd(1)] {
+        let (p, dir) = large_image(compression);
+        let reader = Arc::new(PageReader::open(&Image::open(dir.path()).unwrap()).unwrap());
+        let packed = reader.blocks().iter().filter(|b| !b.is_raw()).count();
+        assert_eq!(packed > 0, compression != Compression::None);
+        let expected = memory(p.pid(), range(p.said[0], 4000));
+        for (threads, missing, huge) in [
+            (2, true, false),
+            (2, false, false),
+            (2, false, true),
+            (0, true, false),
+            (0, false, false),
+        ] {
+            let (q, uffd) = to_be_filled(4000);
+            let there = range(q.said[0], 4000);
+            let into = match missing {
+                true => {
+                    uffd.register(&there).unwrap();
+                    Destination::Missing(q.pid(), Arc::new(uffd))
+                }
+                false => Destination::Vm(q.pid()),
+            };
+            let mut filler = Filler::new(Arc::clone(&reader), threads);
+            let uses = moved(&reader, p.said[0], q.said[0]);
+            filler.fill(&into, uses, huge).unwrap().wait().unwrap();
+            if let Destination::Missing(_, uffd) = into {
+                uffd.unregister(&there).unwrap();
+                let uffd = Arc::try_unwrap(uffd);
+                assert!(uffd.is_ok(), "a thread keeps the userfaultfd");
+            }
+            assert!(memory(q.pid(), there) == expected, "{compression}");
+            let smaps = std::fs::read_to_string(format!("/proc/{}/smaps", q.pid())).unwrap();
+            assert!(!smaps.contains(" um"), "still registered");
+        }
+    }
+}
+
+#[test]
+fn a_damaged_block_fails_a_fill_by_name() {
+    let (p, dir) = large_image(Compression::None);
+    let image = Image::open(dir.path()).unwrap();
+    let name = pages_name(image.header().image_id, 0);
+    let file = File::options()
+        .write(true)
+        .open(dir.path().join(&name))
+        .unwrap();
+    file.write_all_at(b"?", 3_000_000).unwrap();
+    let reader = Arc::new(PageReader::open(&image).unwrap());
+    for threads in [0, 2] {
+        let (q, _uffd) = to_be_filled(4000);
+        let mut filler = Filler::new(Arc::clone(&reader), threads);
+        let uses = moved(&reader, p.said[0], q.said[0]);
+        let e = filler
+            .fill_now(&Destination::Vm(q.pid()), uses, false)
+            .unwrap_err();
+        assert_eq!(e.kind(), ErrorKind::ImageCorrupt);
+        let text = format!("{e:?}");
+        assert!(text.contains(&name) && text.contains(" at "), "{text}");
+    }
+}
+
+/// One that dies while it is filled ends the fill, and so does the end of the filler.
+#[test]
+fn a_process_that_is_gone_ends_its_fill() {
+    let (p, dir) = large_image(Compression::None);
+    let reader = Arc::new(PageReader::open(&Image::open(dir.path()).unwrap()).unwrap());
+    for missing in [true, false] {
+        let (mut q, uffd) = to_be_filled(4000);
+        uffd.register(&range(q.said[0], 4000)).unwrap();
+        let into = match missing {
+            true => Destination::Missing(q.pid(), Arc::new(uffd)),
+            false => Destination::Vm(q.pid()),
+        };
+        q.child.kill().unwrap();
+        q.child.wait().unwrap();
+        let mut filler = Filler::new(Arc::clone(&reader), 2);
+        let uses = moved(&reader, p.said[0], q.said[0]);
+        let e = filler.fill_now(&into, uses.clone(), false).unwrap_err();
+        assert_eq!(e.kind(), ErrorKind::TargetGone, "{e}");
+        let _ = filler.fill(&into, uses, false).unwrap();
+        drop(filler);
     }
 }

@@ -89,6 +89,12 @@ pub(super) const PROGRAMS: &[Program] = &[
         merge_any,
     ),
     Program::new(
+        "filled",
+        "some MiB each of memory that is read-only, locked, used here and there, beside huge pages: \
+         contents, and what is not used stays unused",
+        filled,
+    ),
+    Program::new(
         "huge_pages",
         "transparent huge pages, whole and in part",
         huge_pages,
@@ -589,6 +595,56 @@ fn merge_any(cx: &Cx) {
 }
 
 const HUGE: usize = 2 << 20;
+
+fn filled(cx: &Cx) {
+    let sizes = [4 << 20, 4 << 20, 12 << 20];
+    let [read_only, locked, holes] = sizes.map(Region::anon);
+    let place = Region::anon(5 * HUGE);
+    // Two huge pages, and a third of which only a part is used.
+    let huge = place.part(place.addr.next_multiple_of(HUGE) - place.addr, 3 * HUGE);
+    read_only.fill(1);
+    read_only.protect(libc::PROT_READ).unwrap();
+    locked.fill(2);
+    let lock = os::syscall(libc::SYS_mlock, [locked.addr, locked.len, 0, 0, 0, 0]);
+    let used = |i: &usize| i.is_multiple_of(3 * PAGE);
+    for at in (0..holes.len).step_by(PAGE).filter(used) {
+        holes.part(at, PAGE).fill(at as u64);
+    }
+    huge.advise(libc::MADV_NOHUGEPAGE).unwrap();
+    huge.part(2 * HUGE, 7 * PAGE).fill(5);
+    huge.advise(libc::MADV_HUGEPAGE).unwrap();
+    huge.part(0, 2 * HUGE).fill(6);
+    let regions = [read_only, locked, holes, huge];
+    let was = regions.map(|r| r.pages_held());
+    cx.ready(|| flip(&locked, 2_222_222));
+    let now = regions.map(|r| r.pages_held());
+    cx.same("pages held", &now[..3], &was[..3]);
+    // khugepaged may have made a huge page of the part.
+    cx.between(
+        "pages held of the huge ones",
+        now[3],
+        was[3],
+        3 * HUGE / PAGE,
+    );
+    cx.try_part("read-only", || read_only.verify(1));
+    cx.try_part("locked", || locked.verify(2));
+    for at in (0..holes.len).step_by(PAGE) {
+        let page = holes.part(at, PAGE);
+        let what = format!("the page at {at:#x}");
+        cx.try_part(&what, || match used(&at) {
+            true => page.verify(at as u64),
+            false => page.verify_zero(),
+        });
+    }
+    cx.try_part("part of a huge page", || {
+        huge.part(2 * HUGE, 7 * PAGE).verify(5)
+    });
+    cx.try_part("huge pages", || huge.part(0, 2 * HUGE).verify(6));
+    if lock.is_ok() {
+        let unlocked = os::syscall(libc::SYS_munlock, [locked.addr, locked.len, 0, 0, 0, 0]);
+        cx.same("munlock", unlocked.is_ok(), true);
+    }
+}
 
 fn huge_pages(cx: &Cx) {
     let place = Region::anon(10 * HUGE);

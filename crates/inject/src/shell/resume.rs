@@ -399,22 +399,59 @@ impl Shells<'_> {
     }
 
     /// Unmaps the region from every address space, through a syscall
-    /// instruction that is not in it.
+    /// instruction that is not in it: in all of them at the same time, so that
+    /// a wake-up on another CPU costs once and not for each.
     fn unmap_all(&self, finals: &[Final], these: &[usize]) -> Result<()> {
         let mut spaces: BTreeMap<usize, Vec<&Final>> = BTreeMap::new();
         for f in these.iter().map(|&i| &finals[i]) {
             spaces.entry(self.process(f.task).mm).or_default().push(f);
         }
+        let region = self.region();
+        let mut leaving: Vec<Leaving> = Vec::with_capacity(spaces.len());
         for users in spaces.values() {
             // A task with an interrupted call makes no other if it can be helped.
             let first = users.iter().find(|f| f.interrupt.is_none());
             let by = first.unwrap_or(&users[0]);
-            self.unmap(by, users).on_task(self.tid(by.task).0)?;
+            let way = self.way_out(by, users).on_task(self.tid(by.task).0)?;
+            let args = [region.start, region.end - region.start];
+            self.aim(by.task, way.at(), libc::SYS_munmap, args)?;
+            ptrace::syscall(self.tid(by.task), 0)?;
+            leaving.push(Leaving { task: by.task, way });
+        }
+        for l in &leaving {
+            let tid = self.tid(l.task);
+            self.tracer.await_syscall_stop(tid, self.end())?;
+            match ptrace::get_syscall_info(tid)? {
+                SyscallInfo::Entry { nr, .. } if nr == libc::SYS_munmap as u64 => {}
+                other => {
+                    let message = format!("not at the entry of munmap: {other:?}");
+                    return Err(Error::bug(message).on_task(tid.0));
+                }
+            }
+            ptrace::syscall(tid, 0)?;
+        }
+        for l in &leaving {
+            let tid = self.tid(l.task);
+            self.tracer.await_syscall_stop(tid, self.end())?;
+            let result = match ptrace::get_syscall_info(tid)? {
+                SyscallInfo::Exit { result } => result,
+                other => {
+                    let message = format!("not at the exit of munmap: {other:?}");
+                    return Err(Error::bug(message).on_task(tid.0));
+                }
+            };
+            if let Instruction::Poked(poked) = &l.way {
+                poked.undo(&self.mem(l.task)?)?;
+            }
+            if result != 0 {
+                return Err(Error::syscall("munmap(region)", -result as i32).on_task(tid.0));
+            }
         }
         Ok(())
     }
 
-    fn unmap(&self, by: &Final, users: &[&Final]) -> Result<()> {
+    /// The instruction by which a process leaves the region.
+    fn way_out(&self, by: &Final, users: &[&Final]) -> Result<Instruction> {
         let mem = self.mem(by.task)?;
         let region = self.region();
         for f in users {
@@ -423,23 +460,10 @@ impl Shells<'_> {
                 return Err(Error::bug(message).on_task(self.tid(f.task).0));
             }
         }
-        let there = match self.syscall_instruction(&mem, by, users)? {
+        Ok(match self.syscall_instruction(&mem, by, users)? {
             Some(at) => Instruction::Found(at),
             None => Instruction::Poked(Poked::new(&mem, by.regs.rip)?),
-        };
-        let result = self.syscall_at(
-            by.task,
-            there.at(),
-            libc::SYS_munmap,
-            [region.start, region.end - region.start],
-        );
-        if let Instruction::Poked(poked) = &there {
-            poked.undo(&mem)?;
-        }
-        match result? {
-            0 => Ok(()),
-            errno => Err(Error::syscall("munmap(region)", -errno as i32)),
-        }
+        })
     }
 
     /// A `syscall` instruction in executable memory of the process: one it was
@@ -467,9 +491,8 @@ impl Shells<'_> {
         Ok(None)
     }
 
-    /// Lets a stopped task make one syscall at an instruction of its own;
-    /// leaves it stopped at the call's exit.
-    fn syscall_at(&self, task: TaskId, at: u64, nr: i64, args: [u64; 2]) -> Result<i64> {
+    /// Sets the registers of a stopped task for one syscall at an instruction of its own.
+    fn aim(&self, task: TaskId, at: u64, nr: i64, args: [u64; 2]) -> Result<()> {
         let tid = self.tid(task);
         let mut regs = ptrace::getregs(tid)?;
         regs.rip = at;
@@ -477,19 +500,14 @@ impl Shells<'_> {
         regs.orig_rax = u64::MAX;
         regs.rdi = args[0];
         regs.rsi = args[1];
-        ptrace::setregs(tid, &regs)?;
-        let end = self.end();
-        self.tracer.to_syscall_stop(tid, end)?;
-        match ptrace::get_syscall_info(tid)? {
-            SyscallInfo::Entry { nr: seen, .. } if seen == nr as u64 => {}
-            other => return Err(Error::bug(format!("not at the entry of {nr}: {other:?}"))),
-        }
-        self.tracer.to_syscall_stop(tid, end)?;
-        match ptrace::get_syscall_info(tid)? {
-            SyscallInfo::Exit { result } => Ok(result),
-            other => Err(Error::bug(format!("not at the exit of {nr}: {other:?}"))),
-        }
+        ptrace::setregs(tid, &regs)
     }
+}
+
+/// A process on its way out of the region.
+struct Leaving {
+    task: TaskId,
+    way: Instruction,
 }
 
 const SYSCALL: [u8; 2] = [0x0f, 0x05];

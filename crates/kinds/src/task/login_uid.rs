@@ -5,6 +5,8 @@
 //! changes, and only where it differs from the restorer's. Without the right it stays the
 //! restorer's, with a warning.
 
+use std::cell::Cell;
+
 use freezeframe_error::Result;
 use freezeframe_image::{RawRecord, Tag};
 use freezeframe_inject::{Arg, Batch, Replies};
@@ -40,6 +42,24 @@ struct Record {
 /// The bit of `CAP_AUDIT_CONTROL`.
 const CAP_AUDIT_CONTROL: u64 = 1 << 30;
 
+thread_local! {
+    /// The process last asked for, and the login UID its threads are made with.
+    static NOW: Cell<(i32, Option<u32>)> = const { Cell::new((0, None)) };
+}
+
+/// The login UID of a task being restored, before its batch runs: its threads
+/// have it from the leader, so it is read once per process.
+fn now(task: &RestoreTask<'_>) -> Result<Option<u32>> {
+    let pid = task.pid.0;
+    let (of, now) = NOW.get();
+    if of == pid && !task.leader {
+        return Ok(now);
+    }
+    let now = ProcDir::open(task.pid)?.task(task.tid)?.loginuid()?;
+    NOW.set((pid, now));
+    Ok(now)
+}
+
 impl TaskKind for LoginUid {
     fn about(&self) -> &'static About {
         &ABOUT
@@ -67,11 +87,11 @@ impl TaskKind for LoginUid {
     }
     fn restore(&self, task: &mut RestoreTask<'_>, record: &RawRecord) -> Result<()> {
         let record: Record = ABOUT.decode(record)?;
-        let dir = ProcDir::open(task.pid)?.task(task.tid)?;
-        let now = dir.loginuid()?;
+        let now = now(task)?;
         if now == Some(record.uid) {
             return Ok(());
         }
+        let dir = ProcDir::open(task.pid)?.task(task.tid)?;
         if now.is_none() || dir.status()?.cap_eff & CAP_AUDIT_CONTROL == 0 {
             if task.leader {
                 let why = if now.is_none() {
