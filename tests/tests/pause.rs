@@ -89,6 +89,67 @@ fn pause_of_a_process_of_1_mib() -> Done {
     pause.and(command)
 }
 
+/// The pause of `--live` beside a bare fork() of the same process by itself, in turns. `FF_LIVE_MIB` sets the size: the
+/// goal of 1.3 forks and 3 ms is for 1024 and 4096.
+#[test]
+fn pause_of_a_live_dump() -> Done {
+    const PAIRS: usize = 7;
+    let mib: usize = std::env::var("FF_LIVE_MIB")
+        .ok()
+        .and_then(|n| n.parse().ok())
+        .unwrap_or(128);
+    let scene = Scene::new()?;
+    let (program, target, before) = scene.start_sized("scale::gaps", mib << 10)?;
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(scene.path("gaps"))
+        .map_err(|e| e.to_string())?;
+    let word = |at: u64| -> Result<u64, String> {
+        let mut bytes = [0u8; 8];
+        file.read_exact_at(&mut bytes, at)
+            .map_err(|e| e.to_string())?;
+        Ok(u64::from_le_bytes(bytes))
+    };
+    let set = |at: u64, n: u64| {
+        file.write_all_at(&n.to_le_bytes(), at)
+            .map_err(|e| e.to_string())
+    };
+    let gone_on = |more: u64| {
+        let before = word(8)?;
+        let went = || Ok(word(8)? >= before + more);
+        scene.await_that("its clock readings", went, Some(&target))
+    };
+    let (mut pauses, mut forks) = (Vec::new(), Vec::new());
+    for _ in 0..PAIRS {
+        set(24, 0)?;
+        set(16, 1)?;
+        scene.await_that("its fork", || Ok(word(24)? != 0), Some(&target))?;
+        forks.push(Duration::from_nanos(word(24)?));
+        gone_on(3)?;
+        set(0, 0)?;
+        let outcome = scene
+            .dump_pid(target.pid, "img", &["--live"])?
+            .must_exit(0)?;
+        if outcome.stderr.contains("no live dump") {
+            return Err(outcome.told());
+        }
+        gone_on(1)?;
+        pauses.push(Duration::from_nanos(word(0)?));
+        while nix::sys::wait::waitpid(None, Some(nix::sys::wait::WaitPidFlag::WNOHANG))
+            .is_ok_and(|s| s != nix::sys::wait::WaitStatus::StillAlive)
+        {}
+    }
+    let fork = median(forks);
+    println!("{mib} MiB: a bare fork takes {fork:?}");
+    let goal = fork.mul_f64(1.3) + Duration::from_millis(3);
+    println!("the goal is {goal:?}");
+    // The fork runs on a CPU that the others of a shared machine want, too.
+    let pause = below("pause of dump --live", pauses, 3 * goal);
+    scene.finish(target, &program, &before, Mode::Alone)?;
+    pause
+}
+
 #[test]
 fn restore_of_a_process_of_1_mib() -> Done {
     let scene = Scene::new()?;
