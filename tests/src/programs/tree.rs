@@ -776,12 +776,16 @@ fn vfork(cx: &Cx) {
         );
     });
     cx.await_ready("waiter");
-    cx.until(|| os::state_of(waiter) == 'D');
+    let child = || {
+        fs::read_to_string(format!("/proc/{waiter}/task/{waiter}/children"))
+            .ok()
+            .and_then(|text| text.trim().parse().ok())
+    };
+    // The child shows another mask while it waits for the signal.
+    cx.until(|| os::state_of(waiter) == 'D' && child().is_some_and(|pid| os::state_of(pid) == 'S'));
     // The child of the suspended process ends when its own child list is asked to: by a signal.
     cx.ready(|| os::kill(waiter, libc::SIGKILL));
-    let text =
-        fs::read_to_string(format!("/proc/{waiter}/task/{waiter}/children")).unwrap_or_default();
-    if let Ok(pid) = text.trim().parse() {
+    if let Some(pid) = child() {
         os::kill(pid, libc::SIGUSR1);
     }
     cx.join("waiter", waiter);
