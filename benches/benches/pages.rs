@@ -39,14 +39,18 @@ fn noise(len: usize) -> Vec<u8> {
     out
 }
 
-/// Text: this crate's sources, over and over, each time from another place.
+/// Text: the words of a source file in random order.
 fn text(len: usize) -> Vec<u8> {
-    let source = include_bytes!("../../crates/pages/src/dump.rs");
-    let mut out = Vec::with_capacity(len + source.len());
-    let mut from = 0;
+    let source = include_str!("../../crates/pages/src/dump.rs");
+    let words: Vec<&str> = source.split_inclusive(' ').filter(|w| *w != " ").collect();
+    let mut out = Vec::with_capacity(len);
+    let mut dice = noise(len);
     while out.len() < len {
-        out.extend_from_slice(&source[from..]);
-        from = (from + 7919) % source.len();
+        let [a, b, ..] = dice.split_off(dice.len() - 2)[..] else {
+            break;
+        };
+        let word = usize::from(u16::from_le_bytes([a, b])) % words.len();
+        out.extend_from_slice(words[word].as_bytes());
     }
     out.truncate(len);
     out
@@ -87,7 +91,9 @@ fn scan(c: &mut Criterion) {
 fn classify(c: &mut Criterion) {
     let mut group = c.benchmark_group("zero test");
     for (what, len) in [("in cache", CHUNK), ("from memory", LARGE)] {
-        let zeros = vec![0; len];
+        // Written to: else all of it is the kernel's one page of zeros.
+        let mut zeros = vec![1; len];
+        zeros.fill(0);
         let mut copy = vec![1; len];
         group.throughput(Throughput::Bytes(len as u64));
         group.bench_function(format!("zeros {what}"), |b| {

@@ -157,6 +157,7 @@ pub(crate) fn same_contents(
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 
@@ -180,6 +181,22 @@ mod tests {
         ] {
             assert_eq!(sharing(own, other), expected, "{own:x} {other:x}");
         }
+    }
+
+    /// One byte makes a difference, and only pages that may be the same are looked at.
+    #[test]
+    fn contents_decide() {
+        let page = PAGE as usize;
+        let mut theirs = crate::buffer::Buffer::new(4 * page).unwrap();
+        theirs.as_mut().fill(7);
+        let addr = theirs.as_mut().as_ptr() as u64;
+        let mut ours = vec![7; 4 * page];
+        ours[2 * page - 1] = 8;
+        let this = Source::open(freezeframe_sys::Pid::this()).unwrap();
+        let pieces = [(addr, page), (addr + PAGE, 3 * page)];
+        let maybe = [true, true, false, true];
+        let same = same_contents(&this, &pieces, &maybe, &ours, &mut Vec::new()).unwrap();
+        assert_eq!(same, [true, false, false, true]);
     }
 
     #[test]

@@ -38,6 +38,9 @@ pub struct PageOptions {
     pub waiting: usize,
     /// How many of them are made ready at once, because they will be needed.
     pub ready: usize,
+    /// Whether frame numbers may prove that pages are shared since a fork; if
+    /// not, all that may be is read and compared.
+    pub believe_frames: bool,
     /// How many threads read and store, at most; 0 for one per CPU.
     pub threads: usize,
 }
@@ -51,6 +54,7 @@ impl Default for PageOptions {
             direct: false,
             waiting: 32 << 20,
             ready: 0,
+            believe_frames: true,
             threads: 0,
         }
     }
@@ -436,7 +440,8 @@ impl PageDumper {
         let unmoved = before
             .iter()
             .all(|(at, entries)| after.get(at).is_some_and(|a| a.is_as(entries)));
-        Ok((compared, unmoved && watch.is_quiet()))
+        let proven = self.options.believe_frames && unmoved && watch.is_quiet();
+        Ok((compared, proven))
     }
 
     /// The entries of those that others are compared with.

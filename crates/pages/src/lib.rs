@@ -29,6 +29,7 @@ mod cow;
 mod dump;
 mod fill;
 mod index;
+mod ledger;
 mod reader;
 mod sink;
 mod source;
@@ -42,6 +43,7 @@ pub use index::{
     Block, Extent, MAX_BLOCK_PAGES, MAX_EXTENT_PAGES, PAGE_BLOCKS, PAGE_INDEX, PageBlocks,
     PageIndex, PageStats, Range, What,
 };
+pub use ledger::Ledger;
 pub use reader::{Delta, PageReader, Part, Piece, Place, Use, uses, zeros};
 pub use source::Source;
 pub use zero::is_zero;

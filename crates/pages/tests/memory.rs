@@ -294,12 +294,12 @@ wait(); os.close(w2); os.waitpid(pid, 0); sys.exit(0)";
 
 #[test]
 fn pages_shared_since_a_fork_are_stored_once() {
-    for hurry in [false, true] {
-        shared_since_a_fork(hurry);
+    for (hurry, believe_frames) in [(false, true), (true, false), (true, true), (false, false)] {
+        shared_since_a_fork(hurry, believe_frames);
     }
 }
 
-fn shared_since_a_fork(hurry: bool) {
+fn shared_since_a_fork(hurry: bool, believe_frames: bool) {
     let p = Program::run(FORKED);
     let (a, child) = (p.said[0], Pid(p.said[1] as i32));
     let all = range(a, 200);
@@ -309,7 +309,11 @@ fn shared_since_a_fork(hurry: bool) {
         (of(&parent_source), of(&child_source))
     };
     let before = entries();
-    let (dir, stats) = image(PageOptions::default(), hurry, |dumper| {
+    let options = PageOptions {
+        believe_frames,
+        ..PageOptions::default()
+    };
+    let (dir, stats) = image(options, hurry, |dumper| {
         let mut add = |source: &Arc<Source>, mm, relative| {
             let ranges = std::slice::from_ref(&all);
             let source = Arc::clone(source);
@@ -367,6 +371,31 @@ fn shared_since_a_fork(hurry: bool) {
     apply(&reader, &[], &delta.drop, a, &mut childs);
     assert!(childs == memory(child, all.clone()));
     assert_eq!(reader.delta(3, 2, all).unwrap(), Delta::default());
+}
+
+/// A relative added in parts, as a live dump does: compared with the last.
+#[test]
+fn a_relative_in_two_parts() {
+    let p = Program::run(FORKED);
+    let (a, child) = (p.said[0], Pid(p.said[1] as i32));
+    let (other, shared) = (range(a + 50 * PAGE, 20), range(a, 10));
+    let (dir, stats) = image(options(1 << 20), true, |dumper| {
+        let mut add = |pid, mm, part: &Range, relative| {
+            let ranges = std::slice::from_ref(part);
+            dumper.add_private(open(pid), mm, ranges, relative).unwrap();
+        };
+        add(p.pid(), 1, &other, None);
+        add(p.pid(), 1, &shared, None);
+        add(child, 2, &shared, Some(1));
+    });
+    assert_eq!((stats.stored, stats.same), (30 * PAGE, 10 * PAGE));
+    let after = restored(
+        &reader(&dir),
+        2,
+        shared.clone(),
+        vec![0; 10 * PAGE as usize],
+    );
+    assert!(after == memory(child, shared));
 }
 
 #[test]
@@ -753,6 +782,13 @@ f = os.memfd_create('m'); os.pwrite(f, ctypes.string_at(a, 20 * P), 0); say(a, f
         assert_eq!(stats.duplicate, stats.stored - 100 * PAGE);
         assert_eq!(stats.written, 100 * PAGE);
         let reader = reader(&dir);
+        // What is stored is counted once, and all that was written is counted.
+        let mut ledger = Ledger::new(&reader);
+        let counts = [1, 2, 3].map(|mm| ledger.count(mm, 0..u64::MAX));
+        assert_eq!(counts[0].duplicate, 200 * PAGE);
+        assert_eq!(counts[1].duplicate, 300 * PAGE);
+        assert_eq!(counts[2].duplicate, 20 * PAGE);
+        assert_eq!(counts.map(|c| c.written), [stats.written, 0, 0]);
         for (mm, p, r) in [(1, &p, &a), (2, &q, &b)] {
             let after = restored(&reader, mm, r.clone(), vec![0; 400 * PAGE as usize]);
             assert!(after == memory(p.pid(), r.clone()));

@@ -1,6 +1,7 @@
 //! `inspect`: what is in an image, as a tree for people or JSON for machines.
 //! Reads only; an image from anybody may be looked at.
 
+mod composition;
 mod json;
 mod tree;
 

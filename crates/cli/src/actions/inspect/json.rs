@@ -5,7 +5,7 @@ use freezeframe_kinds::model::{Life, Process, Vma};
 use freezeframe_kinds::{FileId, registry};
 use serde_json::{Map, Value, json};
 
-use super::Shown;
+use super::{Shown, composition};
 
 /// The whole image, but for its pages.
 pub(super) fn value(shown: &Shown) -> Result<Value> {
@@ -28,6 +28,7 @@ pub(super) fn value(shown: &Shown) -> Result<Value> {
             "same": total.same,
             "parent": total.parent,
         },
+        "composition": composition::value(&composition::parts(shown)),
         "root": tree.root,
         "shell_job": tree.shell_job,
         "processes": loaded.procs.iter().map(|p| process(shown, p)).collect::<Result<Vec<_>>>()?,

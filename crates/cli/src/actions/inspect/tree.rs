@@ -8,7 +8,7 @@ use freezeframe_kinds::model::{Life, OpenFile, Process, Vma};
 use freezeframe_kinds::registry;
 use freezeframe_pages::PageStats;
 
-use super::Shown;
+use super::{Shown, composition};
 use crate::outcome;
 use crate::table::{lines, shown as clean};
 use crate::words::{bytes, count};
@@ -16,6 +16,11 @@ use crate::words::{bytes, count};
 /// Prints it; with `all`, every VMA and every attribute.
 pub(super) fn print(image: &Shown, all: bool) -> Result<()> {
     let mut out = header(image);
+    let composition = composition::table(&composition::parts(image), all);
+    if !composition.is_empty() {
+        out.extend(composition);
+        out.push(String::new());
+    }
     processes(image, all, &mut out)?;
     let mut text = out.join("\n");
     text.push('\n');
