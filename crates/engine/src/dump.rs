@@ -6,7 +6,7 @@ mod memory;
 mod seen;
 mod tasks;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -483,12 +483,12 @@ fn describe(frozen: &Frozen, request: &DumpRequest) -> Result<Vec<Process>> {
 
 /// Which thread made a process, of those that a first thread did not make.
 fn makers(frozen: &Frozen) -> Result<HashMap<i32, i32>> {
+    let parents: HashSet<i32> = frozen.procs.iter().map(|p| p.stat.ppid).collect();
     let mut makers = HashMap::new();
-    for task in frozen
-        .tasks
-        .iter()
-        .filter(|t| t.tid != frozen.procs[t.proc].pid.leader())
-    {
+    for task in frozen.tasks.iter().filter(|t| {
+        let pid = frozen.procs[t.proc].pid;
+        t.tid != pid.leader() && parents.contains(&pid.0)
+    }) {
         let text = task.dir.read("children").on_task(task.tid.0)?;
         let children = freezeframe_sys::proc::parse::children(&text)?;
         makers.extend(children.into_iter().map(|child| (child.0, task.tid.0)));

@@ -24,7 +24,7 @@ use freezeframe_sys::ptrace::Options;
 
 use crate::dump::DumpRequest;
 use crate::events::Events;
-use crate::{log, tree};
+use crate::{log, parallel, tree};
 
 /// A frozen thread.
 #[derive(Debug)]
@@ -74,6 +74,8 @@ struct Held {
     before: BeforeStop,
 }
 
+/// From so many threads on a process's children are asked for once they are stopped.
+const MANY: usize = 16;
 /// Rounds after which a tree that goes on growing is given up.
 const MAX_ROUNDS: usize = 1000;
 
@@ -158,7 +160,16 @@ fn discover(
             } else {
                 process.dir.tasks()?
             };
-            Ok((stat, threads, process.dir.children()?))
+            // Each thread is asked for its children: those of many not while they run on
+            // and make others, when there is a next round anyway.
+            let runs = |t: &Tid| !(held.contains_key(t) || stat.is_zombie() && *t == pid.leader());
+            let later = threads.len() > MANY && threads.iter().any(runs);
+            let children = if later {
+                Vec::new()
+            } else {
+                process.dir.children()?
+            };
+            Ok((stat, threads, children))
         })();
         let (stat, threads, children) = match looked {
             Ok(found) => found,
@@ -320,13 +331,17 @@ fn details(
             )
             .on_task(pid.0));
         }
-        for &tid in &tids {
+        let looked = parallel::map(&tids, |&tid| -> Result<_> {
+            let dir = dir.task(tid)?;
+            let status = dir.status().on_task(tid.0)?;
+            Ok((dir, status))
+        });
+        for (&tid, looked) in tids.iter().zip(looked) {
             let task = held.remove(&tid).ok_or_else(|| {
                 Error::new(Kind::TargetChanged, "a thread that was not there before").on_task(tid.0)
             })?;
             debug_assert_eq!(task.pid, pid);
-            let dir = dir.task(tid)?;
-            let status = dir.status().on_task(tid.0)?;
+            let (dir, status) = looked?;
             tasks.push(Task {
                 proc: procs.len(),
                 tid,

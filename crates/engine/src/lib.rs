@@ -12,6 +12,7 @@
 pub mod dump;
 pub mod events;
 pub mod freeze;
+mod parallel;
 pub mod restore;
 pub mod tree;
 mod vdso;

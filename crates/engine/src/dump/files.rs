@@ -12,6 +12,8 @@ use freezeframe_sys::ids::Pid;
 use freezeframe_sys::kcmp::{self, KcmpType};
 use freezeframe_sys::proc::FdInfo;
 
+use crate::parallel;
+
 /// One descriptor as found.
 struct Seen {
     pid: Pid,
@@ -28,27 +30,30 @@ pub(super) fn collect(
     cx: &mut DumpCx<'_>,
     blockers: &mut Vec<Error>,
 ) -> Result<BTreeMap<i32, FdTable>> {
-    let mut seen = Vec::new();
+    let mut places = Vec::new();
     for (index, proc) in cx
         .procs
         .iter()
         .enumerate()
         .filter(|(_, p)| !p.tids.is_empty())
     {
-        for number in proc.dir.fds().on_task(proc.pid.0)? {
-            let look = || -> Result<Seen> {
-                Ok(Seen {
-                    pid: proc.pid,
-                    proc: index,
-                    fd: number,
-                    link: proc.dir.fd_link(number)?,
-                    stat: stat_fd(proc, number)?,
-                    info: proc.dir.fdinfo(number)?,
-                })
-            };
-            seen.push(look().map_err(|e| e.on(format!("fd {number}")).on_task(proc.pid.0))?);
-        }
+        let fds = proc.dir.fds().on_task(proc.pid.0)?;
+        places.extend(fds.into_iter().map(|fd| (index, proc, fd)));
     }
+    let looked = parallel::map(&places, |&(index, proc, number)| {
+        let look = || -> Result<Seen> {
+            Ok(Seen {
+                pid: proc.pid,
+                proc: index,
+                fd: number,
+                link: proc.dir.fd_link(number)?,
+                stat: stat_fd(proc, number)?,
+                info: proc.dir.fdinfo(number)?,
+            })
+        };
+        look().map_err(|e| e.on(format!("fd {number}")).on_task(proc.pid.0))
+    });
+    let seen: Vec<Seen> = looked.into_iter().collect::<Result<_>>()?;
     let ids = identify(&seen)?;
 
     let mut tables: BTreeMap<i32, FdTable> = BTreeMap::new();

@@ -8,7 +8,7 @@ use freezeframe_error::{Error, Kind, Result, ResultExt};
 use freezeframe_image::ImageWriter;
 use freezeframe_inject::fork::Fork;
 use freezeframe_kinds::model::{Contents, Mm, OBJECT_INDEX, Process, Vma};
-use freezeframe_kinds::{DumpCx, VmaView, mem, registry};
+use freezeframe_kinds::{DumpCx, ProcView, VmaView, mem, registry};
 use freezeframe_pages::{PAGE, PageDumper, Source};
 use freezeframe_sys::ids::Pid;
 use freezeframe_sys::proc::{ProcDir, Smap, VmFlags};
@@ -17,6 +17,7 @@ use super::live::fork_of;
 use super::seen::Seen;
 use super::{After, DumpReport, DumpRequest};
 use crate::events::Events;
+use crate::parallel;
 
 /// Reads the VMAs of every process; each is claimed and described by its kind.
 /// The result's keys are mm ids.
@@ -25,10 +26,13 @@ pub(super) fn collect(
     seen: &Seen,
     blockers: &mut Vec<Error>,
 ) -> Result<BTreeMap<u64, Mm>> {
+    let procs = cx.procs.iter().filter(|p| !p.tids.is_empty());
+    let procs: Vec<&ProcView> = procs.collect();
+    let smaps = parallel::map_large(&procs, |proc| seen.smaps(proc).on_task(proc.pid.0));
     let mut spaces = BTreeMap::new();
-    for proc in cx.procs.iter().filter(|p| !p.tids.is_empty()) {
+    for (proc, smaps) in procs.into_iter().zip(smaps) {
         let mut space = Mm::default();
-        for smap in seen.smaps(proc).on_task(proc.pid.0)? {
+        for smap in smaps? {
             let view = VmaView {
                 proc,
                 map: &smap.map,

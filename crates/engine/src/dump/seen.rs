@@ -6,8 +6,8 @@
 //! is (maps walks nothing), and once it runs on the smaps of the fork, which has
 //! the flags of that instant, say whether what was thought was true.
 
-use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use freezeframe_error::{Error, Kind, Result, ResultExt};
 use freezeframe_kinds::ProcView;
@@ -33,7 +33,7 @@ const TELLING_SHARED: VmFlags = VmFlags::MAY_WRITE.union(VmFlags::NO_RESERVE);
 pub(super) struct Seen {
     before: HashMap<Pid, BTreeMap<u64, Smap>>,
     /// Whose flags are still to be confirmed.
-    guessed: RefCell<HashSet<Pid>>,
+    guessed: Mutex<HashSet<Pid>>,
 }
 
 impl Seen {
@@ -57,6 +57,10 @@ impl Seen {
         seen
     }
 
+    fn guessed(&self) -> MutexGuard<'_, HashSet<Pid>> {
+        self.guessed.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// The VMAs of a stopped process; the flags of a large one are yet to be
     /// confirmed.
     pub(super) fn smaps(&self, proc: &ProcView) -> Result<Vec<Smap>> {
@@ -66,7 +70,7 @@ impl Seen {
             let maps = proc.dir.maps()?;
             let all: Option<Vec<Smap>> = maps.into_iter().map(|m| guess(before, m)).collect();
             if let Some(all) = all {
-                self.guessed.borrow_mut().insert(proc.pid);
+                self.guessed().insert(proc.pid);
                 return Ok(all);
             }
         }
@@ -80,7 +84,7 @@ impl Seen {
     /// [`Kind::TargetChanged`] if it was not so; all the rest of the dump may
     /// be wrong then.
     pub(super) fn confirm(&self, of: Pid, shown_by: &ProcDir, space: &mut Mm) -> Result<()> {
-        if !self.guessed.borrow().contains(&of) {
+        if !self.guessed().contains(&of) {
             return Ok(());
         }
         let shown = shown_by.smaps().on_task(of.0)?;
