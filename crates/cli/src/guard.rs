@@ -20,6 +20,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use freezeframe::{Error, Result, Target};
+use freezeframe_sys::fd::raise_nofile;
 use freezeframe_sys::process::{Forked, fork_single_threaded};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -142,6 +143,8 @@ pub(crate) fn in_child(work: impl FnOnce(Link) -> i32) -> Result<Ended> {
                 .into_iter()
                 .collect();
             let _ = stops.thread_swap_mask(SigmaskHow::SIG_BLOCK);
+            // A large tree takes many; a restored one gets its own limits back.
+            let _ = raise_nofile();
             let code = work(Link::new(Way::Child(theirs)));
             std::process::exit(code);
         }
@@ -162,6 +165,7 @@ pub(crate) fn here(work: impl FnOnce(Link) -> i32) -> Result<Ended> {
         .map_err(|e| early("sigprocmask", e))?;
     let fd = SignalFd::with_flags(&signals(), SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
         .map_err(|e| early("signalfd", e))?;
+    let _ = raise_nofile();
     let code = work(Link::new(Way::Direct(fd)));
     let _ = before.thread_swap_mask(SigmaskHow::SIG_SETMASK);
     Ok(Ended { code, root: None })

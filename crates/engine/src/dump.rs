@@ -16,9 +16,9 @@ use freezeframe_inject::fork::Fork;
 use freezeframe_kinds::model::{self, FdTable, Life, Mm, Process, Thread, Tree};
 use freezeframe_kinds::{DumpCx, DumpOptions};
 use freezeframe_pages::{PageDumper, PageOptions};
-use freezeframe_sys::clock;
 use freezeframe_sys::ids::Pid;
 use freezeframe_sys::proc::Status;
+use freezeframe_sys::{clock, fd};
 
 use self::seen::Seen;
 use crate::events::{Events, Step};
@@ -88,6 +88,9 @@ pub struct DumpReport {
     pub warnings: Vec<String>,
 }
 
+/// How many descriptors of ours there is room for without a wait.
+pub(crate) const DESCRIPTORS: u64 = 16 << 10;
+
 /// Dumps a tree. Blocks; all ptrace calls are made on this thread.
 pub fn run(request: &DumpRequest, events: &dyn Events) -> Result<DumpReport> {
     events.phase(Phase::Plan);
@@ -100,6 +103,7 @@ pub fn run(request: &DumpRequest, events: &dyn Events) -> Result<DumpReport> {
     let mut writer = ImageWriter::create(&request.images_dir, Header::new())
         .in_phase(Phase::Plan)
         .map_err(untouched)?;
+    fd::make_room(DESCRIPTORS).map_err(untouched)?;
     let mut pages = memory::prepare(request, &mut writer).map_err(untouched)?;
     let mut host = Host::read().in_phase(Phase::Plan).map_err(untouched)?;
     events.step(Step::PreDump).map_err(untouched)?;

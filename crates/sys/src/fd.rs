@@ -23,7 +23,7 @@ use freezeframe_error::{Error, Result, ResultExt, SysExt};
 use nix::fcntl::{FcntlArg, FdFlag, OFlag, SealFlag};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use std::ffi::CStr;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 
 /// What the kernel tells of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
@@ -321,6 +321,28 @@ pub fn raise_nofile() -> Result<u64> {
         setrlimit(Resource::RLIMIT_NOFILE, hard, hard).sys("setrlimit")?;
     }
     Ok(hard)
+}
+
+/// Makes our table of descriptors long enough for `n` of them, as far as the
+/// limit allows. Where threads share it, as ours do, each doubling waits until all
+/// CPUs have passed through the scheduler: 10 ms and more, which no target
+/// should stand still for.
+pub fn make_room(n: u64) -> Result<()> {
+    let (soft, _) = getrlimit(Resource::RLIMIT_NOFILE).sys("getrlimit")?;
+    let Some(last) = n.min(soft).checked_sub(1) else {
+        return Ok(());
+    };
+    let null = std::fs::File::open("/dev/null").map_err(|e| Error::io("open", e))?;
+    match nix::fcntl::fcntl(&null, FcntlArg::F_DUPFD_CLOEXEC(last as i32)) {
+        Ok(fd) => {
+            // SAFETY: it was made just now, for us.
+            drop(unsafe { OwnedFd::from_raw_fd(fd) });
+            Ok(())
+        }
+        // The last one is taken: then the table is that long.
+        Err(nix::errno::Errno::EMFILE) => Ok(()),
+        Err(errno) => Err(errno).sys("fcntl(F_DUPFD_CLOEXEC)"),
+    }
 }
 
 #[cfg(test)]

@@ -87,6 +87,18 @@ fn flags_owner_signal_seals_position() {
     let file = File::open("/proc/self/exe").unwrap();
     assert_eq!(lease(&file).unwrap(), libc::F_UNLCK);
     assert!(raise_nofile().unwrap() >= 500);
+    let fds = || std::fs::read_dir("/proc/self/fd").unwrap().count();
+    let before = fds();
+    make_room(300).unwrap();
+    make_room(0).unwrap();
+    make_room(u64::MAX).unwrap();
+    assert_eq!(fds(), before);
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let size = status.lines().find_map(|l| l.strip_prefix("FDSize:"));
+    assert!(
+        size.unwrap().trim().parse::<u64>().unwrap() >= 300,
+        "{size:?}"
+    );
 }
 
 #[test]
