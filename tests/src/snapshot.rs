@@ -251,8 +251,18 @@ impl Snapshot {
                     "eventfd-id" => {}
                     // Runs on.
                     "it_value" => {}
+                    // In no order; all but the number in front, and the inode where that is made anew.
+                    "lock" => {
+                        let words = value.split(' ').enumerate();
+                        let kept = words.filter(|(i, _)| *i != 0 && !(remade && *i == 5));
+                        let words: Vec<&str> = kept.map(|(_, word)| word).collect();
+                        lists.entry("locks").or_default().insert(words.join(" "));
+                    }
                     // An epoll target or an inotify watch: several lines of one name, in no order.
-                    _ if name.starts_with("tfd") || name.starts_with("inotify") => {
+                    _ if ["tfd", "inotify", "fanotify"]
+                        .iter()
+                        .any(|n| name.starts_with(n)) =>
+                    {
                         let whole = if remade {
                             drop_inodes(line)
                         } else {

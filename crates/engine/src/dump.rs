@@ -14,7 +14,7 @@ use freezeframe_error::{Error, Kind, Phase, Result, ResultExt, Target};
 use freezeframe_image::{Header, ImageWriter, RawRecord};
 use freezeframe_inject::fork::Fork;
 use freezeframe_kinds::model::{self, FdTable, Life, Mm, Process, Thread, Tree};
-use freezeframe_kinds::{DumpCx, DumpOptions};
+use freezeframe_kinds::{DumpCx, DumpOptions, Made};
 use freezeframe_pages::{PageDumper, PageOptions};
 use freezeframe_sys::ids::Pid;
 use freezeframe_sys::proc::Status;
@@ -213,10 +213,12 @@ fn commit(
 ) -> Result<()> {
     memory::finish(pages, &mut writer, report).in_phase(Phase::Pages)?;
     events.phase(Phase::Commit);
-    gathered
+    let made = gathered
         .write(host, request, &mut writer)
-        .and_then(|()| writer.commit(request.sync))
-        .in_phase(Phase::Commit)
+        .in_phase(Phase::Commit)?;
+    writer.commit(request.sync).in_phase(Phase::Commit)?;
+    made.keep();
+    Ok(())
 }
 
 /// Lets the tree go on after a failure, and says so in the error.
@@ -258,6 +260,8 @@ struct Gathered {
     spaces: BTreeMap<u64, Mm>,
     tables: BTreeMap<i32, FdTable>,
     records: Vec<RawRecord>,
+    /// Goes again with what was gathered, unless the image is complete.
+    made: Made,
 }
 
 /// Asks the stopped tree everything, and stores its pages.
@@ -351,12 +355,14 @@ fn gather(
         spaces,
         tables,
         records: cx.records,
+        made: cx.made,
     })
 }
 
 impl Gathered {
-    /// Writes the records. Nothing here looks at the tree.
-    fn write(self, host: &Host, request: &DumpRequest, writer: &mut ImageWriter) -> Result<()> {
+    /// Writes the records. Nothing here looks at the tree. Gives what is to be kept
+    /// when the image is complete.
+    fn write(self, host: &Host, request: &DumpRequest, writer: &mut ImageWriter) -> Result<Made> {
         let tree = Tree {
             root: request.pid,
             shell_job: request.options.shell_job,
@@ -383,7 +389,8 @@ impl Gathered {
         for record in self.records {
             writer.record(record)?;
         }
-        writer.finish_write()
+        writer.finish_write()?;
+        Ok(self.made)
     }
 }
 

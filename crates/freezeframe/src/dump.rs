@@ -135,17 +135,18 @@ impl Dump {
         self
     }
 
-    /// Accept datagram unix sockets that are connected to a name outside the tree
-    /// (they are connected to it again), and leave out connections from outside
-    /// that wait to be accepted.
-    pub fn ext_unix_sk(mut self, yes: bool) -> Dump {
-        self.request.options.ext_unix_sk = yes;
+    /// Carry file locks (flock, POSIX, OFD) and leases. Without, a tree that holds one
+    /// is refused. They are free between a dump that ends the tree and its restore.
+    pub fn file_locks(mut self, yes: bool) -> Dump {
+        self.request.options.file_locks = yes;
         self
     }
 
-    /// The same of the socket with this inode number alone. May be said several times.
-    pub fn ext_unix_sk_inode(mut self, inode: u64) -> Dump {
-        self.request.options.ext_unix_inodes.push(inode);
+    /// Carry open files whose name was deleted while they have others: each is
+    /// linked as `link_remap.N` in the directory it was in, where it stays until the
+    /// tree is restored. Without, such a file is refused.
+    pub fn link_remap(mut self, yes: bool) -> Dump {
+        self.request.options.link_remap = yes;
         self
     }
 

@@ -67,6 +67,12 @@ impl Restore {
         self
     }
 
+    /// Take the file locks and leases of the image again. Must be as it was at the dump.
+    pub fn file_locks(mut self, yes: bool) -> Restore {
+        self.request.options.file_locks = yes;
+        self
+    }
+
     /// Gives the tree a descriptor of the caller's for a resource that was
     /// outside of it, by CRIU's name (`pipe:[123]`). The descriptor must stay
     /// open until [`run`](Restore::run) returns.

@@ -1,13 +1,14 @@
 //! What kinds are given to work with, on dump and on restore. Filled by the engine.
 
 use std::cell::OnceCell;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::path::PathBuf;
 
 use freezeframe_error::{Error, Result};
 use freezeframe_image::RawRecord;
 use freezeframe_inject::{Arg, Batch, DataRef, OpRef, Replies};
-use freezeframe_sys::fd::{Message, Stat as FileStat};
+use freezeframe_sys::fd::Stat as FileStat;
 use freezeframe_sys::ids::{Pid, Tid};
 use freezeframe_sys::proc::{FdInfo, Map, ProcDir, Stat, Status, SyscallState, TaskDir, VmFlags};
 use freezeframe_sys::ptrace::Regs;
@@ -33,8 +34,6 @@ pub struct DumpOptions {
     pub link_remap: bool,
     /// Accept unix sockets whose peer is outside.
     pub ext_unix_sk: bool,
-    /// The same of these alone, by inode number.
-    pub ext_unix_inodes: Vec<u64>,
     /// Carry established TCP connections.
     pub tcp_established: bool,
 }
@@ -185,12 +184,6 @@ impl<'a> FileView<'a> {
         Ok(self.ours.get().expect("set just above").as_fd())
     }
 
-    /// Whether no process of the tree has a descriptor for it: it is on its way
-    /// in the queue of a unix socket, and looked at through ourselves.
-    pub fn is_in_flight(&self) -> bool {
-        self.holders.is_empty()
-    }
-
     /// The link as text.
     pub fn name(&self) -> String {
         String::from_utf8_lossy(self.link).into_owned()
@@ -295,6 +288,54 @@ pub struct InodeFile {
     pub at: (Pid, i32),
 }
 
+/// A lock on an open file, as one descriptor shows it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SeenLock {
+    /// The process.
+    pub pid: Pid,
+    /// The descriptor there.
+    pub fd: i32,
+    /// The open file.
+    pub file: FileId,
+    /// What fdinfo says behind `lock:`.
+    pub line: String,
+}
+
+/// Files that a dump has made beside the image. Removed again unless the image is
+/// complete.
+#[derive(Debug, Default)]
+pub struct Made {
+    files: Vec<PathBuf>,
+    /// Those made for a file that has no name of its own: by device and inode.
+    links: HashMap<(u64, u64), Vec<u8>>,
+}
+
+impl Made {
+    /// The link made for this inode.
+    pub fn link_of(&self, dev: u64, ino: u64) -> Option<&[u8]> {
+        self.links.get(&(dev, ino)).map(Vec::as_slice)
+    }
+    /// A link was made for this inode.
+    pub fn add_link(&mut self, dev: u64, ino: u64, path: Vec<u8>) {
+        use std::os::unix::ffi::OsStrExt;
+        self.files
+            .push(std::ffi::OsStr::from_bytes(&path).to_os_string().into());
+        self.links.insert((dev, ino), path);
+    }
+    /// The image is complete: they stay.
+    pub fn keep(mut self) {
+        self.files.clear();
+    }
+}
+
+impl Drop for Made {
+    fn drop(&mut self) {
+        for path in &self.files {
+            let _ = std::fs::remove_file(path);
+        }
+    }
+}
+
 /// What every kind may use while dumping.
 #[derive(Debug)]
 pub struct DumpCx<'a> {
@@ -306,21 +347,16 @@ pub struct DumpCx<'a> {
     pub records: Vec<RawRecord>,
     /// Things the caller should know and that are no failure.
     pub warnings: Vec<String>,
+    /// The locks on open files, in the order of processes and descriptors. Known
+    /// before any file is dumped.
+    pub locks: Vec<SeenLock>,
+    /// Files made beside the image.
+    pub made: Made,
     /// Shared objects whose contents are to be stored.
     pub sources: BTreeMap<ObjectId, ObjectSource>,
     objects: HashMap<ObjectKey, ObjectId>,
     files: HashMap<(i32, i32), FileId>,
     inodes: HashMap<(u64, u64), Vec<InodeFile>>,
-    waiting: HashMap<FileId, Vec<Waiting>>,
-}
-
-/// What waits in a file that other files can wait in, too (the queue of a unix socket).
-#[derive(Debug)]
-pub struct Waiting {
-    /// The message, its descriptors as duplicates of ours.
-    pub message: Message,
-    /// Which files those are.
-    pub files: Vec<FileId>,
 }
 
 impl<'a> DumpCx<'a> {
@@ -331,22 +367,13 @@ impl<'a> DumpCx<'a> {
             procs,
             records: Vec::new(),
             warnings: Vec::new(),
+            locks: Vec::new(),
+            made: Made::default(),
             sources: BTreeMap::new(),
             objects: HashMap::new(),
             files: HashMap::new(),
             inodes: HashMap::new(),
-            waiting: HashMap::new(),
         }
-    }
-
-    /// What waits in a file of a [`Linked`] kind (found before any file is dumped).
-    pub fn waiting_in(&self, id: FileId) -> &[Waiting] {
-        self.waiting.get(&id).map_or(&[], Vec::as_slice)
-    }
-
-    /// For the engine: states what waits in a file.
-    pub fn set_waiting_in(&mut self, id: FileId, waiting: Vec<Waiting>) {
-        self.waiting.insert(id, waiting);
     }
 
     /// The object for `key`; on first sight `make` gives its record and, for
@@ -502,6 +529,8 @@ pub struct RestoreTask<'a> {
     pub tree: &'a model::Tree,
     /// Options.
     pub options: &'a RestoreOptions,
+    /// Shared memory objects: our descriptors for them.
+    pub objects: &'a HashMap<ObjectId, OwnedFd>,
     /// Things the caller should know.
     pub warnings: &'a mut Vec<String>,
     /// Nanoseconds between the dump and now on CLOCK_MONOTONIC of this boot
@@ -552,10 +581,21 @@ pub struct RestoreFiles<'a> {
     pub to_send: &'a mut Vec<(OwnedFd, DataRef)>,
     /// Calls to be made in the process when every file of every process has its number.
     pub afterwards: &'a mut Batch,
+    /// What is to be done at the very end.
+    pub late: &'a mut Late,
     /// Things the caller should know.
     pub warnings: &'a mut Vec<String>,
     /// See [`RestoreTask::elapsed_ns`].
     pub elapsed_ns: u64,
+}
+
+/// What a restore does when all else is done, right before the tree runs.
+#[derive(Debug, Default)]
+pub struct Late {
+    /// Files that the dump made beside the image: removed.
+    pub leftovers: BTreeSet<PathBuf>,
+    /// Positions of files whose contents are made when they are sought (/proc).
+    pub positions: Vec<(FileId, u64)>,
 }
 
 /// A file a kind has made.
@@ -696,52 +736,6 @@ pub trait FileKind: Sync + std::fmt::Debug {
     fn group(&self, item: &FileItem<'_>) -> Result<u64>;
     /// Makes the files of one group in one process.
     fn restore(&self, cx: &mut RestoreFiles<'_>, group: &[FileItem<'_>]) -> Result<()>;
-}
-
-/// A file kind whose files are connected with each other across processes and
-/// can hold other files: unix sockets. All of the image are made at once, before
-/// any other file ([`FileKind::restore`] is not called), and are finished
-/// when every file of the tree is there.
-pub trait Linked: FileKind {
-    /// What waits in the file. Nothing must change by it.
-    fn peek(&self, file: &FileView<'_>) -> Result<Vec<Message>>;
-    /// Makes them, and hands each over by [`World::provide`].
-    fn make<'a>(
-        &self,
-        world: &mut dyn World,
-        items: Vec<FileItem<'a>>,
-    ) -> Result<Box<dyn Settle + 'a>>;
-}
-
-/// The rest of the work on files of a [`Linked`] kind.
-pub trait Settle {
-    /// Fills queues and sets what has to be set last. Every file has its numbers now.
-    fn settle(self: Box<Self>, world: &mut dyn World) -> Result<()>;
-}
-
-/// The tree that is being rebuilt, as a [`Linked`] kind works with it: all
-/// processes are there, with their PIDs.
-pub trait World {
-    /// Options.
-    fn options(&self) -> &RestoreOptions;
-    /// The image's processes.
-    fn processes(&self) -> &[model::Process];
-    /// The processes that hold a file; none if it is in flight.
-    fn holders(&self, id: FileId) -> &[i32];
-    /// Runs calls in a process.
-    fn run(&mut self, pid: i32, batch: &Batch) -> Result<Replies>;
-    /// Brings one of its descriptors to us.
-    fn get_fd(&mut self, pid: i32, fd: i32) -> Result<OwnedFd>;
-    /// Gives it one of ours; returns the number there.
-    fn send_fd(&mut self, pid: i32, fd: BorrowedFd<'_>) -> Result<i32>;
-    /// Hands over a file made. The engine gives it to its holders, and sets
-    /// owner and signal; status flags are the kind's.
-    fn provide(&mut self, id: FileId, fd: OwnedFd);
-    /// A duplicate, of ours, of any file made: of its own kind at once, of
-    /// others when settling.
-    fn file(&mut self, id: FileId) -> Result<OwnedFd>;
-    /// Something the caller should know.
-    fn warn(&mut self, text: String);
 }
 
 /// A kind of memory object.

@@ -3,7 +3,7 @@
 use freezeframe_image::{RawRecord, Tag};
 
 use crate::about::{About, Family};
-use crate::cx::{FileKind, Linked, MemKind, TaskKind};
+use crate::cx::{FileKind, MemKind, TaskKind};
 use crate::{file, mem, task};
 
 /// What a descriptor can refer to. The first that claims a file has it.
@@ -13,10 +13,11 @@ pub static FILES: &[&dyn FileKind] = &[
     &file::signalfd::Signalfd,
     &file::timerfd::Timerfd,
     &file::inotify::Inotify,
+    &file::fanotify::Fanotify,
     &file::pidfd::Pidfd,
     &file::pipe::Pipe,
     &file::fifo::Fifo,
-    &file::unix::Unix,
+    &file::unix_pair::UnixPair,
     &file::memfd::Memfd,
     &file::device::Device,
     &file::terminal::Terminal,
@@ -24,9 +25,6 @@ pub static FILES: &[&dyn FileKind] = &[
     &file::regular::Regular,
     &file::unsupported::Unsupported,
 ];
-
-/// Of those, the ones that are made all at once.
-pub static LINKED: &[&dyn Linked] = &[&file::unix::Unix];
 
 /// What a VMA can map. The first that claims a VMA has it.
 pub static MEMORY: &[&dyn MemKind] = &[
@@ -68,6 +66,7 @@ pub static TASKS: &[&dyn TaskKind] = &[
     &task::restart::Restart,
     &task::sigmask::SigMask,
     &task::lock_future::LockFuture,
+    &task::file_locks::FileLocks,
     &task::rlimits::Rlimits,
     &task::membarrier::Membarrier,
     &task::robust_list::RobustList,

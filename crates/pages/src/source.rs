@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::os::fd::{AsRawFd, BorrowedFd};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 
 use freezeframe_error::{Error, Result, ResultExt, SysExt};
 use freezeframe_sys::Pid;
@@ -248,9 +248,15 @@ pub(crate) struct Object {
 
 impl Object {
     /// The descriptor's open file may be the target's own, whose position
-    /// must not move: so it is opened anew.
+    /// must not move: so it is opened anew. The time of its last access stays, too,
+    /// where we may ask for that.
     pub(crate) fn open(fd: BorrowedFd<'_>, size: u64) -> Result<Object> {
-        let (file, own) = match File::open(format!("/proc/self/fd/{}", fd.as_raw_fd())) {
+        let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
+        let quietly = File::options()
+            .read(true)
+            .custom_flags(nix::fcntl::OFlag::O_NOATIME.bits())
+            .open(&path);
+        let (file, own) = match quietly.or_else(|_| File::open(&path)) {
             Ok(file) => (file, true),
             Err(_) => (File::from(fd.try_clone_to_owned().sys("dup")?), false),
         };

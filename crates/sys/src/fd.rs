@@ -8,15 +8,17 @@
 //! fcntl(2), statx(2), pipe(7), tee(2), socket(7), unix(7), recv(2)
 #![allow(unsafe_code)]
 
+mod attributes;
 pub mod ioctl;
 mod pipe;
 mod socket;
 
+pub use attributes::{Attribute, attributes, set_attribute, set_times};
 pub use pipe::{peek_pipe, pipe_pair, splice, tee};
 pub use socket::{
-    Credentials, Message, attach_filter, getsockopt, getsockopt_i32, getsockopt_linger,
-    peek_messages, peek_queue, peek_stream, peer_address, recv_fds, send_fds, setsockopt,
-    setsockopt_i32, socket_address, socket_filter,
+    Credentials, Message, getsockopt, getsockopt_i32, getsockopt_linger, peek_messages, peek_queue,
+    peek_stream, peer_address, recv_fds, send_fds, setsockopt, setsockopt_i32, socket_address,
+    socket_filter,
 };
 
 use freezeframe_error::{Error, Result, ResultExt, SysExt};
@@ -36,6 +38,8 @@ pub struct Stat {
     pub mode: u32,
     /// Size in bytes.
     pub size: u64,
+    /// Last access, in nanoseconds since 1970.
+    pub atime_ns: i64,
     /// Last change of the content, in nanoseconds since 1970.
     pub mtime_ns: i64,
     /// Last change of the inode, in nanoseconds since 1970.
@@ -105,6 +109,7 @@ fn statx(dir: impl AsFd, path: &CStr, flags: i32) -> Result<Stat> {
         ino: x.stx_ino,
         mode: x.stx_mode.into(),
         size: x.stx_size,
+        atime_ns: ns(x.stx_atime),
         mtime_ns: ns(x.stx_mtime),
         ctime_ns: ns(x.stx_ctime),
         rdev: libc::makedev(x.stx_rdev_major, x.stx_rdev_minor),

@@ -2,8 +2,9 @@
 #![allow(unsafe_code)]
 
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::path::Path;
 
-use freezeframe_error::{Error, Kind, Result};
+use freezeframe_error::{Error, Kind, Result, SysExt};
 
 /// The longest handle there is (MAX_HANDLE_SZ).
 pub const MAX_HANDLE: usize = 128;
@@ -12,6 +13,26 @@ pub const MAX_HANDLE: usize = 128;
 /// the file system `mount` is on. `ESTALE` when the file is gone, `EOPNOTSUPP`
 /// where the file system has no handles. Needs CAP_DAC_READ_SEARCH.
 pub fn open_by_handle(mount: impl AsFd, kind: i32, handle: &[u8]) -> Result<OwnedFd> {
+    by_handle(mount.as_fd().as_raw_fd(), kind, handle)
+}
+
+/// The same, of the file system that the directory `point` is on, which is not
+/// opened: whoever watches it is told nothing. (The call takes no O_PATH
+/// descriptor, but the working directory: that of a thread of its own.)
+pub fn open_by_handle_below(point: &Path, kind: i32, handle: &[u8]) -> Result<OwnedFd> {
+    let there = || {
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_FS).sys("unshare(CLONE_FS)")?;
+        nix::unistd::chdir(point).sys("chdir")?;
+        by_handle(libc::AT_FDCWD, kind, handle)
+    };
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().spawn_scoped(scope, there);
+        let done = thread.sys("clone")?.join();
+        done.unwrap_or_else(|_| Err(Error::bug("a thread that opens a file panicked")))
+    })
+}
+
+fn by_handle(mount: i32, kind: i32, handle: &[u8]) -> Result<OwnedFd> {
     if handle.len() > MAX_HANDLE {
         return Err(Error::new(Kind::Usage, "a file handle is too long"));
     }
@@ -28,7 +49,7 @@ pub fn open_by_handle(mount: impl AsFd, kind: i32, handle: &[u8]) -> Result<Owne
     let fd = unsafe {
         libc::syscall(
             libc::SYS_open_by_handle_at,
-            mount.as_fd().as_raw_fd(),
+            mount,
             buf.as_mut_ptr(),
             libc::O_PATH | libc::O_CLOEXEC,
         )

@@ -19,7 +19,6 @@ pub(super) const PROGRAMS: &[Program] = &[
     Program::new("bpf_map", "a BPF map", bpf_map)
         .carried_or_refused("bpf")
         .needs(&[BPF]),
-    Program::new("fanotify", "an fanotify group", fanotify).carried_or_refused("fanotify"),
     Program::new("tcp_listening", "a listening TCP socket", tcp_listening)
         .carried_or_refused("socket"),
     Program::new(
@@ -53,7 +52,6 @@ pub(super) const PROGRAMS: &[Program] = &[
     )
     .carried_or_refused("terminal"),
     Program::new("aio", "an aio context", aio).carried_or_refused("aio"),
-    Program::new("proc_file", "an open file of /proc", proc_file).carried_or_refused("proc"),
     Program::new("kmsg", "/dev/kmsg", kmsg).carried_or_refused("kmsg"),
     Program::new(
         "host_name_space",
@@ -188,35 +186,6 @@ fn bpf_map(cx: &Cx) {
     )
     .ok();
     cx.same("value", found, 4711);
-}
-
-fn fanotify(cx: &Cx) {
-    let fd = os::fd_from(
-        libc::SYS_fanotify_init,
-        [2 /* FAN_NONBLOCK */, 0, 0, 0, 0, 0],
-    )
-    .unwrap();
-    let dir = std::ffi::CString::new(cx.path("").as_os_str().as_encoded_bytes()).unwrap();
-    const MARK_ADD: usize = 1;
-    const OPEN_CHILDREN: usize = 0x0800_0020;
-    os::syscall(
-        libc::SYS_fanotify_mark,
-        [
-            os::raw(&fd),
-            MARK_ADD,
-            OPEN_CHILDREN,
-            libc::AT_FDCWD as usize,
-            dir.as_ptr() as usize,
-            0,
-        ],
-    )
-    .unwrap();
-    cx.check(good(cx), || "spoilt".to_owned());
-    while os::read_vec(&fd, 4096).is_ok() {}
-    std::fs::write(cx.path("touched"), "").unwrap();
-    cx.check(os::read_vec(&fd, 4096).is_ok_and(|v| !v.is_empty()), || {
-        "no event".to_owned()
-    });
 }
 
 fn tcp_listening(cx: &Cx) {
@@ -417,18 +386,6 @@ fn aio(cx: &Cx) {
     cx.check(
         os::syscall(libc::SYS_io_destroy, [context, 0, 0, 0, 0, 0]).is_ok(),
         || "no such context".to_owned(),
-    );
-}
-
-fn proc_file(cx: &Cx) {
-    let file = os::open("/proc/self/status".as_ref(), libc::O_RDONLY).unwrap();
-    let first = os::read_vec(&file, 6).unwrap();
-    cx.check(good(cx), || "spoilt".to_owned());
-    cx.same("read before", first, b"Name:\t".to_vec());
-    cx.same(
-        "read on",
-        os::read_vec(&file, 10).ok(),
-        Some(b"ff-program".to_vec()),
     );
 }
 

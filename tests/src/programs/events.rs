@@ -54,6 +54,11 @@ pub(super) const PROGRAMS: &[Program] = &[
         epoll_in_child,
     ),
     Program::new(
+        "epoll_of_another_process",
+        "an epoll set with targets that only another process has open",
+        epoll_of_another_process,
+    ),
+    Program::new(
         "signalfd",
         "a signalfd: its mask, and the signals that wait",
         signalfd,
@@ -88,6 +93,44 @@ pub(super) const PROGRAMS: &[Program] = &[
         inotify_queued,
     )
     .carried_or_refused("inotify"),
+    Program::new(
+        "inotify_moved",
+        "watches on a file and a directory that were renamed since",
+        inotify_moved,
+    ),
+    Program::new(
+        "inotify_deleted",
+        "watches on a deleted file and a removed directory that are open",
+        inotify_deleted,
+    )
+    .explained(&[("/list", "the inode of what has no name is another")]),
+    Program::new(
+        "inotify_of_the_dump",
+        "a dump opens nothing of what is watched",
+        inotify_of_the_dump,
+    ),
+    Program::new(
+        "fanotify",
+        "fanotify marks on a file and a directory, with what they ignore, go on telling",
+        fanotify,
+    ),
+    Program::new(
+        "fanotify_mount",
+        "fanotify marks on a mount and a file system",
+        fanotify_mount,
+    ),
+    Program::new(
+        "fanotify_queued",
+        "events that fanotify had told of before and nobody read",
+        fanotify_queued,
+    )
+    .refused("fanotify events"),
+    Program::new(
+        "fanotify_permission",
+        "a fanotify group that decides on accesses",
+        fanotify_permission,
+    )
+    .refused("permission"),
     Program::new(
         "pidfd",
         "a pidfd of a child, of the parent and of the process itself",
@@ -763,4 +806,265 @@ fn pidfd_zombie(cx: &Cx) {
         (Some(0), child, 7),
     );
     cx.same("errno of a signal", errno(&signal_by(&fd, 0)), libc::ESRCH);
+}
+
+fn inotify_moved(cx: &Cx) {
+    let (dir, file) = (cx.path("dir"), cx.path("file"));
+    fs::create_dir(&dir).unwrap();
+    fs::write(&file, "x").unwrap();
+    let fd = new_inotify();
+    let in_dir = add_watch(&fd, &dir, libc::IN_CREATE);
+    let in_file = add_watch(&fd, &file, libc::IN_MODIFY);
+    fs::rename(&dir, cx.path("new dir")).unwrap();
+    fs::rename(&file, cx.path("new dir/new name")).unwrap();
+    told(&fd);
+    cx.ready(|| {
+        drop(os::syscall(
+            libc::SYS_inotify_rm_watch,
+            [os::raw(&fd), in_dir as usize, 0, 0, 0, 0],
+        ))
+    });
+    cx.same("events before anything happens", told(&fd), vec![]);
+    fs::write(cx.path("new dir/made"), "").unwrap();
+    fs::write(cx.path("new dir/new name"), "y").unwrap();
+    let mut got = told(&fd);
+    got.dedup();
+    let wanted = vec![
+        (in_dir, libc::IN_CREATE, "made".to_owned()),
+        (in_file, libc::IN_MODIFY, String::new()),
+    ];
+    cx.same("events", got, wanted);
+}
+
+fn inotify_deleted(cx: &Cx) {
+    let (dir, file) = (cx.path("dir"), cx.path("file"));
+    fs::create_dir(&dir).unwrap();
+    let open = os::open(&file, libc::O_RDWR | libc::O_CREAT).unwrap();
+    let _open_dir = os::open(&dir, libc::O_RDONLY | libc::O_DIRECTORY).unwrap();
+    let fd = new_inotify();
+    let in_file = add_watch(&fd, &file, libc::IN_MODIFY);
+    fs::remove_file(&file).unwrap();
+    let child = cx.child("child", |cx| {
+        // Of a file that only the parent has open.
+        drop(fs::File::from(open.try_clone().unwrap()));
+        cx.ready_unspoilt();
+        os::write(&open, b"x").unwrap();
+    });
+    fs::remove_dir(&dir).unwrap();
+    told(&fd);
+    cx.ready(|| {
+        drop(os::syscall(
+            libc::SYS_inotify_rm_watch,
+            [os::raw(&fd), in_file as usize, 0, 0, 0, 0],
+        ))
+    });
+    cx.join("child", child);
+    let mut got = told(&fd);
+    got.dedup();
+    cx.same(
+        "events",
+        got,
+        vec![(in_file, libc::IN_MODIFY, String::new())],
+    );
+}
+
+fn inotify_of_the_dump(cx: &Cx) {
+    let everything = libc::IN_OPEN | libc::IN_ACCESS | libc::IN_CLOSE_NOWRITE | libc::IN_ATTRIB;
+    let (dir, file) = (cx.path("dir"), cx.path("dir/file"));
+    fs::create_dir(&dir).unwrap();
+    fs::write(&file, "x").unwrap();
+    let open = os::open(&file, libc::O_RDONLY).unwrap();
+    let fd = new_inotify();
+    let root = std::path::Path::new("/");
+    let watches = [
+        add_watch(&fd, &dir, everything),
+        add_watch(&fd, &file, everything),
+        // The mount that the file handles are looked up in.
+        add_watch(
+            &fd,
+            root,
+            libc::IN_OPEN | libc::IN_CREATE | libc::IN_ONLYDIR,
+        ),
+    ];
+    told(&fd);
+    cx.ready(|| os::read_vec(&open, 1));
+    let of_root = |e: &(i32, u32, String)| e.0 == watches[2] && !e.2.is_empty();
+    let got: Vec<_> = told(&fd).into_iter().filter(|e| !of_root(e)).collect();
+    cx.same("events of the dump", got, vec![]);
+    os::read_vec(&open, 1).unwrap();
+    cx.check(!told(&fd).is_empty(), || "no event of a read".to_owned());
+}
+
+fn epoll_of_another_process(cx: &Cx) {
+    let set = os::fd_from(libc::SYS_epoll_create1, [0, 0, 0, 0, 0, 0]).unwrap();
+    let child = cx.child("child", |cx| {
+        let one = new_eventfd(0, libc::EFD_NONBLOCK);
+        let two = new_eventfd(0, libc::EFD_NONBLOCK);
+        for (fd, data) in [(&one, 11u64), (&two, 22)] {
+            let event = (libc::EPOLLIN as u32, data);
+            let mut bytes = event.0.to_ne_bytes().to_vec();
+            bytes.extend_from_slice(&event.1.to_ne_bytes());
+            os::syscall(
+                libc::SYS_epoll_ctl,
+                [
+                    os::raw(&set),
+                    libc::EPOLL_CTL_ADD as usize,
+                    os::raw(fd),
+                    os::at(&bytes[..]),
+                    0,
+                    0,
+                ],
+            )
+            .unwrap();
+        }
+        cx.ready_unspoilt();
+        add(&two, 1);
+        fs::write(cx.path("added"), "").unwrap();
+        cx.await_file("seen");
+    });
+    cx.ready(|| os::kill(child, libc::SIGKILL));
+    if !cx.spoiling() {
+        cx.await_file("added");
+    }
+    let mut events = [0u8; 48];
+    let n = os::syscall(
+        libc::SYS_epoll_wait,
+        [os::raw(&set), os::at_mut(&mut events), 4, 0, 0, 0],
+    );
+    cx.same("events", n.ok(), Some(1));
+    cx.same(
+        "data",
+        u64::from_ne_bytes(events[4..12].try_into().unwrap()),
+        22,
+    );
+    fs::write(cx.path("seen"), "").unwrap();
+    cx.join("child", child);
+}
+
+const FAN_OPEN: u64 = 0x20;
+const FAN_CLOSE_WRITE: u64 = 0x08;
+const FAN_EVENT_ON_CHILD: u64 = 0x0800_0000;
+const FAN_MARK_MOUNT: usize = 0x10;
+const FAN_MARK_IGNORED_MASK: usize = 0x20;
+const FAN_MARK_IGNORED_SURV_MODIFY: usize = 0x40;
+const FAN_MARK_FILESYSTEM: usize = 0x100;
+
+fn new_fanotify(class: usize) -> OwnedFd {
+    os::fd_from(
+        libc::SYS_fanotify_init,
+        [3 | class, libc::O_RDONLY as usize, 0, 0, 0, 0],
+    )
+    .unwrap()
+}
+
+fn mark(fd: &OwnedFd, how: usize, mask: u64, path: &std::path::Path) -> os::Result<i64> {
+    let path = std::ffi::CString::new(path.as_os_str().as_encoded_bytes()).unwrap();
+    let args = [
+        os::raw(fd),
+        1 | how,
+        mask as usize,
+        libc::AT_FDCWD as usize,
+        path.as_ptr() as usize,
+        0,
+    ];
+    os::syscall(libc::SYS_fanotify_mark, args)
+}
+
+/// Removes all marks of one kind.
+fn flush(fd: &OwnedFd, how: usize) {
+    let args = [
+        os::raw(fd),
+        0x80 | how,
+        0,
+        libc::AT_FDCWD as usize,
+        c"/".as_ptr() as usize,
+        0,
+    ];
+    os::syscall(libc::SYS_fanotify_mark, args).unwrap();
+}
+
+/// The events that wait: mask and the name of the file, whose descriptor is closed.
+fn fan_told(fd: &OwnedFd) -> Vec<(u64, String)> {
+    let mut all = Vec::new();
+    while let Ok(data) = os::read_vec(fd, 4096) {
+        for event in data.chunks_exact(24) {
+            let mask = u64::from_ne_bytes(event[8..16].try_into().unwrap());
+            let number = i32::from_ne_bytes(event[16..20].try_into().unwrap());
+            // SAFETY: the kernel has just given us this descriptor with the event.
+            let file = unsafe { OwnedFd::from_raw_fd(number) };
+            let link = fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd())).unwrap();
+            let name = link.file_name().unwrap_or_default().to_string_lossy();
+            all.push((mask, name.into_owned()));
+        }
+    }
+    all
+}
+
+fn fanotify(cx: &Cx) {
+    let (dir, file) = (cx.path("dir"), cx.path("file"));
+    fs::create_dir(&dir).unwrap();
+    for name in ["a", "ignored"] {
+        fs::write(dir.join(name), "x").unwrap();
+    }
+    fs::write(&file, "x").unwrap();
+    let fd = new_fanotify(0);
+    mark(&fd, 0, FAN_OPEN | FAN_EVENT_ON_CHILD, &dir).unwrap();
+    mark(&fd, 0, FAN_CLOSE_WRITE, &file).unwrap();
+    let ignore = FAN_MARK_IGNORED_MASK | FAN_MARK_IGNORED_SURV_MODIFY;
+    mark(&fd, ignore, FAN_OPEN, &dir.join("ignored")).unwrap();
+    fan_told(&fd);
+    cx.ready(|| flush(&fd, 0));
+    cx.same("events before anything happens", fan_told(&fd), vec![]);
+    drop(fs::read(dir.join("ignored")));
+    drop(fs::read(dir.join("a")));
+    fs::write(&file, "y").unwrap();
+    cx.same(
+        "events",
+        fan_told(&fd),
+        vec![
+            (FAN_OPEN, "a".to_owned()),
+            (FAN_CLOSE_WRITE, "file".to_owned()),
+        ],
+    );
+    cx.same(
+        "flags",
+        (os::flags(&fd) & libc::O_NONBLOCK, os::cloexec(&fd)),
+        (libc::O_NONBLOCK, true),
+    );
+}
+
+fn fanotify_mount(cx: &Cx) {
+    // Where and of what nobody does anything: all tests share the mounts, and an event that
+    // waits is refused. So the marks are looked at, not made to tell.
+    let place = std::path::Path::new("/sys");
+    let (mount, system) = (new_fanotify(0), new_fanotify(0));
+    mark(&mount, FAN_MARK_MOUNT, FAN_CLOSE_WRITE, place).unwrap();
+    mark(&system, FAN_MARK_FILESYSTEM, FAN_CLOSE_WRITE, place).unwrap();
+    let lines = || {
+        [&mount, &system].map(|fd| {
+            let text = fs::read_to_string(format!("/proc/self/fdinfo/{}", fd.as_raw_fd()));
+            let text = text.unwrap_or_default();
+            let kept = text.lines().filter(|l| l.starts_with("fanotify "));
+            kept.map(str::to_owned).collect::<Vec<_>>()
+        })
+    };
+    let was = lines();
+    cx.ready(|| flush(&mount, FAN_MARK_MOUNT));
+    cx.same("marks", lines(), was);
+}
+
+fn fanotify_queued(cx: &Cx) {
+    let dir = cx.path("dir");
+    fs::create_dir(&dir).unwrap();
+    let fd = new_fanotify(0);
+    mark(&fd, 0, FAN_OPEN | FAN_EVENT_ON_CHILD, &dir).unwrap();
+    fs::write(dir.join("one"), "").unwrap();
+    cx.ready(|| fan_told(&fd));
+    cx.same("events that waited", fan_told(&fd).len(), 1);
+}
+
+fn fanotify_permission(cx: &Cx) {
+    let fd = new_fanotify(4);
+    cx.ready(|| os::fcntl(&fd, libc::F_SETFD, 0));
+    cx.check(os::cloexec(&fd), || "close-on-exec".to_owned());
 }

@@ -87,15 +87,29 @@ pub(super) const PROGRAMS: &[Program] = &[
         "a memfd open in two processes, once more for reading only, and mapped",
         memfd_shared,
     ),
-    Program::new("deleted", "an open file whose name is gone", deleted)
-        .carried_or_refused("delete"),
-    Program::new("tmpfile", "a file made with O_TMPFILE", tmpfile)
-        .carried_or_refused("delete")
-        .explained(&[(
-            "/flags",
-            "O_TMPFILE says how it was opened; no file made otherwise can have it",
-        )]),
-    Program::new("locks", "a flock and a record lock", locks).carried_or_refused("lock"),
+    Program::new(
+        "renamed",
+        "an open file and a directory that were renamed",
+        renamed,
+    ),
+    Program::new(
+        "proc_files",
+        "open files of /proc of processes and threads of the tree",
+        proc_files,
+    )
+    .explained(&[("/ino", "numbers of /proc, made as they are asked for")]),
+    Program::new(
+        "proc_of_another",
+        "an open file of /proc of a process outside the tree",
+        proc_of_another,
+    )
+    .refused("a process outside the tree"),
+    Program::new("dnotify", "a directory with F_NOTIFY", dnotify).refused("dnotify"),
+    Program::new("deleted", "an open file whose name is gone", deleted),
+    Program::new("tmpfile", "a file made with O_TMPFILE", tmpfile).explained(&[(
+        "/flags",
+        "O_TMPFILE says how it was opened; no file made otherwise can have it",
+    )]),
 ];
 
 fn regular(cx: &Cx) {
@@ -693,30 +707,105 @@ fn tmpfile(cx: &Cx) {
     );
 }
 
-fn locks(cx: &Cx) {
-    let file = os::open(&cx.path("file"), libc::O_RDWR | libc::O_CREAT).unwrap();
-    os::syscall(
-        libc::SYS_flock,
-        [os::raw(&file), libc::LOCK_EX as usize, 0, 0, 0, 0],
-    )
-    .unwrap();
-    cx.ready(|| {
-        drop(os::syscall(
-            libc::SYS_flock,
-            [os::raw(&file), libc::LOCK_UN as usize, 0, 0, 0, 0],
-        ))
-    });
-    let other = os::open(&cx.path("file"), libc::O_RDWR).unwrap();
-    let taken = os::syscall(
-        libc::SYS_flock,
-        [
-            os::raw(&other),
-            (libc::LOCK_EX | libc::LOCK_NB) as usize,
-            0,
-            0,
-            0,
-            0,
-        ],
+fn renamed(cx: &Cx) {
+    let (dir, file) = (cx.path("dir"), cx.path("dir/file"));
+    fs::create_dir(&dir).unwrap();
+    fs::write(&file, "0123456789").unwrap();
+    let open = os::open(&file, libc::O_RDONLY).unwrap();
+    let open_dir = os::open(&dir, libc::O_RDONLY | libc::O_DIRECTORY).unwrap();
+    os::lseek(&open, 4, libc::SEEK_SET).unwrap();
+    fs::rename(&file, dir.join("new name")).unwrap();
+    fs::rename(&dir, cx.path("new dir")).unwrap();
+    cx.ready(|| os::lseek(&open, 0, libc::SEEK_SET));
+    cx.same(
+        "what is read",
+        os::read_vec(&open, 3).ok(),
+        Some(b"456".to_vec()),
     );
-    cx.same("errno of a second flock", errno(&taken), libc::EWOULDBLOCK);
+    let link = |fd: &OwnedFd| fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd())).unwrap();
+    cx.same("its name", link(&open), cx.path("new dir/new name"));
+    cx.same("the directory's name", link(&open_dir), cx.path("new dir"));
+}
+
+fn proc_files(cx: &Cx) {
+    let child = cx.child("child", |cx| {
+        let parent = format!("/proc/{}/stat", os::getppid());
+        let parent = os::open(parent.as_ref(), libc::O_RDONLY).unwrap();
+        cx.ready_unspoilt();
+        let stat = os::read_vec(&parent, 99).unwrap_or_default();
+        let begin = format!("{} (", os::getppid());
+        cx.check(stat.starts_with(begin.as_bytes()), || {
+            "the parent's stat is of another".to_owned()
+        });
+    });
+    let status = os::open("/proc/self/status".as_ref(), libc::O_RDONLY).unwrap();
+    let first = os::read_vec(&status, 6).unwrap();
+    let task = format!("/proc/self/task/{}/comm", os::gettid());
+    let task = os::open(task.as_ref(), libc::O_RDWR).unwrap();
+    let of_child = os::open(format!("/proc/{child}/stat").as_ref(), libc::O_RDONLY).unwrap();
+    let memory = os::open("/proc/self/mem".as_ref(), libc::O_RDWR).unwrap();
+    let fds = os::open("/proc/self/fd".as_ref(), libc::O_RDONLY | libc::O_DIRECTORY).unwrap();
+    let total = os::open("/proc/meminfo".as_ref(), libc::O_RDONLY).unwrap();
+    cx.ready(|| os::lseek(&status, 0, libc::SEEK_SET));
+    cx.same("read before", first, b"Name:\t".to_vec());
+    cx.same(
+        "read on",
+        os::read_vec(&status, 10).ok(),
+        Some(b"ff-program".to_vec()),
+    );
+    os::write(&task, b"renamed").unwrap();
+    cx.same(
+        "the name set through it",
+        os::status_line("self", "Name"),
+        "renamed".to_owned(),
+    );
+    let stat = os::read_vec(&of_child, 99).unwrap_or_default();
+    cx.check(stat.starts_with(format!("{child} (").as_bytes()), || {
+        "stat is of another".to_owned()
+    });
+    let word = 0x1234_5678_9abc_def0u64;
+    os::lseek(&memory, os::at(&word) as i64, libc::SEEK_SET).unwrap();
+    cx.same(
+        "memory",
+        os::read_vec(&memory, 8).ok(),
+        Some(word.to_ne_bytes().to_vec()),
+    );
+    let names = entries(&fds, 4096);
+    let own = fds.as_raw_fd().to_string().into_bytes();
+    cx.check(names.contains(&own), || {
+        "its own number is not listed".to_owned()
+    });
+    cx.check(
+        os::read_vec(&total, 8).is_ok_and(|v| v == b"MemTotal"),
+        || "meminfo".to_owned(),
+    );
+    cx.join("child", child);
+}
+
+fn proc_of_another(cx: &Cx) {
+    let file = os::open("/proc/1/status".as_ref(), libc::O_RDONLY).unwrap();
+    let first = os::read_vec(&file, 6).unwrap();
+    cx.ready(|| os::lseek(&file, 0, libc::SEEK_SET));
+    cx.same("read before", first, b"Name:\t".to_vec());
+    cx.same("position", os::position(&file), 6);
+}
+
+fn dnotify(cx: &Cx) {
+    const F_NOTIFY: i32 = 1026;
+    const DN_CREATE_MULTISHOT: usize = 0x8000_0004;
+    // Blocked, so that it waits to be seen.
+    let mask = 1u64 << (libc::SIGIO - 1);
+    let args = [libc::SIG_BLOCK as usize, os::at(&mask), 0, 8, 0, 0];
+    os::syscall(libc::SYS_rt_sigprocmask, args).unwrap();
+    let path = cx.path("dir");
+    fs::create_dir(&path).unwrap();
+    let dir = os::open(&path, libc::O_RDONLY | libc::O_DIRECTORY).unwrap();
+    os::fcntl(&dir, F_NOTIFY, DN_CREATE_MULTISHOT).unwrap();
+    cx.ready(|| os::fcntl(&dir, F_NOTIFY, 0));
+    fs::write(path.join("new"), "").unwrap();
+    let pending = || {
+        let of = |name| u64::from_str_radix(os::status_line("self", name).trim(), 16);
+        (of("SigPnd").unwrap_or(0) | of("ShdPnd").unwrap_or(0)) & mask != 0
+    };
+    cx.check(cx.until(pending), || "it did not tell".to_owned());
 }

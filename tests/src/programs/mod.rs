@@ -17,7 +17,9 @@ mod beyond;
 mod credentials;
 mod events;
 mod files;
+mod ghosts;
 mod live;
+mod locks;
 mod mappings;
 mod memory;
 mod pipes;
@@ -130,6 +132,18 @@ impl Program {
         self
     }
 
+    const fn dump_args(mut self, args: &'static [&'static str]) -> Self {
+        self.dump_args = args;
+        self
+    }
+
+    /// Dumped and restored with `--file-locks`.
+    const fn file_locks(mut self) -> Self {
+        self.dump_args = &["--file-locks"];
+        self.restore_args = &["--file-locks"];
+        self
+    }
+
     const fn terminal_without_flag(mut self) -> Self {
         self.terminal = true;
         self
@@ -160,6 +174,8 @@ const FAMILIES: &[(&str, &[Program])] = &[
     ("basic", basic::PROGRAMS),
     ("pipes", pipes::PROGRAMS),
     ("files", files::PROGRAMS),
+    ("ghosts", ghosts::PROGRAMS),
+    ("locks", locks::PROGRAMS),
     ("events", events::PROGRAMS),
     ("sockets", sockets::PROGRAMS),
     ("tree", tree::PROGRAMS),

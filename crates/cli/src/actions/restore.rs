@@ -59,6 +59,7 @@ pub(crate) fn run(line: &Line) -> Result<i32, Stop> {
             .sibling(true)
             .leave_stopped(line.has("leave-stopped"))
             .shell_job(line.has("shell-job"))
+            .file_locks(line.has("file-locks"))
             .events(ears.clone());
         for (name, fd) in inherit {
             restore = restore.inherit_raw_fd(name, fd);

@@ -10,7 +10,7 @@ mod memory;
 pub mod plan;
 mod tasks;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -110,10 +110,18 @@ fn restore(request: &RestoreRequest, events: &dyn Events) -> Result<RestoreRepor
         request,
         events,
     };
-    let (shells, finals) = builder.build(&tracer, &steps, &mut report)?;
+    let (shells, finals, leftovers) = builder.build(&tracer, &steps, &mut report)?;
     drop(builder);
     events.step(Point::PreResume(report.pid))?;
     events.phase(Phase::Resume);
+    for path in &leftovers {
+        if let Err(e) = std::fs::remove_file(path) {
+            let path = path.display();
+            report
+                .warnings
+                .push(format!("{path} cannot be removed: {e}"));
+        }
+    }
     // A failure in the last switch may come when the first tasks already run.
     shells
         .resume_all(finals)
@@ -242,13 +250,21 @@ fn always_huge_pages() -> bool {
 /// Set, it makes a restore do without userfaultfd, as where there is none. For tests.
 const NO_USERFAULTFD: &str = "FREEZEFRAME_NO_USERFAULTFD";
 
+/// A tree that waits for the last switch, what that sets, and the files of the
+/// dump that go before.
+type Built<'t> = (
+    Shells<'t>,
+    Vec<freezeframe_inject::shell::Final>,
+    BTreeSet<PathBuf>,
+);
+
 impl<'a> Builder<'a> {
     fn build<'t>(
         &mut self,
         tracer: &'t Tracer,
         steps: &[Step],
         report: &mut RestoreReport,
-    ) -> Result<(Shells<'t>, Vec<freezeframe_inject::shell::Final>)> {
+    ) -> Result<Built<'t>> {
         let options = &self.request.options;
         self.events.phase(Phase::Fork);
         let forking = Instant::now();
@@ -285,7 +301,7 @@ impl<'a> Builder<'a> {
 
         self.events.phase(Phase::Rebuild);
         let elapsed_ns = self.elapsed_ns();
-        files::restore(
+        let late = files::restore(
             self.loaded,
             &mut shells,
             &tasks,
@@ -303,19 +319,20 @@ impl<'a> Builder<'a> {
                 .finish(&mut self.filler, &mut shells)
                 .in_phase(Phase::Rebuild)?;
         }
-        drop(objects);
         let finals = tasks::restore(
             self.loaded,
             &mut shells,
             &tasks,
             options,
+            &objects,
             &mut report.warnings,
             elapsed_ns,
             self.request.leave_stopped,
         )
         .in_phase(Phase::Rebuild)?;
+        files::late_positions(self.loaded, &mut shells, &tasks, &late).in_phase(Phase::Rebuild)?;
         self.events.step(Point::PostRestore(report.pid))?;
-        Ok((shells, finals))
+        Ok((shells, finals, late.leftovers))
     }
 
     /// How far absolute monotonic times of the image are behind; 0 in another boot.

@@ -2,11 +2,12 @@
 //! kinds, by stage; the tasks work at the same time.
 
 use std::collections::HashMap;
+use std::os::fd::OwnedFd;
 
 use freezeframe_error::{Error, Result, ResultExt};
 use freezeframe_inject::Batch;
 use freezeframe_inject::shell::{Final, Shells, TaskId};
-use freezeframe_kinds::model::{Life, Process};
+use freezeframe_kinds::model::{Life, ObjectId, Process};
 use freezeframe_kinds::{FinalState, RestoreOptions, RestoreTask, Scope, TaskKind, registry};
 use freezeframe_sys::ids::{Pid, Tid};
 
@@ -24,11 +25,13 @@ pub(super) fn make_threads(
 
 /// Makes the threads of every process, and sets the attributes of all. Gives
 /// what the last switch is to set.
+#[allow(clippy::too_many_arguments)]
 pub(super) fn restore(
     loaded: &Loaded,
     shells: &mut Shells<'_>,
     made: &HashMap<i32, TaskId>,
     options: &RestoreOptions,
+    objects: &HashMap<ObjectId, OwnedFd>,
     warnings: &mut Vec<String>,
     elapsed_ns: u64,
     leave_stopped: bool,
@@ -70,6 +73,7 @@ pub(super) fn restore(
                     spare_fd,
                     tree: &loaded.tree,
                     options,
+                    objects,
                     warnings,
                     elapsed_ns,
                 };

@@ -11,13 +11,14 @@ use std::collections::HashMap;
 use freezeframe_error::{Error, Result};
 use freezeframe_image::{RawRecord, Tag};
 use freezeframe_inject::{Arg, Batch, DataRef, OpRef};
+use freezeframe_sys::ids::Pid;
 use freezeframe_sys::kcmp::{EpollSlot, kcmp_epoll};
 use serde::{Deserialize, Serialize};
 
 use crate::about::{About, show};
 use crate::cx::{DumpCx, FileItem, FileKind, FileView, RestoreFiles};
 use crate::file::{fields, final_number, is_anonymous, provide_made};
-use crate::model::FileId;
+use crate::model::{FdTable, FileId};
 
 /// See the module.
 #[derive(Debug)]
@@ -31,7 +32,7 @@ static ABOUT: About = About {
     manual: "epoll(7)",
     since: "",
     carried: "targets (by the open file, whatever became of the number), events and data of each, nested sets; an edge that was reported already may be reported once more; an EPOLLONESHOT entry that was disarmed is disarmed, but for EPOLLERR and EPOLLHUP where its file has nothing ready",
-    refused: "a target that no process with this epoll set has open (\"epoll watches fd 7, which the process has closed, and nowhere else open\")",
+    refused: "a target that no process of the tree has open (\"epoll watches fd 7, which the process has closed, and nowhere else open in the tree\")",
     programs: &[
         "events::epoll",
         "events::epoll_nested",
@@ -39,6 +40,7 @@ static ABOUT: About = About {
         "events::epoll_same_file_twice",
         "events::epoll_dead_number",
         "events::epoll_in_child",
+        "events::epoll_of_another_process",
     ],
     show: show::<Record>,
 };
@@ -81,7 +83,7 @@ fn parse(line: &str) -> Option<Line> {
 }
 
 /// Finds the file behind an entry, among those open in the process the set is
-/// looked at through.
+/// looked at through, then among those of the tree.
 fn target(cx: &DumpCx<'_>, file: &FileView<'_>, line: &Line, toff: u32) -> Result<FileId> {
     let slot = EpollSlot {
         efd: file.fd as u32,
@@ -89,26 +91,28 @@ fn target(cx: &DumpCx<'_>, file: &FileView<'_>, line: &Line, toff: u32) -> Resul
         toff,
     };
     let pid = file.proc.pid;
-    let is_it = |fd: i32| match kcmp_epoll(pid, fd, pid, slot) {
+    let is_it = |at: Pid, fd: i32| match kcmp_epoll(at, fd, pid, slot) {
         Ok(order) => Ok(order.is_eq()),
         // The number is not open.
         Err(e) if e.errno() == Some(libc::EBADF) => Ok(false),
         Err(e) => Err(file.blame(e)),
     };
     if let Some(id) = cx.file_at(pid, line.number)
-        && is_it(line.number)?
+        && is_it(pid, line.number)?
     {
         return Ok(id);
     }
     for seen in cx.files_by_ino(line.ino) {
-        if let Some(fd) = cx.number_of(seen.id, pid)
-            && is_it(fd)?
-        {
+        let (at, fd) = match cx.number_of(seen.id, pid) {
+            Some(fd) => (pid, fd),
+            None => seen.at,
+        };
+        if is_it(at, fd)? {
             return Ok(seen.id);
         }
     }
     Err(file.refuse(format!(
-        "epoll watches fd {}, which the process has closed, and nowhere else open",
+        "epoll watches fd {}, which the process has closed, and nowhere else open in the tree",
         line.number
     )))
 }
@@ -124,9 +128,6 @@ impl FileKind for Epoll {
         None
     }
     fn dump(&self, cx: &mut DumpCx<'_>, file: &FileView<'_>) -> Result<RawRecord> {
-        if file.is_in_flight() {
-            return Err(file.refuse("an epoll instance in flight is not supported"));
-        }
         let mut entries = Vec::new();
         let mut seen: HashMap<i32, u32> = HashMap::new();
         for text in file.info.rest.iter().filter(|l| l.starts_with("tfd:")) {
@@ -180,7 +181,9 @@ fn add_entries(cx: &mut RestoreFiles<'_>, set: i32, entries: &[Entry]) -> Result
         .collect();
     let by_file: HashMap<FileId, i32> = table.fds.iter().map(|e| (e.file, e.fd)).collect();
     // Above every number: where one that is in the way waits meanwhile.
-    let above = table.fds.iter().map(|e| e.fd).max().unwrap_or(0) + 1;
+    let numbers = table.fds.iter().map(|e| e.fd);
+    let numbers = numbers.chain(entries.iter().map(|e| e.number));
+    let above = numbers.max().unwrap_or(0).saturating_add(1);
     let batch = &mut *cx.afterwards;
     // Disarmed ones first: they are disarmed by an event, and no other entry's
     // may be taken for that.
@@ -190,10 +193,13 @@ fn add_entries(cx: &mut RestoreFiles<'_>, set: i32, entries: &[Entry]) -> Result
         let borrowed = now.is_none_or(|(file, _)| *file != entry.file);
         let mut parked = None;
         if borrowed {
-            let at = by_file.get(&entry.file).copied().ok_or_else(|| {
-                let what = format!("epoll target {} is not open in the process", entry.file.0);
-                Error::corrupt(what).on_task(cx.pid.0)
-            })?;
+            let (at, taken) = match by_file.get(&entry.file) {
+                Some(at) => (Arg::from(*at), None),
+                None => {
+                    let taken = take(batch, cx.tables, entry.file, above)?;
+                    (taken.into(), Some(taken))
+                }
+            };
             if now.is_some() {
                 let args = [
                     entry.number.into(),
@@ -202,8 +208,11 @@ fn add_entries(cx: &mut RestoreFiles<'_>, set: i32, entries: &[Entry]) -> Result
                 ];
                 parked = Some(batch.call("fcntl(F_DUPFD)", libc::SYS_fcntl, args));
             }
-            let args = [at.into(), entry.number.into(), libc::O_CLOEXEC.into()];
+            let args = [at, entry.number.into(), libc::O_CLOEXEC.into()];
             batch.call("dup3", libc::SYS_dup3, args);
+            if let Some(taken) = taken {
+                batch.call("close", libc::SYS_close, [taken.into()]);
+            }
         }
         if entry.is_disarmed() {
             add_disarmed(batch, set, entry);
@@ -225,6 +234,39 @@ fn add_entries(cx: &mut RestoreFiles<'_>, set: i32, entries: &[Entry]) -> Result
         }
     }
     Ok(())
+}
+
+/// Brings a file that only another process has into this one, as a number from
+/// `above` on.
+fn take(
+    batch: &mut Batch,
+    tables: &HashMap<i32, FdTable>,
+    file: FileId,
+    above: i32,
+) -> Result<OpRef> {
+    let holders = tables.iter().filter_map(|(pid, table)| {
+        let entry = table.fds.iter().find(|e| e.file == file)?;
+        Some((*pid, entry.fd))
+    });
+    let (pid, fd) = holders
+        .min()
+        .ok_or_else(|| Error::corrupt(format!("epoll target {} is open nowhere", file.0)))?;
+    let process = batch.call(
+        format!("pidfd_open({pid})"),
+        libc::SYS_pidfd_open,
+        [pid.into(), 0.into()],
+    );
+    let low = batch.call(
+        "pidfd_getfd",
+        libc::SYS_pidfd_getfd,
+        [process.into(), fd.into(), 0.into()],
+    );
+    let args = [low.into(), libc::F_DUPFD_CLOEXEC.into(), above.into()];
+    let at = batch.call("fcntl(F_DUPFD)", libc::SYS_fcntl, args);
+    for fd in [process, low] {
+        batch.call("close", libc::SYS_close, [fd.into()]);
+    }
+    Ok(at)
 }
 
 impl Entry {

@@ -18,7 +18,7 @@ use crate::about::{About, show};
 use crate::cx::{DumpCx, FileItem, FileKind, FileView, Provided, RestoreFiles};
 use crate::file::pipe::{Contents, Ends, contents};
 use crate::file::regular::{check_name, open_flags};
-use crate::file::{access, check_locks, is_opath, shown};
+use crate::file::{access, is_opath, shown};
 use crate::model::FileId;
 
 /// See the module.
@@ -73,7 +73,6 @@ impl FileKind for Fifo {
     }
     fn dump(&self, cx: &mut DumpCx<'_>, file: &FileView<'_>) -> Result<RawRecord> {
         check_name(file)?;
-        check_locks(cx, file)?;
         let all = cx.files_of_inode(file.stat.dev, file.stat.ino);
         let real = all.iter().filter(|f| f.flags & libc::O_PATH as u32 == 0);
         let group = real.map(|f| f.id).min().unwrap_or(file.id);

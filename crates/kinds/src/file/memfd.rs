@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::about::{About, show};
 use crate::cx::{DumpCx, FileItem, FileKind, FileView, RestoreFiles};
-use crate::file::{access, check_locks, status_flags};
+use crate::file::{access, refuse_lease, status_flags};
 use crate::model::{FileId, ObjectId};
 
 /// See the module.
@@ -51,7 +51,7 @@ impl FileKind for Memfd {
         None
     }
     fn dump(&self, cx: &mut DumpCx<'_>, file: &FileView<'_>) -> Result<RawRecord> {
-        check_locks(cx, file)?;
+        refuse_lease(cx, file)?;
         // Through /proc, so that O_PATH and write-only descriptors do as well.
         let source = fd::reopen(file.ours()?, OFlag::O_RDONLY).map_err(|e| file.blame(e))?;
         let seals = fd::seals(&source).map_err(|e| file.blame(e))?.bits();

@@ -3,6 +3,7 @@
 pub mod device;
 pub mod epoll;
 pub mod eventfd;
+pub mod fanotify;
 pub mod fifo;
 pub mod inotify;
 pub mod memfd;
@@ -12,9 +13,10 @@ pub mod regular;
 pub mod signalfd;
 pub mod terminal;
 pub mod timerfd;
-pub mod unix;
+pub mod unix_pair;
 pub mod unlinked;
 pub mod unsupported;
+mod watched;
 
 use std::str::FromStr;
 
@@ -115,23 +117,14 @@ fn fields(line: &str) -> Vec<(&str, &str)> {
     out
 }
 
-/// Refuses a file that is locked (flock(2), fcntl(2), leases), unless the
-/// caller said to carry on without.
-fn check_locks(cx: &DumpCx<'_>, file: &FileView<'_>) -> Result<()> {
-    let locked = |lines: &mut dyn Iterator<Item = &str>| lines.next().map(str::to_string);
-    let mut lock = locked(&mut file.info.lines("lock"));
-    // Record locks belong to a process and show in its fdinfo alone.
-    for (pid, fd) in file.holders.iter().filter(|(pid, _)| *pid != file.proc.pid) {
-        if lock.is_none()
-            && let Some(proc) = cx.proc(*pid)
-        {
-            lock = locked(&mut proc.dir.fdinfo(*fd)?.lines("lock"));
-        }
+/// Refuses a lease on a file whose contents are to be read by a further open, which
+/// would break it.
+fn refuse_lease(cx: &DumpCx<'_>, file: &FileView<'_>) -> Result<()> {
+    let mut locks = cx.locks.iter().filter(|l| l.file == file.id);
+    if locks.any(|l| l.line.contains("LEASE")) {
+        return Err(file.refuse("a lease on a file without a name is not supported"));
     }
-    match lock {
-        Some(lock) => Err(file.refuse(format!("file locks are not supported yet ({lock})"))),
-        None => Ok(()),
-    }
+    Ok(())
 }
 
 /// A path, for people.

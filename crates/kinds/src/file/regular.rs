@@ -7,12 +7,13 @@ use std::path::Path;
 use freezeframe_error::{Error, Kind, Result};
 use freezeframe_image::{RawRecord, Tag};
 use freezeframe_inject::Arg;
+use freezeframe_sys::fd;
 use serde::{Deserialize, Serialize};
 
 use crate::about::{About, show};
 use crate::cx::{DumpCx, FileItem, FileKind, FileView, Provided, RestoreFiles};
 use crate::file::unsupported::check_file_system;
-use crate::file::{check_locks, is_opath, shown};
+use crate::file::{is_opath, shown};
 use crate::model::FileId;
 
 /// See the module.
@@ -26,8 +27,8 @@ static ABOUT: About = About {
     title: "Regular files, directories and O_PATH descriptors",
     manual: "open(2)",
     since: "",
-    carried: "path, access mode, status flags (O_APPEND, O_NONBLOCK, O_DIRECT, ...), position, owner and signal; directories with their position; O_PATH of anything with a name",
-    refused: "a directory or O_PATH descriptor whose name is gone (\"a deleted file is not supported here\"), a path under which something else is mounted or lies (\"its path leads to another file\"), a file of /proc/PID (\"a file of /proc/12 is not supported\"), locks (\"file locks are not supported yet\"), a file that is gone or has another size than at the dump",
+    carried: "path, access mode, status flags (O_APPEND, O_NONBLOCK, O_DIRECT, ...), position, owner and signal; directories with their position; O_PATH of anything with a name; files of /proc/PID of processes and threads of the tree",
+    refused: "an O_PATH descriptor of a FIFO, socket, device or symbolic link whose name is gone (\"a deleted file is not supported here\"), a path under which something else is mounted or lies (\"its path leads to another file\"), a file of /proc/PID of another process (\"a file of /proc/12, a process outside the tree, is not supported\"), a directory with F_NOTIFY (\"dnotify (F_NOTIFY on a directory) is not supported\"), a file that is gone or has another size than at the dump",
     programs: &[
         "files::regular",
         "files::status_flags",
@@ -42,7 +43,10 @@ static ABOUT: About = About {
         "files::position_past_end",
         "files::odd_names",
         "files::read_only_file",
-        "files::locks",
+        "files::renamed",
+        "files::proc_files",
+        "files::proc_of_another",
+        "files::dnotify",
     ],
     show: show::<Record>,
 };
@@ -63,7 +67,7 @@ pub fn open_flags(flags: u32) -> i32 {
 }
 
 /// The bits of O_TMPFILE that O_DIRECTORY has not.
-pub(super) const TMPFILE: i32 = libc::O_TMPFILE & !libc::O_DIRECTORY;
+pub const TMPFILE: i32 = libc::O_TMPFILE & !libc::O_DIRECTORY;
 
 /// Whether the name the file was opened by leads to it no more because it was
 /// taken away: the kernel says so behind the link.
@@ -89,16 +93,55 @@ pub fn check_name(file: &FileView<'_>) -> Result<()> {
     Ok(())
 }
 
-/// Refuses what lies in the /proc directory of a process.
-fn check_proc(file: &FileView<'_>) -> Result<()> {
+/// Refuses what lies in the /proc directory of a process that is not of the tree,
+/// or that is not there yet when files are opened again.
+pub fn check_proc(cx: &DumpCx<'_>, file: &FileView<'_>) -> Result<()> {
     let Some(rest) = file.link.strip_prefix(b"/proc/") else {
         return Ok(());
     };
-    let pid: Vec<u8> = rest.iter().copied().take_while(|b| *b != b'/').collect();
-    if pid.first().is_some_and(u8::is_ascii_digit) {
-        return Err(file.refuse(format!("a file of /proc/{} is not supported", shown(&pid))));
+    let mut parts = rest.split(|b| *b == b'/');
+    let id = |part: Option<&[u8]>| std::str::from_utf8(part?).ok()?.parse::<i32>().ok();
+    let Some(pid) = id(parts.next()) else {
+        return Ok(());
+    };
+    let ours = |id: i32| {
+        let mut procs = cx.procs.iter();
+        procs.any(|p| p.pid.0 == id || p.tids.iter().any(|t| t.0 == id))
+    };
+    let mut what = parts.next();
+    let mut who = pid;
+    if what == Some(b"task")
+        && let Some(tid) = id(parts.next())
+    {
+        who = tid;
+        what = parts.next();
+    }
+    if !ours(pid) || !ours(who) {
+        return Err(file.refuse(format!(
+            "a file of /proc/{who}, a process outside the tree, is not supported"
+        )));
+    }
+    let later = [b"fd".as_slice(), b"fdinfo", b"map_files"];
+    if what.is_some_and(|what| later.contains(&what)) && parts.next().is_some() {
+        return Err(file.refuse(format!(
+            "a file of /proc/{who}/{} is not supported",
+            shown(what.unwrap_or_default())
+        )));
     }
     Ok(())
+}
+
+/// Refuses a directory that tells of changes (F_NOTIFY). Nothing shows that, but
+/// F_NOTIFY makes its caller the owner of the directory's signals, which has no
+/// other use.
+fn check_notify(file: &FileView<'_>) -> Result<()> {
+    if file.stat.mode & libc::S_IFMT != libc::S_IFDIR || is_opath(file) {
+        return Ok(());
+    }
+    match fd::owner(file.ours()?).map_err(|e| file.blame(e))? {
+        Some(_) => Err(file.refuse("dnotify (F_NOTIFY on a directory) is not supported")),
+        None => Ok(()),
+    }
 }
 
 impl FileKind for Regular {
@@ -114,10 +157,10 @@ impl FileKind for Regular {
         Some(format!("file[{:x}:{:x}]", file.info.mnt_id, file.stat.ino))
     }
     fn dump(&self, cx: &mut DumpCx<'_>, file: &FileView<'_>) -> Result<RawRecord> {
-        check_proc(file)?;
+        check_proc(cx, file)?;
         check_file_system(file)?;
         check_name(file)?;
-        check_locks(cx, file)?;
+        check_notify(file)?;
         let record = Record {
             path: file.link.to_vec(),
             mode: file.stat.mode,
@@ -151,10 +194,15 @@ impl FileKind for Regular {
             let fd = cx
                 .batch
                 .call(format!("open({name})"), libc::SYS_openat, args);
+            // A file of /proc makes its contents when it is sought: of what the process is by then.
+            let made_then = record.path.starts_with(b"/proc/") && item.common.pos != 0;
+            if made_then {
+                cx.late.positions.push((item.id, item.common.pos));
+            }
             cx.provided.push(Provided {
                 id: item.id,
                 fd: fd.into(),
-                pos_done: opath,
+                pos_done: opath || made_then,
                 // open(2) sets every status flag but O_ASYNC.
                 flags_done: opath || item.common.flags & libc::O_ASYNC as u32 == 0,
             });

@@ -20,13 +20,12 @@ static ABOUT: About = About {
     manual: "proc_pid_fd(5)",
     since: "",
     carried: "nothing",
-    refused: "sockets but unix pairs (\"TCP sockets are not supported yet\", and so on for each family), io_uring, userfaultfd, fanotify, bpf, perf_event, kvm, namespace files, other anonymous inodes by their names, devices by their numbers (\"character device 10:229 is not supported\")",
+    refused: "sockets but unix pairs (\"TCP sockets are not supported yet\", and so on for each family), io_uring, userfaultfd, bpf, perf_event, kvm, namespace files, other anonymous inodes by their names, devices by their numbers (\"character device 10:229 is not supported\")",
     programs: &[
         "beyond::io_uring",
         "beyond::userfaultfd",
         "beyond::perf_event",
         "beyond::bpf_map",
-        "beyond::fanotify",
         "beyond::message_queue",
         "beyond::kmsg",
         "memory::secret",
@@ -66,10 +65,9 @@ impl FileKind for Unsupported {
 }
 
 /// Anonymous inodes known by name: as in the link, and in words.
-const ANONYMOUS: [(&str, &str); 16] = [
+const ANONYMOUS: [(&str, &str); 15] = [
     ("[io_uring]", "io_uring"),
     ("[userfaultfd]", "userfaultfd"),
-    ("[fanotify]", "fanotify"),
     ("[perf_event]", "a perf event"),
     ("bpf-map", "a BPF map (bpf)"),
     ("bpf-prog", "a BPF program (bpf)"),

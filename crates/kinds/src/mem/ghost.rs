@@ -1,12 +1,16 @@
-//! Files without a name, mapped or open: deleted, or made with O_TMPFILE. One
-//! object for the tree, its contents in the image. It is made again under the
-//! name it had (another, where that is taken), which is then removed.
+//! Files and directories without a name, mapped, open, or a working directory:
+//! deleted, or made with O_TMPFILE. One object for the tree, a file's contents in
+//! the image. It is made again under the name it had (another, where that is
+//! taken), which is then removed, and so are the directories above that were
+//! gone, too.
 
 use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 
-use freezeframe_error::{Error, Kind, Result};
+use freezeframe_error::{Error, Result};
 use freezeframe_image::{RawRecord, Tag};
-use freezeframe_inject::{Arg, Batch};
+use freezeframe_inject::{Arg, Batch, OpRef};
 use freezeframe_sys::fd::{Stat as FileStat, fstat};
 use freezeframe_sys::proc::strip_deleted;
 use serde::{Deserialize, Serialize};
@@ -24,14 +28,19 @@ pub struct Ghost;
 
 static ABOUT: About = About {
     tag: Tag::new(*b"MGHO"),
-    version: 1,
+    version: 2,
     name: "ghost-file",
     title: "Files without a name, mapped",
     manual: "unlink(2), shm_unlink(3), sem_unlink(3)",
     since: "",
-    carried: "up to `--ghost-limit` (1 MiB by default): contents with holes, mode, owner, shared and private mappings in any number of processes",
-    refused: "a larger one (\"a deleted file of 5 bytes is larger than --ghost-limit\"), one that has other names left (\"a deleted file that has other names is not supported\"), one whose directory is gone at the restore",
-    programs: &["mappings::file_deleted", "files::deleted", "files::tmpfile"],
+    carried: "up to `--ghost-limit` (1 MiB by default, holes not counted): contents with holes, mode, owner, shared and private mappings in any number of processes",
+    refused: "a larger one (\"a deleted file of 5 bytes is larger than --ghost-limit\"), one that has other names left (\"a deleted file that has other names is not supported\")",
+    programs: &[
+        "mappings::file_deleted",
+        "files::deleted",
+        "files::tmpfile",
+        "ghosts::mapped_too",
+    ],
     show: show::<Record>,
 };
 
@@ -45,6 +54,8 @@ struct Record {
     gid: u32,
     /// Made with O_TMPFILE: it may still be given a name by linkat(2).
     linkable: bool,
+    /// A directory: nothing can be in it.
+    directory: bool,
 }
 
 /// The name that the kernel shows for a file made with O_TMPFILE.
@@ -55,13 +66,15 @@ fn never_had_a_name(path: &[u8], ino: u64) -> bool {
 /// The limit where the caller gives none, as CRIU has it.
 const DEFAULT_LIMIT: u64 = 1 << 20;
 
-/// The object of a file that lost the name `link`, open for reading as `source`.
+/// The object of a file or directory that lost the name `link`, a file open for
+/// reading as `source`.
 pub fn object(
     cx: &mut DumpCx<'_>,
     link: &[u8],
     stat: &FileStat,
     source: OwnedFd,
 ) -> Result<ObjectId> {
+    let directory = stat.file_type() == libc::S_IFDIR;
     let limit = match cx.options.ghost_limit {
         0 => DEFAULT_LIMIT,
         limit => limit,
@@ -73,10 +86,11 @@ pub fn object(
                 "a deleted file that has other names is not supported",
             ));
         }
-        if stat.size > limit {
+        // What is in the image of it: not its holes.
+        let taken = stat.size.min(stat.blocks.saturating_mul(512));
+        if taken > limit && !directory {
             return Err(Error::unsupported(format!(
-                "a deleted file of {} bytes is larger than --ghost-limit ({limit})",
-                stat.size
+                "a deleted file of {taken} bytes is larger than --ghost-limit ({limit})"
             )));
         }
         let record = Record {
@@ -86,12 +100,13 @@ pub fn object(
             uid: stat.uid,
             gid: stat.gid,
             linkable: never_had_a_name(path, stat.ino),
+            directory,
         };
-        let source = ObjectSource {
+        let source = (!directory).then_some(ObjectSource {
             fd: source,
             size: stat.size,
-        };
-        Ok((ABOUT.record(id.0.into(), &record)?, Some(source)))
+        });
+        Ok((ABOUT.record(id.0.into(), &record)?, source))
     })
 }
 
@@ -140,11 +155,6 @@ impl MemKind for Ghost {
                     return Ok(ours);
                 }
                 Err(e) if e.errno() == Some(libc::EEXIST) => last = Some(e),
-                Err(e) if e.errno() == Some(libc::ENOENT) => {
-                    let gone =
-                        Error::new(Kind::FileChanged, "the directory of a deleted file is gone");
-                    return Err(gone.on(shown));
-                }
                 Err(e) => return Err(e.on(shown)),
             }
         }
@@ -157,12 +167,40 @@ impl MemKind for Ghost {
     }
 }
 
-/// Makes the file and removes its name (or gives it none), in one batch.
+/// The directories above `path` that are not there, the highest first.
+fn missing_parents(path: &[u8]) -> Vec<Vec<u8>> {
+    let path = Path::new(std::ffi::OsStr::from_bytes(path));
+    let above = path.ancestors().skip(1);
+    let missing = above.take_while(|p| p.symlink_metadata().is_err());
+    let mut all: Vec<_> = missing.map(|p| p.as_os_str().as_bytes().to_vec()).collect();
+    all.reverse();
+    all
+}
+
+/// Makes the file or directory and removes its name (or gives it none), in one batch.
 fn create(cx: &mut dyn MakeObject, path: &[u8], record: &Record) -> Result<i32> {
     let mut batch = Batch::new();
     let at = libc::AT_FDCWD;
+    let mut parents = Vec::new();
+    for parent in missing_parents(path) {
+        let parent = batch.cstr(&parent);
+        let args = [at.into(), parent.into(), 0o700.into()];
+        batch.call("mkdir above a deleted file", libc::SYS_mkdirat, args);
+        parents.push(parent);
+    }
     let how = libc::O_RDWR | libc::O_CLOEXEC;
-    let fd = if record.linkable {
+    let fd = if record.directory {
+        let path = batch.cstr(path);
+        let args = [at.into(), path.into(), 0o700.into()];
+        batch.call("mkdir of a deleted directory", libc::SYS_mkdirat, args);
+        let flags = libc::O_RDONLY | libc::O_DIRECTORY | libc::O_NOFOLLOW | libc::O_CLOEXEC;
+        let args = [at.into(), path.into(), flags.into(), 0.into()];
+        let fd = batch.call("open of a deleted directory", libc::SYS_openat, args);
+        attributes(&mut batch, fd, record);
+        let args = [at.into(), path.into(), libc::AT_REMOVEDIR.into()];
+        batch.call("rmdir of a deleted directory", libc::SYS_unlinkat, args);
+        fd
+    } else if record.linkable {
         let directory = path.iter().rposition(|b| *b == b'/').unwrap_or(0).max(1);
         let directory = batch.cstr(&path[..directory]);
         let args = [
@@ -184,17 +222,28 @@ fn create(cx: &mut dyn MakeObject, path: &[u8], record: &Record) -> Result<i32> 
         );
         fd
     };
-    batch.call(
-        "ftruncate",
-        libc::SYS_ftruncate,
-        [fd.into(), Arg::Imm(record.size)],
-    );
+    for parent in parents.into_iter().rev() {
+        let args = [at.into(), parent.into(), libc::AT_REMOVEDIR.into()];
+        batch.call("rmdir above a deleted file", libc::SYS_unlinkat, args);
+    }
+    if !record.directory {
+        batch.call(
+            "ftruncate",
+            libc::SYS_ftruncate,
+            [fd.into(), Arg::Imm(record.size)],
+        );
+        attributes(&mut batch, fd, record);
+    }
+    let replies = cx.run(&batch)?;
+    Ok(replies.raw(fd) as i32)
+}
+
+/// Owner, group and mode.
+fn attributes(batch: &mut Batch, fd: OpRef, record: &Record) {
     batch.call(
         "fchown",
         libc::SYS_fchown,
         [fd.into(), record.uid.into(), record.gid.into()],
     );
     batch.call("fchmod", libc::SYS_fchmod, [fd.into(), record.mode.into()]);
-    let replies = cx.run(&batch)?;
-    Ok(replies.raw(fd) as i32)
 }

@@ -6,6 +6,7 @@ pub mod comm;
 pub mod cpu_flags;
 pub mod credentials;
 pub mod dumpable;
+pub mod file_locks;
 pub mod fs;
 pub mod io_priority;
 pub mod itimers;
