@@ -15,6 +15,7 @@ use freezeframe_sys::ptrace::Regs;
 use nix::fcntl::OFlag;
 
 use crate::about::About;
+use crate::file::terminal::Ptys;
 use crate::model::{self, FileId, ObjectId};
 
 // ---------------------------------------------------------------- options
@@ -357,6 +358,8 @@ pub struct DumpCx<'a> {
     objects: HashMap<ObjectKey, ObjectId>,
     files: HashMap<(i32, i32), FileId>,
     inodes: HashMap<(u64, u64), Vec<InodeFile>>,
+    devices: HashMap<u64, Vec<InodeFile>>,
+    ptys: Option<Ptys>,
 }
 
 impl<'a> DumpCx<'a> {
@@ -373,6 +376,8 @@ impl<'a> DumpCx<'a> {
             objects: HashMap::new(),
             files: HashMap::new(),
             inodes: HashMap::new(),
+            devices: HashMap::new(),
+            ptys: None,
         }
     }
 
@@ -423,6 +428,23 @@ impl<'a> DumpCx<'a> {
             .entry((file.stat.dev, file.stat.ino))
             .or_default()
             .push(seen);
+        if file.stat.mode & libc::S_IFMT == libc::S_IFCHR {
+            self.devices.entry(file.stat.rdev).or_default().push(seen);
+        }
+    }
+
+    /// The open files of the tree that refer to this character device, by
+    /// whatever node, by id.
+    pub fn files_of_device(&self, rdev: u64) -> &[InodeFile] {
+        self.devices.get(&rdev).map_or(&[], Vec::as_slice)
+    }
+
+    /// The pseudo-terminals of the tree, found out once, by `look`.
+    pub(crate) fn ptys(&mut self, look: impl FnOnce(&Self) -> Result<Ptys>) -> Result<&Ptys> {
+        if self.ptys.is_none() {
+            self.ptys = Some(look(self)?);
+        }
+        Ok(self.ptys.get_or_insert_default())
     }
 
     /// The open files of the tree that refer to this inode (the ends of a pipe,
@@ -549,6 +571,27 @@ pub struct FileItem<'a> {
     pub record: &'a RawRecord,
 }
 
+/// What is made before any process of the tree is, by [`BeforeTree::prepare`].
+#[derive(Debug, Default)]
+pub struct Prepared {
+    /// Open files, each to be handed over by [`RestoreFiles::provide_prepared`].
+    pub files: HashMap<FileId, OwnedFd>,
+    /// The terminals that sessions of the tree may have, by their names in
+    /// [`crate::task::controlling_terminal::Leads`].
+    pub terminals: HashMap<String, OwnedFd>,
+}
+
+/// What a file kind works with before the tree is made.
+#[derive(Debug)]
+pub struct PrepareFiles<'a> {
+    /// Options.
+    pub options: &'a RestoreOptions,
+    /// Where it goes.
+    pub prepared: &'a mut Prepared,
+    /// Things the caller should know.
+    pub warnings: &'a mut Vec<String>,
+}
+
 /// What a file kind works with on restore. Calls are appended to the batch of
 /// the process that is to own the file; each file made is handed over by
 /// [`RestoreFiles::provide`]. The engine then moves it to its numbers, hands it
@@ -574,6 +617,8 @@ pub struct RestoreFiles<'a> {
     /// /proc/self/fd for another open file description, and hand that over by
     /// [`RestoreFiles::provide_ours`]).
     pub objects: &'a HashMap<ObjectId, OwnedFd>,
+    /// What was made before the tree.
+    pub prepared: &'a Prepared,
     /// Files that have been handed over: id, number, what is done already.
     pub provided: &'a mut Vec<Provided>,
     /// Descriptors of ours to be sent to this process before the batch runs,
@@ -640,6 +685,17 @@ impl RestoreFiles<'_> {
             pos_done: true,
             flags_done: true,
         });
+    }
+    /// Hands over a file that was made by [`BeforeTree::prepare`]; the engine sets its flags.
+    pub fn provide_prepared(&mut self, id: FileId) -> Result<()> {
+        let made = self.prepared.files.get(&id);
+        let made = made.ok_or_else(|| Error::bug("a file was not made before the tree"))?;
+        let copy = made.try_clone().map_err(|e| Error::io("dup", e))?;
+        self.provide_ours(id, copy);
+        if let Some(last) = self.provided.last_mut() {
+            last.flags_done = false;
+        }
+        Ok(())
     }
     /// A path for the batch.
     pub fn path(&mut self, path: &[u8]) -> DataRef {
@@ -736,6 +792,13 @@ pub trait FileKind: Sync + std::fmt::Debug {
     fn group(&self, item: &FileItem<'_>) -> Result<u64>;
     /// Makes the files of one group in one process.
     fn restore(&self, cx: &mut RestoreFiles<'_>, group: &[FileItem<'_>]) -> Result<()>;
+}
+
+/// A kind of open file of which the restorer makes some itself, before any
+/// process of the tree is: terminals, which sessions have from their beginning.
+pub trait BeforeTree: FileKind {
+    /// Makes them. Called once with all files of this kind, where there are any.
+    fn prepare(&self, cx: &mut PrepareFiles<'_>, files: &[FileItem<'_>]) -> Result<()>;
 }
 
 /// A kind of memory object.

@@ -3,7 +3,7 @@
 use freezeframe_image::{RawRecord, Tag};
 
 use crate::about::{About, Family};
-use crate::cx::{FileKind, MemKind, TaskKind};
+use crate::cx::{BeforeTree, FileKind, MemKind, TaskKind};
 use crate::{file, mem, task};
 
 /// What a descriptor can refer to. The first that claims a file has it.
@@ -26,6 +26,9 @@ pub static FILES: &[&dyn FileKind] = &[
     &file::unsupported::Unsupported,
 ];
 
+/// Those of them of which some are made before the tree is.
+pub static BEFORE_TREE: &[&dyn BeforeTree] = &[&file::terminal::Terminal];
+
 /// What a VMA can map. The first that claims a VMA has it.
 pub static MEMORY: &[&dyn MemKind] = &[
     &mem::vdso::Vdso,
@@ -40,7 +43,8 @@ pub static MEMORY: &[&dyn MemKind] = &[
 
 /// Attributes of threads and processes. Within a stage they are restored in this order.
 pub static TASKS: &[&dyn TaskKind] = &[
-    // Stage::Fs. The first two use paths of the old root.
+    // Stage::Fs. The first three use paths of the old root.
+    &task::controlling_terminal::ControllingTerminal,
     &task::mm_layout::MmLayout,
     &task::login_uid::LoginUid,
     &task::fs::Fs,

@@ -12,6 +12,7 @@ mod attributes;
 pub mod ioctl;
 mod pipe;
 mod socket;
+pub mod terminal;
 
 pub use attributes::{Attribute, attributes, set_attribute, set_times};
 pub use pipe::{peek_pipe, pipe_pair, splice, tee};

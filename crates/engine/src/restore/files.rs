@@ -12,7 +12,9 @@ use freezeframe_error::{Error, Result, ResultExt};
 use freezeframe_inject::shell::{Shells, TaskId};
 use freezeframe_inject::{Arg, Batch, OpRef};
 use freezeframe_kinds::model::{FdTable, FileId, ObjectId, OpenFile};
-use freezeframe_kinds::{FileItem, Late, Provided, RestoreFiles, RestoreOptions, registry};
+use freezeframe_kinds::{
+    FileItem, Late, PrepareFiles, Prepared, Provided, RestoreFiles, RestoreOptions, registry,
+};
 use freezeframe_sys::ids::Pid;
 use freezeframe_sys::rlimit;
 
@@ -39,6 +41,7 @@ struct Files<'a, 's, 't> {
     tasks: &'a HashMap<i32, TaskId>,
     options: &'a RestoreOptions,
     objects: &'a HashMap<ObjectId, OwnedFd>,
+    prepared: &'a Prepared,
     warnings: &'a mut Vec<String>,
     elapsed_ns: u64,
     late: Late,
@@ -94,6 +97,29 @@ pub(super) fn make_room(shells: &mut Shells<'_>, root: TaskId, loaded: &Loaded) 
     shells.move_service_fds(root, floor(loaded)).map(drop)
 }
 
+/// Makes what must be there before the tree is.
+pub(super) fn prepare(
+    loaded: &Loaded,
+    options: &RestoreOptions,
+    warnings: &mut Vec<String>,
+) -> Result<Prepared> {
+    let mut prepared = Prepared::default();
+    for kind in registry::BEFORE_TREE {
+        let of_kind = |(_, file): &(&FileId, &OpenFile)| file.kind == kind.about().tag;
+        let ids = loaded.files.iter().filter(of_kind).map(|(id, _)| *id);
+        let items: Vec<FileItem<'_>> = ids.map(|id| item(loaded, id)).collect::<Result<_>>()?;
+        if !items.is_empty() {
+            let mut cx = PrepareFiles {
+                options,
+                prepared: &mut prepared,
+                warnings,
+            };
+            kind.prepare(&mut cx, &items)?;
+        }
+    }
+    Ok(prepared)
+}
+
 /// Restores every descriptor of every process. Gives what is left to be done at
 /// the very end.
 #[allow(clippy::too_many_arguments)]
@@ -103,6 +129,7 @@ pub(super) fn restore(
     tasks: &HashMap<i32, TaskId>,
     options: &RestoreOptions,
     objects: &HashMap<ObjectId, OwnedFd>,
+    prepared: &Prepared,
     warnings: &mut Vec<String>,
     elapsed_ns: u64,
 ) -> Result<Late> {
@@ -126,6 +153,7 @@ pub(super) fn restore(
         tasks,
         options,
         objects,
+        prepared,
         warnings,
         elapsed_ns,
         late: Late::default(),
@@ -270,6 +298,7 @@ impl Files<'_, '_, '_> {
                 numbers: self.numbers.get(&owner).unwrap_or(&empty),
                 tables: &self.loaded.tables,
                 objects: self.objects,
+                prepared: self.prepared,
                 provided: &mut provided,
                 to_send: &mut to_send,
                 afterwards: &mut after,

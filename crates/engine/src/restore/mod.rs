@@ -9,6 +9,7 @@ pub mod load;
 mod memory;
 pub mod plan;
 mod tasks;
+mod terminals;
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::path::PathBuf;
@@ -19,7 +20,7 @@ use freezeframe_error::{Error, Kind, Phase, Result, ResultExt, Target};
 use freezeframe_inject::Batch;
 use freezeframe_inject::shell::{ForkOptions, Shells, SpawnOptions, TaskId};
 use freezeframe_inject::tracer::Tracer;
-use freezeframe_kinds::RestoreOptions;
+use freezeframe_kinds::{Prepared, RestoreOptions};
 use freezeframe_kinds::model::{Life, Process};
 use freezeframe_pages::{Filler, PageReader, What};
 use freezeframe_sys::ids::Pid;
@@ -281,6 +282,8 @@ impl<'a> Builder<'a> {
         self.events.step(Point::SetupNamespaces(report.pid))?;
         let objects = memory::make_objects(self.loaded, &mut self.filler, &mut shells, root_task)
             .in_phase(Phase::Rebuild)?;
+        let prepared = files::prepare(self.loaded, options, &mut report.warnings)
+            .in_phase(Phase::Rebuild)?;
         let mut tasks: HashMap<i32, TaskId> = HashMap::from([(root.pid(), root_task)]);
         let memory = Memory {
             loaded: self.loaded,
@@ -294,9 +297,11 @@ impl<'a> Builder<'a> {
             if self.events.cancelled() {
                 return Err(crate::freeze::cancelled());
             }
-            self.step(*step, &mut shells, &mut tasks, &memory, &mut buildings)?;
+            self.step(*step, &mut shells, &mut tasks, &memory, &prepared, &mut buildings)?;
         }
         self.check_tree()?;
+        terminals::set_foreground(self.loaded, &prepared, &mut shells, &tasks)
+            .in_phase(Phase::Rebuild)?;
         report.forking = forking.elapsed();
 
         self.events.phase(Phase::Rebuild);
@@ -307,10 +312,13 @@ impl<'a> Builder<'a> {
             &tasks,
             options,
             &objects,
+            &prepared,
             &mut report.warnings,
             elapsed_ns,
         )
         .in_phase(Phase::Rebuild)?;
+        // What nobody of the tree has open is closed now, as it was.
+        drop(prepared);
         for building in buildings {
             if self.events.cancelled() {
                 return Err(crate::freeze::cancelled());
@@ -350,6 +358,7 @@ impl<'a> Builder<'a> {
         shells: &mut Shells<'_>,
         tasks: &mut HashMap<i32, TaskId>,
         memory: &Memory<'m>,
+        prepared: &Prepared,
         buildings: &mut Vec<Building<'m>>,
     ) -> Result<()> {
         let find = |tasks: &HashMap<i32, TaskId>, actor: i32| {
@@ -401,13 +410,12 @@ impl<'a> Builder<'a> {
                 tasks.extend(process(who)?.threads[1..].iter().copied().zip(made));
                 Ok(())
             }
-            Step::Setsid(who) => call(
-                shells,
-                find(tasks, who)?,
-                "setsid",
-                libc::SYS_setsid,
-                [0, 0],
-            ),
+            Step::Setsid(who) => {
+                let leader = find(tasks, who)?;
+                call(shells, leader, "setsid", libc::SYS_setsid, [0, 0])?;
+                let options = &self.request.options;
+                terminals::take(loaded, prepared, options, shells, leader, who)
+            }
             Step::Subreaper(who) => call(
                 shells,
                 find(tasks, who)?,

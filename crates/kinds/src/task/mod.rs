@@ -3,6 +3,7 @@
 pub mod affinity;
 pub mod altstack;
 pub mod comm;
+pub mod controlling_terminal;
 pub mod cpu_flags;
 pub mod credentials;
 pub mod dumpable;

@@ -157,7 +157,7 @@ pub fn namespace_parent(fd: impl AsFd) -> Result<OwnedFd> {
 }
 
 /// For the requests above that write one `int`.
-fn get_int(fd: BorrowedFd<'_>, request: u64, name: &'static str) -> Result<i32> {
+pub(super) fn get_int(fd: BorrowedFd<'_>, request: u64, name: &'static str) -> Result<i32> {
     let mut value = 0i32;
     // SAFETY: our callers pass requests that write one int, and nothing more.
     let done = unsafe { libc::ioctl(fd.as_raw_fd(), request, &raw mut value) };

@@ -1,0 +1,496 @@
+//! A pseudo-terminal whose master is in the tree: looked at, and made again.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::time::{Duration, Instant};
+
+use freezeframe_error::{Error, Kind, Result, ResultExt, SysExt};
+use freezeframe_sys::fd::terminal::{self, Settings};
+use freezeframe_sys::fd::{self, ioctl};
+use freezeframe_sys::ids::Pid;
+use freezeframe_sys::pidfd::pidfd_getfd;
+use freezeframe_sys::proc::{ProcDir, all_pids};
+use nix::fcntl::OFlag;
+use nix::poll::PollFlags;
+use nix::sys::stat::Mode;
+use serde::{Deserialize, Serialize};
+
+use super::queue::{Input, Meddling, Stopped, ready, waiting};
+use super::{CONTROLLING, PTMX, device_of, external_name, name_of};
+use crate::bytes::Bytes;
+use crate::cx::{DumpCx, FileView, InodeFile};
+use crate::model::FileId;
+
+/// Whether a slave is open.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) enum Side {
+    /// It never was: the master waits for it.
+    Never,
+    /// It is.
+    Open,
+    /// It was, and the master reads an error.
+    Closed,
+}
+
+/// All that is known of a pseudo-terminal but who has it open.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct Pty {
+    /// Device number of its slave.
+    pub device: u64,
+    /// What its master was opened by.
+    pub path: Vec<u8>,
+    side: Side,
+    /// Input, output, control and local modes.
+    modes: [u32; 4],
+    chars: Bytes,
+    speeds: (u32, u32),
+    window: [u16; 4],
+    locked: bool,
+    packet: bool,
+    /// TIOCEXCL, of the master and of the slave.
+    exclusive: (bool, bool),
+    /// Mode, owner and group of /dev/pts/N.
+    node: (u32, u32, u32),
+    stopped: Stopped,
+    /// Whether writing to the master is stopped (tcflow(3)).
+    master_stopped: bool,
+    /// To be read from the slave.
+    input: Input,
+    /// To be read from the master.
+    output: Bytes,
+}
+
+// ---------------------------------------------------------------- dump
+
+/// The pseudo-terminals of a tree, and who else has them.
+#[derive(Debug, Default)]
+pub struct Ptys {
+    /// Their masters, by the device number of the slave.
+    pub masters: BTreeMap<u64, FileId>,
+    /// Those whose slaves the tree has open, hung up or not.
+    open: HashSet<u64>,
+    /// Processes outside the tree that have one open: their PID and number, by
+    /// file system and device number.
+    outside: HashMap<(u64, u64), (i32, i32)>,
+}
+
+impl Ptys {
+    /// Looks for them.
+    pub(super) fn look(cx: &DumpCx<'_>) -> Result<Ptys> {
+        let mut found = Ptys::default();
+        let ours = |file: &InodeFile| -> Result<Option<OwnedFd>> {
+            let path_only = file.flags & libc::O_PATH as u32 != 0;
+            match cx.proc(file.at.0).filter(|_| !path_only) {
+                Some(proc) => pidfd_getfd(&proc.pidfd, file.at.1)
+                    .on(format!("fd {}", file.at.1))
+                    .on_task(file.at.0.0)
+                    .map(Some),
+                None => Ok(None),
+            }
+        };
+        for file in cx.files_of_device(device_of(PTMX)) {
+            if let Some(master) = ours(file)?
+                && !cx.is_external(&external_name(&fd::fstat(&master)?))
+            {
+                found.masters.insert(terminal::device(&master)?, file.id);
+            }
+        }
+        if found.masters.is_empty() {
+            return Ok(found);
+        }
+        for device in found.masters.keys() {
+            if !cx.files_of_device(*device).is_empty() {
+                found.open.insert(*device);
+            }
+        }
+        for file in cx.files_of_device(device_of(CONTROLLING)) {
+            if let Some(tty) = ours(file)?
+                && let Ok(device) = terminal::device(&tty)
+            {
+                found.open.insert(device);
+            }
+        }
+        found.look_outside(cx);
+        Ok(found)
+    }
+
+    /// Whoever is outside of the tree and has a terminal of ours open would
+    /// have it hung up, and keep its number from being used again.
+    fn look_outside(&mut self, cx: &DumpCx<'_>) {
+        let inside: HashSet<Pid> = cx.procs.iter().map(|p| p.pid).collect();
+        for pid in all_pids().unwrap_or_default() {
+            // They come and go: whoever is gone has nothing open.
+            if inside.contains(&pid) || pid == Pid::this() {
+                continue;
+            }
+            let Ok(dir) = ProcDir::open(pid) else {
+                continue;
+            };
+            for number in dir.fds().unwrap_or_default() {
+                let is_pty = |link: Vec<u8>| link.starts_with(b"/dev/pts/");
+                if !dir.fd_link(number).is_ok_and(is_pty) {
+                    continue;
+                }
+                let stat = std::fs::metadata(format!("/proc/{pid}/fd/{number}"));
+                if let Ok(stat) = stat {
+                    let key = (stat.dev(), stat.rdev());
+                    self.outside.entry(key).or_insert((pid.0, number));
+                }
+            }
+        }
+    }
+}
+
+/// What a master knows, `file` being one, and whether its slave was never opened.
+pub(super) fn look(ptys: &Ptys, file: &FileView<'_>) -> Result<(Pty, bool)> {
+    let master = file.ours()?;
+    let device = terminal::device(master)?;
+    let name = name_of(device);
+    if file.info.flags & libc::O_ACCMODE as u32 != libc::O_RDWR as u32 {
+        return Err(file.refuse(
+            "a pseudo-terminal master (tty) opened for reading or writing alone is not supported",
+        ));
+    }
+    let node = std::fs::metadata(&name).ok();
+    let node = node.filter(|node| node.rdev() == device).ok_or_else(|| {
+        file.refuse(format!(
+            "a pseudo-terminal master (tty) of another devpts, where {name} is not its slave, is not supported"
+        ))
+    })?;
+    if let Some((pid, number)) = ptys.outside.get(&(node.dev(), device)) {
+        let what = format!("its terminal {name} is open in process {pid} (fd {number}) too, which is outside the tree");
+        return Err(file.refuse(what));
+    }
+    let settings = terminal::settings(master)?;
+    let disciplines = [
+        terminal::line_discipline(master)?,
+        i32::from(settings.line),
+    ];
+    if let Some(other) = disciplines.iter().find(|d| **d != terminal::N_TTY) {
+        return Err(file.refuse(format!(
+            "line discipline {other} of a terminal (tty) is not supported"
+        )));
+    }
+    if terminal::settings_locked(master)? {
+        return Err(file.refuse(
+            "locked settings of a terminal (tty, TIOCSLCKTRMIOS) are not supported",
+        ));
+    }
+    let packet = terminal::packet_mode(master)?;
+    if packet && ready(master, PollFlags::POLLPRI)? {
+        return Err(file.refuse(
+            "a pseudo-terminal master (tty) in packet mode with a change not read yet is not supported",
+        ));
+    }
+    let side = if ptys.open.contains(&device) {
+        Side::Open
+    } else if ready(master, PollFlags::POLLHUP)? {
+        Side::Closed
+    } else {
+        Side::Never
+    };
+    let locked = terminal::is_locked(master)?;
+    let slave = match side {
+        // To open it would be seen.
+        Side::Never => None,
+        _ => Some(open_for_us(master, locked)?),
+    };
+    if let Some(slave) = &slave
+        && fd::fstat(slave)?.dev != node.dev()
+    {
+        let what = format!("a pseudo-terminal master (tty) of another devpts than that of {name} is not supported");
+        return Err(file.refuse(what));
+    }
+    let mut pty = Pty {
+        device,
+        path: file.link.to_vec(),
+        side,
+        modes: [
+            settings.input,
+            settings.output,
+            settings.control,
+            settings.local,
+        ],
+        chars: settings.chars.to_vec().into(),
+        speeds: (settings.input_speed, settings.output_speed),
+        window: ioctl::window_size(master)?,
+        locked,
+        packet,
+        exclusive: (
+            terminal::is_exclusive(master)?,
+            slave.as_ref().map_or(Ok(false), terminal::is_exclusive)?,
+        ),
+        node: (node.mode() & 0o7777, node.uid(), node.gid()),
+        stopped: Stopped::No,
+        master_stopped: false,
+        input: Input::default(),
+        output: Bytes::default(),
+    };
+    let tty = Meddling::new(
+        master,
+        slave.as_ref().map(AsFd::as_fd),
+        settings,
+        packet,
+    )?;
+    if side == Side::Never && waiting(master)? >= 4095 {
+        return Err(file.refuse(
+            "a pseudo-terminal master (tty) with a full queue, whose slave was never opened, is not supported",
+        ));
+    }
+    pty.look_at_queues(&tty)?;
+    Ok((pty, side == Side::Never))
+}
+
+/// A descriptor of ours for the slave of a master, which does not block.
+fn open_for_us(master: BorrowedFd<'_>, locked: bool) -> Result<OwnedFd> {
+    if locked {
+        terminal::set_locked(master, false)?;
+    }
+    let opened = terminal::open_slave(master, OFlag::O_RDWR | OFlag::O_NONBLOCK);
+    if locked {
+        terminal::set_locked(master, true)?;
+    }
+    opened
+}
+
+impl Pty {
+    /// Reads both queues and puts them back, and finds out what is stopped.
+    fn look_at_queues(&mut self, tty: &Meddling<'_>) -> Result<()> {
+        self.output = tty.take_output()?.into();
+        // Room was made: what cannot be written to now is stopped.
+        let stopped = tty.stopped();
+        let put_back = stopped.and_then(|how| {
+            let full = self.output.len() > 4095;
+            if full {
+                tty.start(how)?;
+            }
+            tty.put_output(&self.output)?;
+            if full {
+                tty.stop(how)?;
+            }
+            Ok(how)
+        });
+        self.stopped = put_back.map_err(lost)?;
+        self.input = tty.take_input()?;
+        // The same for the master, as nothing waits for the slave now.
+        let stopped = ready(tty.master, PollFlags::POLLOUT).map(|writable| !writable);
+        let put_back = stopped.and_then(|stopped| {
+            if stopped && !self.input.rest.is_empty() {
+                terminal::set_stopped(tty.master, false)?;
+            }
+            tty.put_input(&self.input)?;
+            if stopped {
+                terminal::set_stopped(tty.master, true)?;
+            }
+            Ok(stopped)
+        });
+        self.master_stopped = put_back.map_err(lost)?;
+        Ok(())
+    }
+
+    fn settings(&self) -> Result<Settings> {
+        let [input, output, control, local] = self.modes;
+        let (input_speed, output_speed) = self.speeds;
+        let chars = self.chars.0.as_slice().try_into();
+        Ok(Settings {
+            input,
+            output,
+            control,
+            local,
+            line: 0,
+            chars: chars.map_err(|_| Error::corrupt("settings of a terminal"))?,
+            input_speed,
+            output_speed,
+        })
+    }
+}
+
+fn lost(e: Error) -> Error {
+    e.left_behind("what waited in a terminal of the target may be lost")
+}
+
+// ---------------------------------------------------------------- restore
+
+/// A slave to be opened.
+#[derive(Debug)]
+pub(super) struct Slave {
+    pub id: FileId,
+    /// Its flags.
+    pub flags: u32,
+    /// What it was opened by.
+    pub path: Vec<u8>,
+    /// Whether it is hung up.
+    pub hung: bool,
+}
+
+/// A pseudo-terminal to be made, with its slaves.
+#[derive(Debug, Default)]
+pub(super) struct Wanted {
+    /// None: the master was closed.
+    pub master: Option<(FileId, Pty)>,
+    pub slaves: Vec<Slave>,
+}
+
+/// What is made of it.
+#[derive(Debug, Default)]
+pub(super) struct Made {
+    pub files: Vec<(FileId, OwnedFd)>,
+    /// A descriptor for whoever has it as controlling terminal.
+    pub terminal: Option<OwnedFd>,
+}
+
+/// How long to wait for a number that somebody has for a moment.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// Makes pseudo-terminals with these device numbers.
+pub(super) fn make(wanted: BTreeMap<u64, Wanted>) -> Result<Vec<(u64, Made)>> {
+    let paths = |w: &Wanted| match &w.master {
+        Some((_, pty)) => pty.path.clone(),
+        None => b"/dev/ptmx".to_vec(),
+    };
+    let numbers: BTreeMap<u64, Vec<u8>> = wanted.iter().map(|(d, w)| (*d, paths(w))).collect();
+    let start = Instant::now();
+    let mut masters = loop {
+        match open_masters(&numbers) {
+            // Others that look for a number of theirs hold many.
+            Err(e) if e.kind() == Kind::ResourceInUse && start.elapsed() < PATIENCE => {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            other => break other?,
+        }
+    };
+    let mut all = Vec::new();
+    for (device, wanted) in wanted {
+        let master = masters.remove(&device);
+        let master = master.ok_or_else(|| Error::bug("a pseudo-terminal was not made"))?;
+        let made = wanted.make(device, master).on(name_of(device))?;
+        all.push((device, made));
+    }
+    Ok(all)
+}
+
+/// Opens masters until each number was given: the kernel gives the lowest that is free.
+fn open_masters(wanted: &BTreeMap<u64, Vec<u8>>) -> Result<BTreeMap<u64, OwnedFd>> {
+    let mut found = BTreeMap::new();
+    let mut others = Vec::new();
+    let flags = OFlag::O_RDWR | OFlag::O_NOCTTY | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
+    for (device, path) in wanted {
+        let name = name_of(*device);
+        loop {
+            let master = nix::fcntl::open(path.as_slice(), flags, Mode::empty())
+                .sys("open")
+                .on(String::from_utf8_lossy(path))?;
+            let is = terminal::device(&master)?;
+            if is > *device {
+                let what = format!("the pseudo-terminal {name} is taken");
+                return Err(Error::new(Kind::ResourceInUse, what).on(name));
+            }
+            if is == *device {
+                found.insert(is, master);
+                break;
+            }
+            others.push(master);
+        }
+    }
+    Ok(found)
+}
+
+impl Wanted {
+    fn make(self, device: u64, master: OwnedFd) -> Result<Made> {
+        let mut made = Made::default();
+        terminal::set_locked(&master, false)?;
+        let (hung, open): (Vec<_>, Vec<_>) = self.slaves.into_iter().partition(|s| s.hung);
+        for slave in hung {
+            made.files.push((slave.id, slave.open(device)?));
+        }
+        let Some((id, pty)) = self.master else {
+            if !open.is_empty() {
+                return Err(Error::corrupt("a terminal without a master"));
+            }
+            // This hangs them up.
+            drop(master);
+            return Ok(made);
+        };
+        if let Some((_, one)) = made.files.first() {
+            terminal::hang_up(one)?;
+        }
+        let ours = match pty.side {
+            Side::Never => None,
+            _ => {
+                let flags = OFlag::O_RDWR | OFlag::O_NONBLOCK;
+                Some(terminal::open_slave(&master, flags)?)
+            }
+        };
+        for slave in open {
+            made.files.push((slave.id, slave.open(device)?));
+        }
+        pty.set(&master, ours.as_ref())?;
+        made.terminal = ours;
+        made.files.push((id, master));
+        Ok(made)
+    }
+}
+
+impl Slave {
+    fn open(&self, device: u64) -> Result<OwnedFd> {
+        let usual = name_of(device).into_bytes();
+        let leads_there = |path: &[u8]| {
+            use std::os::unix::ffi::OsStrExt;
+            let at = |path: &[u8]| std::fs::metadata(std::ffi::OsStr::from_bytes(path));
+            match (at(path), at(&usual)) {
+                (Ok(is), Ok(usual)) => (is.dev(), is.ino()) == (usual.dev(), usual.ino()),
+                _ => false,
+            }
+        };
+        let path = match self.path.as_slice() {
+            path if leads_there(path) => path,
+            _ => usual.as_slice(),
+        };
+        let flags = super::access(self.flags) | super::status_flags(self.flags);
+        let flags = OFlag::from_bits_retain(flags);
+        let more = OFlag::O_NOCTTY | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
+        let opened = nix::fcntl::open(path, flags | more, Mode::empty())
+            .sys("open")
+            .on(String::from_utf8_lossy(path))?;
+        match terminal::device(&opened)? {
+            is if is == device => Ok(opened),
+            _ => Err(Error::new(Kind::FileChanged, "another terminal is there")
+                .on(String::from_utf8_lossy(path))),
+        }
+    }
+}
+
+impl Pty {
+    /// Gives a new pseudo-terminal all that it had.
+    fn set(&self, master: &OwnedFd, slave: Option<&OwnedFd>) -> Result<()> {
+        let name = name_of(self.device);
+        let (mode, uid, gid) = self.node;
+        std::os::unix::fs::chown(&name, Some(uid), Some(gid))
+            .map_err(|e| Error::io("chown", e).on(&name))?;
+        std::fs::set_permissions(&name, std::fs::Permissions::from_mode(mode))
+            .map_err(|e| Error::io("chmod", e).on(&name))?;
+        {
+            let settings = self.settings()?;
+            let slave = slave.map(AsFd::as_fd);
+            let tty = Meddling::new(master.as_fd(), slave, settings, false)?;
+            tty.put_output(&self.output)?;
+            tty.put_input(&self.input)?;
+            tty.stop(self.stopped)?;
+        }
+        terminal::set_window_size(master, self.window)?;
+        if self.exclusive.0 {
+            terminal::set_exclusive(master, true)?;
+        }
+        if let Some(slave) = slave.filter(|_| self.exclusive.1) {
+            terminal::set_exclusive(slave, true)?;
+        }
+        if self.master_stopped {
+            terminal::set_stopped(master, true)?;
+        }
+        if self.packet {
+            terminal::set_packet_mode(master, true)?;
+        }
+        terminal::set_locked(master, self.locked)
+    }
+}
