@@ -66,6 +66,9 @@ pub fn carry(program: &Program, mode: Mode) -> Result<(), String> {
     if program.terminal && std::env::var_os("FF_TERMINAL").is_none() {
         return again_in_terminal(program, mode);
     }
+    if program.family == "terminals" {
+        own_terminals()?;
+    }
     let scene = Scene::new()?;
     let words = [program.full_name(), scene.dir_text()];
     let mut command = Command::new(program_binary());
@@ -117,6 +120,26 @@ pub fn carry(program: &Program, mode: Mode) -> Result<(), String> {
         }
     }
     scene.finish(target, program, &before, mode)
+}
+
+/// Gives this thread and what it starts a /dev/pts of their own: a restore needs the numbers the terminals had, and other
+/// tests open terminals too.
+pub fn own_terminals() -> Result<(), String> {
+    use nix::mount::{MsFlags, mount};
+    let none: Option<&str> = None;
+    nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS)
+        .map_err(|e| format!("unshare: {e}"))?;
+    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)
+        .map_err(|e| format!("private mounts: {e}"))?;
+    let options = Some("newinstance,ptmxmode=0666,mode=620");
+    mount(
+        Some("devpts"),
+        "/dev/pts",
+        Some("devpts"),
+        MsFlags::empty(),
+        options,
+    )
+    .map_err(|e| format!("mount of /dev/pts: {e}"))
 }
 
 /// Runs the same test once more as the leader of a session that has a terminal of its own.

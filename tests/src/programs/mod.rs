@@ -28,6 +28,7 @@ mod scale;
 mod signals;
 mod sockets;
 mod terminal;
+mod terminals;
 mod threads;
 mod timers;
 mod tree;
@@ -185,6 +186,7 @@ const FAMILIES: &[(&str, &[Program])] = &[
     ("credentials", credentials::PROGRAMS),
     ("process", process::PROGRAMS),
     ("terminal", terminal::PROGRAMS),
+    ("terminals", terminals::PROGRAMS),
     ("beyond", beyond::PROGRAMS),
     ("live", live::PROGRAMS),
     ("scale", scale::PROGRAMS),

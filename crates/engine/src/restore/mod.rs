@@ -20,8 +20,8 @@ use freezeframe_error::{Error, Kind, Phase, Result, ResultExt, Target};
 use freezeframe_inject::Batch;
 use freezeframe_inject::shell::{ForkOptions, Shells, SpawnOptions, TaskId};
 use freezeframe_inject::tracer::Tracer;
-use freezeframe_kinds::{Prepared, RestoreOptions};
 use freezeframe_kinds::model::{Life, Process};
+use freezeframe_kinds::{Prepared, RestoreOptions};
 use freezeframe_pages::{Filler, PageReader, What};
 use freezeframe_sys::ids::Pid;
 use freezeframe_sys::proc::ProcDir;
@@ -282,8 +282,8 @@ impl<'a> Builder<'a> {
         self.events.step(Point::SetupNamespaces(report.pid))?;
         let objects = memory::make_objects(self.loaded, &mut self.filler, &mut shells, root_task)
             .in_phase(Phase::Rebuild)?;
-        let prepared = files::prepare(self.loaded, options, &mut report.warnings)
-            .in_phase(Phase::Rebuild)?;
+        let prepared =
+            files::prepare(self.loaded, options, &mut report.warnings).in_phase(Phase::Rebuild)?;
         let mut tasks: HashMap<i32, TaskId> = HashMap::from([(root.pid(), root_task)]);
         let memory = Memory {
             loaded: self.loaded,
@@ -297,7 +297,14 @@ impl<'a> Builder<'a> {
             if self.events.cancelled() {
                 return Err(crate::freeze::cancelled());
             }
-            self.step(*step, &mut shells, &mut tasks, &memory, &prepared, &mut buildings)?;
+            self.step(
+                *step,
+                &mut shells,
+                &mut tasks,
+                &memory,
+                &prepared,
+                &mut buildings,
+            )?;
         }
         self.check_tree()?;
         terminals::set_foreground(self.loaded, &prepared, &mut shells, &tasks)

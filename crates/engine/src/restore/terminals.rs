@@ -119,7 +119,10 @@ fn stand_in(shells: &mut Shells<'_>, leader: TaskId, group: i32) -> Result<TaskI
 fn prepared_terminal<'a>(prepared: &'a Prepared, leads: &Leads) -> Result<BorrowedFd<'a>> {
     let made = prepared.terminals.get(&leads.terminal);
     let made = made.ok_or_else(|| {
-        let what = format!("a controlling terminal {} that is not there", leads.terminal);
+        let what = format!(
+            "a controlling terminal {} that is not there",
+            leads.terminal
+        );
         Error::corrupt(what)
     })?;
     Ok(made.as_fd())

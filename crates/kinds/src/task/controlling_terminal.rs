@@ -32,6 +32,7 @@ static ABOUT: About = About {
     programs: &[
         "terminals::controlling",
         "terminals::foreground",
+        "terminals::foreground_ended",
         "terminals::given_up",
     ],
     show: show::<Record>,

@@ -25,9 +25,7 @@ use nix::fcntl::OFlag;
 use serde::{Deserialize, Serialize};
 
 use crate::about::{About, show};
-use crate::cx::{
-    BeforeTree, DumpCx, FileItem, FileKind, FileView, PrepareFiles, RestoreFiles,
-};
+use crate::cx::{BeforeTree, DumpCx, FileItem, FileKind, FileView, PrepareFiles, RestoreFiles};
 use crate::file::pipe::dup_of;
 use crate::file::{access, is_opath, provide_made, status_flags};
 use crate::model::FileId;
@@ -54,6 +52,30 @@ static ABOUT: About = About {
         "terminal::dev_tty",
         "terminal::no_terminal",
         "terminal::without_flag",
+        "terminals::pair",
+        "terminals::settings",
+        "terminals::input_lines",
+        "terminals::input_typed",
+        "terminals::input_raw",
+        "terminals::input_full",
+        "terminals::output",
+        "terminals::output_full",
+        "terminals::packet",
+        "terminals::packet_pending",
+        "terminals::exclusive",
+        "terminals::never_opened",
+        "terminals::slave_closed",
+        "terminals::hung",
+        "terminals::hung_up",
+        "terminals::several",
+        "terminals::numbers",
+        "terminals::node",
+        "terminals::stopped_call",
+        "terminals::stopped_char",
+        "terminals::blocked",
+        "terminals::resize",
+        "terminals::locked_settings",
+        "terminals::console",
     ],
     show: show::<Record>,
 };
@@ -140,7 +162,13 @@ impl Terminal {
     fn look(&self, cx: &mut DumpCx<'_>, file: &FileView<'_>) -> Result<Record> {
         let name = external_name(file.stat);
         let rdev = file.stat.rdev;
-        let other = |external| Record::Other(Other { rdev, name: name.clone(), external });
+        let other = |external| {
+            Record::Other(Other {
+                rdev,
+                name: name.clone(),
+                external,
+            })
+        };
         if cx.is_external(&name) {
             return Ok(other(true));
         }
@@ -162,7 +190,10 @@ impl Terminal {
         let inside = masters(cx)?.contains_key(&device);
         let gone = freezeframe_sys::proc::strip_deleted(file.link).is_some();
         if hung && (!PTY.contains(&libc::major(rdev)) || !inside && !gone) {
-            let what = format!("a hung up terminal (tty {}) is not supported", name_of(rdev));
+            let what = format!(
+                "a hung up terminal (tty {}) is not supported",
+                name_of(rdev)
+            );
             return Err(file.refuse(what));
         }
         if inside || hung {
@@ -177,7 +208,10 @@ impl Terminal {
             let session = file.proc.stat.session;
             let leader = cx.procs.iter().find(|p| p.pid.0 == session);
             if leader.is_none_or(|p| u64::from(p.stat.tty_nr as u32) != device) {
-                let what = format!("/dev/tty (tty) is {} here, which is not the terminal of its session any more: not supported", name_of(device));
+                let what = format!(
+                    "/dev/tty (tty) is {} here, which is not the terminal of its session any more: not supported",
+                    name_of(device)
+                );
                 return Err(file.refuse(what));
             }
             return Ok(Record::Controlling { device });
@@ -185,9 +219,15 @@ impl Terminal {
         if !cx.options.shell_job {
             return Err(file.refuse("a terminal (tty) is not carried without --shell-job (-j)"));
         }
-        let own = cx.procs.first().map_or(0, |p| u64::from(p.stat.tty_nr as u32));
+        let own = cx
+            .procs
+            .first()
+            .map_or(0, |p| u64::from(p.stat.tty_nr as u32));
         if own != 0 && own != device {
-            let what = format!("a terminal (tty) other than the session's own ({}) is not supported: see --external {name}", name_of(own));
+            let what = format!(
+                "a terminal (tty) other than the session's own ({}) is not supported: see --external {name}",
+                name_of(own)
+            );
             return Err(file.refuse(what));
         }
         Ok(other(false))
@@ -276,11 +316,7 @@ impl BeforeTree for Terminal {
 }
 
 /// The terminal the caller gives, or the restorer's own.
-fn given_or_own(
-    cx: &RestoreFiles<'_>,
-    item: &FileItem<'_>,
-    record: &Other,
-) -> Result<OwnedFd> {
+fn given_or_own(cx: &RestoreFiles<'_>, item: &FileItem<'_>, record: &Other) -> Result<OwnedFd> {
     match cx.inherited(&record.name) {
         Some(given) => dup_of(given),
         None if record.external => {

@@ -159,23 +159,22 @@ pub(super) fn look(ptys: &Ptys, file: &FileView<'_>) -> Result<(Pty, bool)> {
         ))
     })?;
     if let Some((pid, number)) = ptys.outside.get(&(node.dev(), device)) {
-        let what = format!("its terminal {name} is open in process {pid} (fd {number}) too, which is outside the tree");
+        let what = format!(
+            "its terminal {name} is open in process {pid} (fd {number}) too, which is outside the tree"
+        );
         return Err(file.refuse(what));
     }
     let settings = terminal::settings(master)?;
-    let disciplines = [
-        terminal::line_discipline(master)?,
-        i32::from(settings.line),
-    ];
+    let disciplines = [terminal::line_discipline(master)?, i32::from(settings.line)];
     if let Some(other) = disciplines.iter().find(|d| **d != terminal::N_TTY) {
         return Err(file.refuse(format!(
             "line discipline {other} of a terminal (tty) is not supported"
         )));
     }
     if terminal::settings_locked(master)? {
-        return Err(file.refuse(
-            "locked settings of a terminal (tty, TIOCSLCKTRMIOS) are not supported",
-        ));
+        return Err(
+            file.refuse("locked settings of a terminal (tty, TIOCSLCKTRMIOS) are not supported")
+        );
     }
     let packet = terminal::packet_mode(master)?;
     if packet && ready(master, PollFlags::POLLPRI)? {
@@ -199,7 +198,9 @@ pub(super) fn look(ptys: &Ptys, file: &FileView<'_>) -> Result<(Pty, bool)> {
     if let Some(slave) = &slave
         && fd::fstat(slave)?.dev != node.dev()
     {
-        let what = format!("a pseudo-terminal master (tty) of another devpts than that of {name} is not supported");
+        let what = format!(
+            "a pseudo-terminal master (tty) of another devpts than that of {name} is not supported"
+        );
         return Err(file.refuse(what));
     }
     let mut pty = Pty {
@@ -227,12 +228,7 @@ pub(super) fn look(ptys: &Ptys, file: &FileView<'_>) -> Result<(Pty, bool)> {
         input: Input::default(),
         output: Bytes::default(),
     };
-    let tty = Meddling::new(
-        master,
-        slave.as_ref().map(AsFd::as_fd),
-        settings,
-        packet,
-    )?;
+    let tty = Meddling::new(master, slave.as_ref().map(AsFd::as_fd), settings, packet)?;
     if side == Side::Never && waiting(master)? >= 4095 {
         return Err(file.refuse(
             "a pseudo-terminal master (tty) with a full queue, whose slave was never opened, is not supported",

@@ -11,10 +11,11 @@
 use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
 
-use freezeframe_error::{Error, Kind, Result, SysExt};
-use freezeframe_sys::fd::ioctl;
+use freezeframe_error::{Error, Result, SysExt};
 use freezeframe_sys::fd::terminal::{self, Settings, VEOF, VEOL, VEOL2, VSTART, VSTOP};
+use freezeframe_sys::fd::{self, ioctl};
 use nix::errno::Errno;
+use nix::fcntl::OFlag;
 use nix::poll::{PollFd, PollFlags, PollTimeout};
 use serde::{Deserialize, Serialize};
 
@@ -192,7 +193,10 @@ impl<'a> Meddling<'a> {
         }
         self.set(&self.settings)?;
         // This has not been interpreted yet, and is not before there is room for it.
-        write_slowly(self.master, &input.rest)
+        match self.slave.filter(|_| !input.rest.is_empty()) {
+            Some(slave) => write_to_master(self.master, &input.rest, slave),
+            None => Ok(()),
+        }
     }
 
     /// What waits to be read from the master, taken out.
@@ -349,14 +353,25 @@ fn type_all(fd: BorrowedFd<'_>, text: &[u8]) -> Result<()> {
     text.iter().try_for_each(|c| terminal::type_byte(fd, *c))
 }
 
-/// Writes to a slave of ours that does not block. `master` is the side that takes it.
-fn write_all(slave: BorrowedFd<'_>, mut text: &[u8], master: BorrowedFd<'_>) -> Result<()> {
+/// Writes what is to wait in front of a full line discipline; `other` is the side that takes it.
+///
+/// It has been there before, but how much fits depends on how it is written:
+/// the kernel allows 8,192 bytes of buffers, each of a multiple of 256 for twice
+/// as many bytes, and a last one of any size beyond.
+fn write_all(fd: BorrowedFd<'_>, text: &[u8], other: BorrowedFd<'_>) -> Result<()> {
+    const PIECE: usize = 256;
+    const IN_PIECES: usize = 2 * 8192;
     let start = Instant::now();
-    while !text.is_empty() {
-        match nix::unistd::write(slave, text) {
-            Ok(n) => text = &text[n..],
+    let mut written = 0;
+    while written < text.len() {
+        let piece = match text.len() - written {
+            left if written < IN_PIECES => left.min(PIECE),
+            left => left,
+        };
+        match nix::unistd::write(fd, &text[written..written + piece]) {
+            Ok(n) => written += n,
             Err(Errno::EAGAIN) if start.elapsed() < PATIENCE => {
-                ready(master, PollFlags::POLLIN)?;
+                ready(other, PollFlags::POLLIN)?;
                 std::thread::sleep(Duration::from_millis(1));
             }
             Err(e) => return Err(e).sys("write(terminal)"),
@@ -365,23 +380,19 @@ fn write_all(slave: BorrowedFd<'_>, mut text: &[u8], master: BorrowedFd<'_>) -> 
     Ok(())
 }
 
-/// Writes to a master that may block: never more than there is surely room for.
-fn write_slowly(master: BorrowedFd<'_>, text: &[u8]) -> Result<()> {
-    let start = Instant::now();
-    for byte in text {
-        while !ready(master, PollFlags::POLLOUT)? {
-            if start.elapsed() > PATIENCE {
-                let what = "the input of a terminal does not go back into it";
-                return Err(Error::new(Kind::NoSpace, what));
-            }
-            std::thread::sleep(Duration::from_millis(1));
-        }
-        nix::unistd::write(master, &[*byte]).sys("write(terminal)")?;
+/// Writes to a master, which may be one that blocks.
+fn write_to_master(master: BorrowedFd<'_>, text: &[u8], slave: BorrowedFd<'_>) -> Result<()> {
+    let flags = fd::status_flags(master)?;
+    let blocks = !flags.contains(OFlag::O_NONBLOCK);
+    if blocks {
+        fd::set_status_flags(master, flags | OFlag::O_NONBLOCK)?;
     }
-    Ok(())
+    let written = write_all(master, text, slave);
+    if blocks {
+        fd::set_status_flags(master, flags)?;
+    }
+    written
 }
-
-
 
 #[cfg(test)]
 mod tests {
