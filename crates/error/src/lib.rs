@@ -291,7 +291,12 @@ impl Error {
     }
     /// Adds further, independent failures found in the same pass (all blockers of a plan).
     pub fn and_also(mut self, others: Vec<Error>) -> Error {
-        self.0.also.extend(others);
+        // In one list: what was added to those before is a failure as they are.
+        for mut other in others {
+            let nested = std::mem::take(&mut other.0.also);
+            self.0.also.push(other);
+            self.0.also.extend(nested);
+        }
         self
     }
     /// Wraps this error as the cause of a new one that says what it was for.

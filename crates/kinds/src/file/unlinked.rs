@@ -100,6 +100,12 @@ impl FileKind for Unlinked {
         refuse_lease(cx, file)?;
         let place = if file.stat.nlink == 0 {
             ghost(cx, file)?
+        } else if crate::mem::ghost::counts_wrongly(file.ours()?, file.stat)? {
+            cx.warn(format!(
+                "{}: taken for a file without a name; if it has another on its overlay, that is another file after a restore",
+                file.name()
+            ));
+            ghost(cx, file)?
         } else {
             remap(cx, file)?
         };

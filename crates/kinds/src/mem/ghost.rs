@@ -4,11 +4,11 @@
 //! taken), which is then removed, and so are the directories above that were
 //! gone, too.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-use freezeframe_error::{Error, Result};
+use freezeframe_error::{Error, Result, SysExt};
 use freezeframe_image::{RawRecord, Tag};
 use freezeframe_inject::{Arg, Batch, OpRef};
 use freezeframe_sys::fd::{Stat as FileStat, fstat};
@@ -58,6 +58,16 @@ struct Record {
     directory: bool,
 }
 
+/// overlayfs (statfs(2)).
+const OVERLAYFS: i64 = 0x794c_7630;
+
+/// Whether the count of links may say 1 of a file that has no name any more: an
+/// overlay shows that of a lower file, which stays where it is.
+pub fn counts_wrongly(file: impl AsFd, stat: &FileStat) -> Result<bool> {
+    let fs = nix::sys::statfs::fstatfs(file).sys("fstatfs")?;
+    Ok(stat.nlink == 1 && fs.filesystem_type().0 as i64 == OVERLAYFS)
+}
+
 /// The name that the kernel shows for a file made with O_TMPFILE.
 fn never_had_a_name(path: &[u8], ino: u64) -> bool {
     path.ends_with(format!("/#{ino}").as_bytes())
@@ -81,7 +91,7 @@ pub fn object(
     };
     cx.object(ObjectKey::Inode(stat.dev, stat.ino), |id| {
         let path = strip_deleted(link).unwrap_or(link);
-        if stat.nlink != 0 {
+        if stat.nlink != 0 && !counts_wrongly(&source, stat)? {
             return Err(Error::unsupported(
                 "a deleted file that has other names is not supported",
             ));
@@ -118,9 +128,14 @@ impl MemKind for Ghost {
         let m = vma.map;
         m.inode != 0 && m.path.starts_with(b"/") && m.deleted().is_some() && {
             // A file whose name ends so in truth keeps it.
-            vma.open_mapped(false)
-                .and_then(fstat)
-                .is_ok_and(|s| s.nlink == 0 && s.file_type() == libc::S_IFREG)
+            let nameless = |file: OwnedFd| {
+                let stat = fstat(&file)?;
+                let path = Path::new(std::ffi::OsStr::from_bytes(&m.path));
+                let lost = stat.nlink == 0
+                    || path.symlink_metadata().is_err() && counts_wrongly(&file, &stat)?;
+                Ok(lost && stat.file_type() == libc::S_IFREG)
+            };
+            vma.open_mapped(false).and_then(nameless).unwrap_or(false)
         }
     }
     fn dump(&self, cx: &mut DumpCx<'_>, vma: &VmaView<'_>) -> Result<Mapped> {

@@ -139,6 +139,7 @@ fn of_process(cx: &DumpCx<'_>, task: &TaskView<'_>) -> Result<Vec<Lock>> {
     let me = task.proc.pid;
     let mut seen = BTreeSet::new();
     let mut locks = Vec::new();
+    let mut refused: Vec<Error> = Vec::new();
     for SeenLock {
         pid,
         fd,
@@ -177,14 +178,19 @@ fn of_process(cx: &DumpCx<'_>, task: &TaskView<'_>) -> Result<Vec<Lock>> {
             continue;
         }
         if !cx.options.file_locks {
-            return Err(blame(format!(
+            refused.push(blame(format!(
                 "a file lock is held on it ({}): use --file-locks (-l)",
                 lock.words()
             )));
+            continue;
         }
         lock.fd = *fd;
         lock.name = shown();
         locks.push(lock);
+    }
+    if !refused.is_empty() {
+        let first = refused.remove(0);
+        return Err(first.and_also(refused));
     }
     Ok(locks)
 }
