@@ -417,10 +417,9 @@ impl Frozen {
     pub fn kill(self) -> Result<()> {
         let deadline = Instant::now() + self.wait;
         // All are stopped: none can start anything, or handle the death of another.
-        for proc in self.procs.iter().rev().filter(|p| !p.tids.is_empty()) {
-            self.tracer.kill(proc.pid, deadline).on_task(proc.pid.0)?;
-        }
-        Ok(())
+        let alive = self.procs.iter().rev().filter(|p| !p.tids.is_empty());
+        let all = alive.map(|p| (p.pid, p.tids.clone())).collect();
+        self.tracer.kill_all(all, deadline)
     }
 }
 

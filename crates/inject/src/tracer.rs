@@ -730,17 +730,34 @@ impl Tracer {
     /// that its parent can reap it. (A dead tracee is kept from its real parent
     /// until its tracer has waited for it.)
     pub fn kill(&self, pid: Pid, deadline: Instant) -> Result<()> {
-        let raw = nix::unistd::Pid::from_raw(pid.0);
-        match signal::kill(raw, Signal::SIGKILL) {
-            Ok(()) | Err(Errno::ESRCH) => {}
-            Err(e) => return Err(Error::syscall("kill", e as i32).on_task(pid.0)),
-        }
-        step("kill");
-        let mut ours: Vec<Tid> = self
+        let ours = self
             .held()
             .into_iter()
             .filter(|&t| t == pid.leader() || tgid_of(t) == Some(pid))
             .collect();
+        self.kill_all(vec![(pid, ours)], deadline)
+    }
+
+    /// The same for several processes, each with its held threads: all are
+    /// killed in this order, then waited for.
+    ///
+    /// # Errors
+    /// As of [`kill`](Tracer::kill).
+    pub fn kill_all(&self, processes: Vec<(Pid, Vec<Tid>)>, deadline: Instant) -> Result<()> {
+        for (pid, _) in &processes {
+            match signal::kill(nix::unistd::Pid::from_raw(pid.0), Signal::SIGKILL) {
+                Ok(()) | Err(Errno::ESRCH) => {}
+                Err(e) => return Err(Error::syscall("kill", e as i32).on_task(pid.0)),
+            }
+            step("kill");
+        }
+        for (pid, tids) in processes {
+            self.await_death(pid, tids, deadline)?;
+        }
+        Ok(())
+    }
+
+    fn await_death(&self, pid: Pid, mut ours: Vec<Tid>, deadline: Instant) -> Result<()> {
         // The leader last: it becomes a zombie only when the others are gone.
         ours.sort_by_key(|&t| t == pid.leader());
         let mut round = 0u32;

@@ -38,6 +38,12 @@ pub(super) const PROGRAMS: &[Program] = &[
         everything,
     )
     .sized(),
+    Program::new(
+        "family",
+        "a parent whose memory many children share",
+        family,
+    )
+    .sized(),
     Program::new("gaps", "tells how long it did not run at most", gaps).sized(),
 ];
 
@@ -312,6 +318,27 @@ fn everything(cx: &Cx) {
 
 /// Reads the clock all the time. In the first word of the file `gaps` (8 bytes each): the longest time between two
 /// readings since the word was set to 0; in the second: how often it has read.
+/// 16 MiB, and `FF_SIZE` children that have it from their parent.
+fn family(cx: &Cx) {
+    let memory = Region::anon(16 << 20);
+    memory.fill(1);
+    let children: Vec<i32> = (0..size())
+        .map(|_| {
+            os::fork_run(|| {
+                cx.wait_for_check();
+                i32::from(memory.verify(1).is_err())
+            })
+        })
+        .collect();
+    let spoilt = std::cell::Cell::new(0);
+    cx.ready(|| spoilt.set(1));
+    for child in children {
+        let end = os::waitpid(child, 0).map(|(_, s)| os::exited_with(s));
+        cx.same("a child's end", end.ok(), Some(Some(spoilt.get())));
+    }
+    cx.try_part("memory", || memory.verify(1));
+}
+
 fn gaps(cx: &Cx) {
     let memory = Region::anon(size() << 10);
     memory.fill(1);
