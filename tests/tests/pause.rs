@@ -19,9 +19,9 @@ fn median(mut all: Vec<Duration>) -> Duration {
     all[all.len() / 2]
 }
 
-/// What this debug build may take on a machine that others use too, in goals:
-/// enough to see a regression. The goals themselves are for a release build on an
-/// idle machine, and are printed.
+/// What the median of this debug build may be on a machine that others use too, in
+/// goals. `benches/goals.py` measures the medians of a release build; here the best
+/// round must reach the goal, since others can only make it slower.
 const ROOM: u32 = 10;
 
 fn below(what: &str, all: Vec<Duration>, goal: Duration) -> Done {
@@ -31,13 +31,14 @@ fn below(what: &str, all: Vec<Duration>, goal: Duration) -> Done {
         all.iter().max().copied().unwrap_or_default(),
     );
     let median = median(all);
-    println!(
-        "{what}: median {median:?} ({least:?} to {most:?}), goal {goal:?}, to be below {limit:?}"
+    let told = format!(
+        "{what}: median {median:?} ({least:?} to {most:?}), goal {goal:?}, limit {limit:?}"
     );
-    if median < limit {
+    println!("{told}");
+    if least < goal && median < limit {
         Ok(())
     } else {
-        Err(format!("{what}: median {median:?}, not below {limit:?}"))
+        Err(told)
     }
 }
 
