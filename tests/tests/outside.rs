@@ -193,3 +193,37 @@ fn a_socket_whose_peer_is_outside_is_refused_or_external() {
     scene.await_exit(&target).unwrap();
     scene.nothing_left().unwrap();
 }
+
+#[test]
+fn a_datagram_socket_connected_to_the_outside_needs_a_word() {
+    use std::os::unix::net::UnixDatagram;
+    let scene = Scene::new().unwrap();
+    let server = UnixDatagram::bind(scene.path("out")).unwrap();
+    server
+        .set_read_timeout(Some(Duration::from_secs(20)))
+        .unwrap();
+    let inner = UnixDatagram::bind(scene.path("in")).unwrap();
+    inner.connect(scene.path("out")).unwrap();
+    let inner = OwnedFd::from(inner);
+    let mut child = cat(inner.try_clone().unwrap(), inner);
+    let echo = |text: &str| {
+        server.send_to(text.as_bytes(), scene.path("in")).unwrap();
+        let mut buffer = [0; 99];
+        let n = server.recv(&mut buffer).unwrap();
+        assert_eq!(String::from_utf8_lossy(&buffer[..n]), text);
+    };
+    echo("one");
+    let pid = child.id() as i32;
+    let refused = scene.dump_pid(pid, "no", &[]).unwrap();
+    let refused = refused.must_exit(1).unwrap();
+    assert!(
+        refused.stderr.contains("without --ext-unix-sk"),
+        "{}",
+        refused.stderr
+    );
+    echo("two");
+    dump(&scene, &mut child, &["--ext-unix-sk"]);
+    let (target, _) = scene.restore_pid(pid, "img", &["--ext-unix-sk"]).unwrap();
+    echo("three");
+    kill(Pid::from_raw(target.pid), Signal::SIGKILL).unwrap();
+}

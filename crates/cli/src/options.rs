@@ -133,6 +133,11 @@ pub(crate) static OPTIONS: &[Opt] = &[
     opt("file-locks", "Carry file locks and leases; to be given at the restore too").short('l').on(BOTH),
     opt("link-remap", "Carry open files that were deleted but have other names: the dump links them as link_remap.N where they were, the restore takes that away")
         .on(BOTH),
+    opt("ext-unix-sk", "Accept datagram sockets connected to a name outside the tree, and leave out connections from outside that wait to be accepted; with INO,...: only of these sockets")
+        .short('x')
+        .maybe("INO")
+        .on(BOTH)
+        .repeats(),
     opt("ghost-limit", "Largest open file without a name to carry, in bytes, or with K, M, G (default 1M)").takes("SIZE").on(DUMPS),
     opt("compress", "Compress pages: none (default), lz4 or zstd[:LEVEL]").takes("METHOD").on(DUMPS),
     opt("dedup-pages", "Store pages with equal contents once").on(DUMPS),
@@ -168,7 +173,6 @@ pub(crate) static OPTIONS: &[Opt] = &[
         .takes("METHOD")
         .on(BOTH)
         .moot("no network is locked, since no TCP connection is carried"),
-    opt("ext-unix-sk", "Accept unix sockets whose other end is outside").short('x').maybe("INO").on(BOTH).not_yet(),
     opt("ghost-fiemap", "Find the data of files without a name by fiemap").on(DUMPS).moot("their holes are found by lseek"),
     opt("evasive-devices", "Use any path of a device").on(BOTH).not_yet(),
     opt("force-irmap", "Find the names of inotify watches by search").on(DUMPS).not_yet(),

@@ -121,8 +121,8 @@ fn what_is_not_carried_is_refused_by_name() {
             "--tcp-established is not carried yet",
         ),
         (
-            "dump -t 1 -D /nowhere -x --evasive-devices",
-            "--ext-unix-sk, --evasive-devices are not carried yet",
+            "dump -t 1 -D /nowhere --page-server --track-mem",
+            "--track-mem, --page-server are not carried yet",
         ),
         (
             "dump -t 1 -D /nowhere --manage-cgroups=soft",

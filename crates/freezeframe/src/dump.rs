@@ -150,6 +150,20 @@ impl Dump {
         self
     }
 
+    /// Accept datagram unix sockets that are connected to a name outside the tree
+    /// (they are connected to it again), and leave out connections from outside
+    /// that wait to be accepted.
+    pub fn ext_unix_sk(mut self, yes: bool) -> Dump {
+        self.request.options.ext_unix_sk = yes;
+        self
+    }
+
+    /// The same of the socket with this inode number alone. May be said several times.
+    pub fn ext_unix_sk_inode(mut self, inode: u64) -> Dump {
+        self.request.options.ext_unix_inodes.push(inode);
+        self
+    }
+
     /// The largest open or mapped file without a name whose contents are put
     /// into the image, in bytes: 1 MiB unless said otherwise.
     pub fn ghost_limit(mut self, bytes: u64) -> Dump {

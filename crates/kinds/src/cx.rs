@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use freezeframe_error::{Error, Result};
 use freezeframe_image::RawRecord;
 use freezeframe_inject::{Arg, Batch, DataRef, OpRef, Replies};
-use freezeframe_sys::fd::Stat as FileStat;
+use freezeframe_sys::fd::{Message, Stat as FileStat};
 use freezeframe_sys::ids::{Pid, Tid};
 use freezeframe_sys::proc::{FdInfo, Map, ProcDir, Stat, Status, SyscallState, TaskDir, VmFlags};
 use freezeframe_sys::ptrace::Regs;
@@ -35,6 +35,8 @@ pub struct DumpOptions {
     pub link_remap: bool,
     /// Accept unix sockets whose peer is outside.
     pub ext_unix_sk: bool,
+    /// The same of these alone, by inode number.
+    pub ext_unix_inodes: Vec<u64>,
     /// Carry established TCP connections.
     pub tcp_established: bool,
 }
@@ -183,6 +185,12 @@ impl<'a> FileView<'a> {
             let _ = self.ours.set(fd);
         }
         Ok(self.ours.get().expect("set just above").as_fd())
+    }
+
+    /// Whether no process of the tree has a descriptor for it: it is on its way
+    /// in the queue of a unix socket, and looked at through ourselves.
+    pub fn is_in_flight(&self) -> bool {
+        self.holders.is_empty()
     }
 
     /// The link as text.
@@ -360,6 +368,16 @@ pub struct DumpCx<'a> {
     inodes: HashMap<(u64, u64), Vec<InodeFile>>,
     devices: HashMap<u64, Vec<InodeFile>>,
     ptys: Option<Ptys>,
+    waiting: HashMap<FileId, Vec<Waiting>>,
+}
+
+/// What waits in a file that other files can wait in, too (the queue of a unix socket).
+#[derive(Debug)]
+pub struct Waiting {
+    /// The message, its descriptors as duplicates of ours.
+    pub message: Message,
+    /// Which files those are.
+    pub files: Vec<FileId>,
 }
 
 impl<'a> DumpCx<'a> {
@@ -378,7 +396,18 @@ impl<'a> DumpCx<'a> {
             inodes: HashMap::new(),
             devices: HashMap::new(),
             ptys: None,
+            waiting: HashMap::new(),
         }
+    }
+
+    /// What waits in a file of a [`Linked`] kind (found before any file is dumped).
+    pub fn waiting_in(&self, id: FileId) -> &[Waiting] {
+        self.waiting.get(&id).map_or(&[], Vec::as_slice)
+    }
+
+    /// For the engine: states what waits in a file.
+    pub fn set_waiting_in(&mut self, id: FileId, waiting: Vec<Waiting>) {
+        self.waiting.insert(id, waiting);
     }
 
     /// The object for `key`; on first sight `make` gives its record and, for
@@ -799,6 +828,52 @@ pub trait FileKind: Sync + std::fmt::Debug {
 pub trait BeforeTree: FileKind {
     /// Makes them. Called once with all files of this kind, where there are any.
     fn prepare(&self, cx: &mut PrepareFiles<'_>, files: &[FileItem<'_>]) -> Result<()>;
+}
+
+/// A file kind whose files are connected with each other across processes and
+/// can hold other files: unix sockets. All of the image are made at once, before
+/// any other file ([`FileKind::restore`] is not called), and are finished
+/// when every file of the tree is there.
+pub trait Linked: FileKind {
+    /// What waits in the file. Nothing must change by it.
+    fn peek(&self, file: &FileView<'_>) -> Result<Vec<Message>>;
+    /// Makes them, and hands each over by [`World::provide`].
+    fn make<'a>(
+        &self,
+        world: &mut dyn World,
+        items: Vec<FileItem<'a>>,
+    ) -> Result<Box<dyn Settle + 'a>>;
+}
+
+/// The rest of the work on files of a [`Linked`] kind.
+pub trait Settle {
+    /// Fills queues and sets what has to be set last. Every file has its numbers now.
+    fn settle(self: Box<Self>, world: &mut dyn World) -> Result<()>;
+}
+
+/// The tree that is being rebuilt, as a [`Linked`] kind works with it: all
+/// processes are there, with their PIDs.
+pub trait World {
+    /// Options.
+    fn options(&self) -> &RestoreOptions;
+    /// The image's processes.
+    fn processes(&self) -> &[model::Process];
+    /// The processes that hold a file; none if it is in flight.
+    fn holders(&self, id: FileId) -> &[i32];
+    /// Runs calls in a process.
+    fn run(&mut self, pid: i32, batch: &Batch) -> Result<Replies>;
+    /// Brings one of its descriptors to us.
+    fn get_fd(&mut self, pid: i32, fd: i32) -> Result<OwnedFd>;
+    /// Gives it one of ours; returns the number there.
+    fn send_fd(&mut self, pid: i32, fd: BorrowedFd<'_>) -> Result<i32>;
+    /// Hands over a file made. The engine gives it to its holders, and sets
+    /// owner and signal; status flags are the kind's.
+    fn provide(&mut self, id: FileId, fd: OwnedFd);
+    /// A duplicate, of ours, of any file made: of its own kind at once, of
+    /// others when settling.
+    fn file(&mut self, id: FileId) -> Result<OwnedFd>;
+    /// Something the caller should know.
+    fn warn(&mut self, text: String);
 }
 
 /// A kind of memory object.

@@ -3,7 +3,7 @@
 use freezeframe_image::{RawRecord, Tag};
 
 use crate::about::{About, Family};
-use crate::cx::{BeforeTree, FileKind, MemKind, TaskKind};
+use crate::cx::{BeforeTree, FileKind, Linked, MemKind, TaskKind};
 use crate::{file, mem, task};
 
 /// What a descriptor can refer to. The first that claims a file has it.
@@ -17,7 +17,7 @@ pub static FILES: &[&dyn FileKind] = &[
     &file::pidfd::Pidfd,
     &file::pipe::Pipe,
     &file::fifo::Fifo,
-    &file::unix_pair::UnixPair,
+    &file::unix::Unix,
     &file::memfd::Memfd,
     &file::device::Device,
     &file::terminal::Terminal,
@@ -28,6 +28,9 @@ pub static FILES: &[&dyn FileKind] = &[
 
 /// Those of them of which some are made before the tree is.
 pub static BEFORE_TREE: &[&dyn BeforeTree] = &[&file::terminal::Terminal];
+
+/// Of those, the ones that are made all at once.
+pub static LINKED: &[&dyn Linked] = &[&file::unix::Unix];
 
 /// What a VMA can map. The first that claims a VMA has it.
 pub static MEMORY: &[&dyn MemKind] = &[

@@ -17,9 +17,9 @@ pub mod terminal;
 pub use attributes::{Attribute, attributes, set_attribute, set_times};
 pub use pipe::{peek_pipe, pipe_pair, splice, tee};
 pub use socket::{
-    Credentials, Message, getsockopt, getsockopt_i32, getsockopt_linger, peek_messages, peek_queue,
-    peek_stream, peer_address, recv_fds, send_fds, setsockopt, setsockopt_i32, socket_address,
-    socket_filter,
+    Credentials, Message, attach_filter, getsockopt, getsockopt_i32, getsockopt_linger,
+    peek_messages, peek_queue, peek_stream, peer_address, recv_fds, send_fds, setsockopt,
+    setsockopt_i32, socket_address, socket_filter,
 };
 
 use freezeframe_error::{Error, Result, ResultExt, SysExt};

@@ -32,6 +32,7 @@ mod terminals;
 mod threads;
 mod timers;
 mod tree;
+mod unix;
 
 pub use cx::Cx;
 use std::os::fd::AsRawFd;
@@ -179,6 +180,7 @@ const FAMILIES: &[(&str, &[Program])] = &[
     ("locks", locks::PROGRAMS),
     ("events", events::PROGRAMS),
     ("sockets", sockets::PROGRAMS),
+    ("unix", unix::PROGRAMS),
     ("tree", tree::PROGRAMS),
     ("threads", threads::PROGRAMS),
     ("signals", signals::PROGRAMS),

@@ -35,6 +35,10 @@ pub(crate) fn run(line: &Line) -> Result<i32, Stop> {
     for name in line.values("external") {
         external.push(external_name(name.to_str())?);
     }
+    let mut outside = Vec::new();
+    for inodes in line.values("ext-unix-sk") {
+        outside.extend(inodes_of(inodes.to_str())?);
+    }
     let dir = line.images_dir();
     let made =
         make_dir(&dir).map_err(|e| Usage(format!("--images-dir: {}: {e}", dir.display())))?;
@@ -62,6 +66,12 @@ pub(crate) fn run(line: &Line) -> Result<i32, Stop> {
             .dedup_pages(line.has("dedup-pages"))
             .direct(line.has("direct"))
             .events(ears);
+        if line.has("ext-unix-sk") && outside.is_empty() {
+            dump = dump.ext_unix_sk(true);
+        }
+        for inode in outside {
+            dump = dump.ext_unix_sk_inode(inode);
+        }
         for name in external {
             dump = dump.external(name);
         }
@@ -137,6 +147,19 @@ fn size(text: &str) -> Result<u64, Usage> {
 fn compression(text: &str) -> Result<Compression, Usage> {
     text.parse()
         .map_err(|e: freezeframe::Error| Usage(format!("--compress: {e}")))
+}
+
+/// Inode numbers of sockets, with commas between; nothing means all.
+fn inodes_of(text: Option<&str>) -> Result<Vec<u64>, Usage> {
+    let text = text.unwrap_or("?");
+    let all = text.split(',').filter(|word| !word.is_empty());
+    all.map(|word| word.parse())
+        .collect::<Result<_, _>>()
+        .map_err(|_| {
+            Usage(format!(
+                "--ext-unix-sk: '{text}' is not a list of inode numbers"
+            ))
+        })
 }
 
 /// An external resource's name that we carry.

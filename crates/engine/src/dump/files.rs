@@ -1,23 +1,28 @@
 //! Descriptor tables, and which of them refer to the same open file.
 
 use std::cmp::Ordering;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::ffi::CString;
+use std::os::fd::AsRawFd;
 
 use freezeframe_error::{Error, Kind, Result, ResultExt};
 use freezeframe_kinds::model::{self, FdEntry, FdTable, FileId, OpenFile};
-use freezeframe_kinds::{DumpCx, FileKind, FileView, ProcView, SeenLock, registry};
-use freezeframe_sys::fd::{self, Owner, Stat};
+use freezeframe_kinds::{DumpCx, FileKind, FileView, ProcView, SeenLock, Waiting, registry};
+use freezeframe_sys::fd::{self, Message, Owner, Stat};
 use freezeframe_sys::ids::Pid;
 use freezeframe_sys::kcmp::{self, KcmpType};
-use freezeframe_sys::proc::FdInfo;
+use freezeframe_sys::pidfd;
+use freezeframe_sys::proc::{FdInfo, ProcDir};
 
 use crate::parallel;
 
-/// One descriptor as found.
+/// One descriptor as found: of a process of the tree, or, of a file in flight, ours.
 struct Seen {
     pid: Pid,
-    proc: usize,
+    /// Which process of the tree; `None` for ourselves.
+    proc: Option<usize>,
+    /// Of a file in flight: a process that holds the socket it is in.
+    carrier: Pid,
     fd: i32,
     link: Vec<u8>,
     stat: Stat,
@@ -43,17 +48,15 @@ pub(super) fn collect(
     let looked = parallel::map(&places, |&(index, proc, number)| {
         let look = || -> Result<Seen> {
             Ok(Seen {
-                pid: proc.pid,
-                proc: index,
-                fd: number,
-                link: proc.dir.fd_link(number)?,
-                stat: stat_fd(proc, number)?,
-                info: proc.dir.fdinfo(number)?,
+                proc: Some(index),
+                ..Seen::look(proc, number, proc.pid)?
             })
         };
         look().map_err(|e| e.on(format!("fd {number}")).on_task(proc.pid.0))
     });
-    let seen: Vec<Seen> = looked.into_iter().collect::<Result<_>>()?;
+    let mut seen: Vec<Seen> = looked.into_iter().collect::<Result<_>>()?;
+    let ours = ourselves()?;
+    let waiting = in_flight(cx.procs, &ours, &mut seen, blockers)?;
     let ids = identify(&seen)?;
 
     let mut tables: BTreeMap<i32, FdTable> = BTreeMap::new();
@@ -63,8 +66,11 @@ pub(super) fn collect(
         tables.insert(p.pid.0, FdTable::default());
     }
     for (i, (s, id)) in seen.iter().zip(&ids).enumerate() {
-        holders.entry(*id).or_default().push((s.pid, s.fd));
         first.entry(*id).or_insert(i);
+        if s.proc.is_none() {
+            continue;
+        }
+        holders.entry(*id).or_default().push((s.pid, s.fd));
         cx.set_file_at(s.pid, s.fd, *id);
         cx.locks.extend(s.info.lines("lock").map(|line| SeenLock {
             pid: s.pid,
@@ -85,9 +91,9 @@ pub(super) fn collect(
             let s = &seen[*i];
             FileView::new(
                 *id,
-                &cx.procs[s.proc],
+                s.proc.map_or(&ours, |index| &cx.procs[index]),
                 s.fd,
-                &holders[id],
+                holders.get(id).map_or(&[], Vec::as_slice),
                 &s.link,
                 &s.stat,
                 &s.info,
@@ -98,8 +104,16 @@ pub(super) fn collect(
     for view in &views {
         cx.see(view);
     }
+    for (at, messages) in waiting {
+        let of = |(message, places): (Message, Vec<usize>)| Waiting {
+            message,
+            files: places.into_iter().map(|place| ids[place]).collect(),
+        };
+        cx.set_waiting_in(ids[at], messages.into_iter().map(of).collect());
+    }
     for view in &views {
-        if let Err(e) = dump_file(cx, view) {
+        let carrier = seen[first[&view.id]].carrier;
+        if let Err(e) = dump_file(cx, view, carrier) {
             if e.kind() != Kind::Unsupported {
                 return Err(e);
             }
@@ -109,7 +123,100 @@ pub(super) fn collect(
     Ok(tables)
 }
 
-fn dump_file(cx: &mut DumpCx<'_>, view: &FileView<'_>) -> Result<()> {
+impl Seen {
+    fn look(proc: &ProcView, fd: i32, carrier: Pid) -> Result<Seen> {
+        Ok(Seen {
+            pid: proc.pid,
+            proc: None,
+            carrier,
+            fd,
+            link: proc.dir.fd_link(fd)?,
+            stat: stat_fd(proc, fd)?,
+            info: proc.dir.fdinfo(fd)?,
+        })
+    }
+}
+
+/// Ourselves, as a process through which files in flight are looked at.
+fn ourselves() -> Result<ProcView> {
+    let pid = Pid::this();
+    let dir = ProcDir::open(pid)?;
+    Ok(ProcView {
+        pid,
+        pidfd: pidfd::pidfd_open(pid)?,
+        stat: dir.stat()?,
+        status: dir.status()?,
+        tids: Vec::new(),
+        dir,
+    })
+}
+
+/// What waits in a file, by its place in the list of those seen: messages, with
+/// the places of the files in them.
+type InFlight = Vec<(usize, Vec<(Message, Vec<usize>)>)>;
+
+/// Looks into the files that others can wait in, and into those that wait there;
+/// all that are found are added to those seen.
+fn in_flight(
+    procs: &[ProcView],
+    ours: &ProcView,
+    seen: &mut Vec<Seen>,
+    blockers: &mut Vec<Error>,
+) -> Result<InFlight> {
+    let mut found = InFlight::new();
+    let mut looked = HashSet::new();
+    let mut at = 0;
+    while at < seen.len() {
+        let s = &seen[at];
+        let proc = s.proc.map_or(ours, |index| &procs[index]);
+        let held = [(s.pid, s.fd)];
+        let view = FileView::new(FileId(0), proc, s.fd, &held, &s.link, &s.stat, &s.info);
+        if is_linked(&view)
+            && looked.insert((s.stat.dev, s.stat.ino))
+            && let Some(kind) = registry::LINKED.iter().find(|k| k.claims(&view))
+        {
+            let carrier = s.carrier;
+            let peeked = match kind.peek(&view) {
+                Err(e) if e.kind() == Kind::Unsupported => {
+                    blockers.push(e);
+                    Vec::new()
+                }
+                other => other?,
+            };
+            let mut messages = Vec::with_capacity(peeked.len());
+            for message in peeked {
+                let mut places = Vec::with_capacity(message.fds.len());
+                for fd in &message.fds {
+                    places.push(seen.len());
+                    seen.push(Seen::look(ours, fd.as_raw_fd(), carrier)?);
+                }
+                messages.push((message, places));
+            }
+            if !messages.is_empty() {
+                found.push((at, messages));
+            }
+        }
+        at += 1;
+    }
+    Ok(found)
+}
+
+/// Whether the first kind that claims the file is one that files wait in.
+fn is_linked(view: &FileView<'_>) -> bool {
+    if view.stat.file_type() != libc::S_IFSOCK {
+        return false;
+    }
+    let kind = registry::FILES.iter().find(|k| k.claims(view));
+    kind.is_some_and(|k| {
+        let tag = k.about().tag;
+        registry::LINKED.iter().any(|l| l.about().tag == tag)
+    })
+}
+
+fn dump_file(cx: &mut DumpCx<'_>, view: &FileView<'_>, carrier: Pid) -> Result<()> {
+    if view.is_in_flight() && view.info.lines("lock").next().is_some() {
+        return Err(view.refuse("a file with locks in flight is not supported"));
+    }
     let kind: &dyn FileKind = registry::FILES
         .iter()
         .copied()
@@ -124,7 +231,10 @@ fn dump_file(cx: &mut DumpCx<'_>, view: &FileView<'_>) -> Result<()> {
         owner_uids: (0, 0),
         sig: 0,
         name: view.name(),
-        seen_at: (view.proc.pid.0, view.fd),
+        seen_at: match view.is_in_flight() {
+            true => (carrier.0, -1),
+            false => (view.proc.pid.0, view.fd),
+        },
     };
     if !opath {
         ask_owner(view, &mut common).map_err(|e| view.blame(e))?;

@@ -1,19 +1,23 @@
 //! Descriptors: each open file is made once, by its kind, in the first process
 //! that holds it, moved to its numbers there, and handed to the other holders.
 //!
-//! Files are made in passes: those whose dependencies have their numbers.
+//! First come those that are connected across processes, all of a kind at once
+//! ([`freezeframe_kinds::Linked`]); they are finished when every other is there. The
+//! others are made in passes: those whose dependencies have their numbers.
+//! A file that no process holds is in flight: it is kept here until it has been sent.
 //! Within a pass each process runs one batch. New descriptors move to
 //! numbers above all that the image uses, then to their own, so that the two never collide.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use freezeframe_error::{Error, Result, ResultExt};
 use freezeframe_inject::shell::{Shells, TaskId};
-use freezeframe_inject::{Arg, Batch, OpRef};
-use freezeframe_kinds::model::{FdTable, FileId, ObjectId, OpenFile};
+use freezeframe_inject::{Arg, Batch, OpRef, Replies};
+use freezeframe_kinds::model::{FdTable, FileId, ObjectId, OpenFile, Process};
 use freezeframe_kinds::{
-    FileItem, Late, PrepareFiles, Prepared, Provided, RestoreFiles, RestoreOptions, registry,
+    FileItem, Late, PrepareFiles, Prepared, Provided, RestoreFiles, RestoreOptions, Settle, World,
+    registry,
 };
 use freezeframe_sys::ids::Pid;
 use freezeframe_sys::rlimit;
@@ -50,6 +54,10 @@ struct Files<'a, 's, 't> {
     /// PID to its files' numbers so far.
     numbers: HashMap<i32, HashMap<FileId, i32>>,
     afterwards: BTreeMap<i32, Batch>,
+    holders: HashMap<FileId, Vec<i32>>,
+    /// Files in flight, and those that a kind has just handed over.
+    kept: HashMap<FileId, OwnedFd>,
+    handed: Vec<FileId>,
 }
 
 /// Where service descriptors live, and new ones for a moment: numbers that no
@@ -146,6 +154,12 @@ pub(super) fn restore(
             }
         }
     }
+    for id in loaded.files.keys() {
+        holders.entry(*id).or_insert_with(|| {
+            waiting.push(*id);
+            Vec::new()
+        });
+    }
     let mut files = Files {
         floor: floor(loaded) + 8,
         loaded,
@@ -159,8 +173,32 @@ pub(super) fn restore(
         late: Late::default(),
         numbers: HashMap::new(),
         afterwards: BTreeMap::new(),
+        holders,
+        kept: HashMap::new(),
+        handed: Vec::new(),
     };
     let mut done: HashSet<FileId> = HashSet::new();
+    let mut unsettled: Vec<Box<dyn Settle + '_>> = Vec::new();
+    for kind in registry::LINKED {
+        let tag = kind.about().tag;
+        let its = waiting.iter().filter(|id| loaded.files[id].kind == tag);
+        let items: Vec<_> = its.map(|id| item(loaded, *id)).collect::<Result<_>>()?;
+        if items.is_empty() {
+            continue;
+        }
+        let ids: Vec<FileId> = items.iter().map(|i| i.id).collect();
+        unsettled.push(kind.make(&mut files, items)?);
+        files.deliver()?;
+        if let Some(missing) = ids.iter().find(|id| !files.is_made(**id)) {
+            let name = kind.about().name;
+            return Err(Error::bug(format!(
+                "kind {name} did not make file {}",
+                missing.0
+            )));
+        }
+        done.extend(ids);
+    }
+    waiting.retain(|id| !done.contains(id));
     while !waiting.is_empty() {
         let mut now = Vec::new();
         let mut later = Vec::new();
@@ -178,9 +216,12 @@ pub(super) fn restore(
                 "files of the image depend on each other in a circle",
             ));
         }
-        files.pass(&now, &holders)?;
+        files.pass(&now)?;
         done.extend(&now);
         waiting = later;
+    }
+    for unsettled in unsettled {
+        unsettled.settle(&mut files)?;
     }
     for (pid, batch) in std::mem::take(&mut files.afterwards) {
         if !batch.is_empty() {
@@ -240,7 +281,7 @@ impl Files<'_, '_, '_> {
     }
 
     /// Makes files whose dependencies are done.
-    fn pass(&mut self, ids: &[FileId], holders: &HashMap<FileId, Vec<i32>>) -> Result<()> {
+    fn pass(&mut self, ids: &[FileId]) -> Result<()> {
         // Files of one object are made together, by the first holder of the first of them.
         let mut groups: Vec<Vec<FileId>> = Vec::new();
         let mut index: HashMap<(u32, u64), usize> = HashMap::new();
@@ -259,23 +300,76 @@ impl Files<'_, '_, '_> {
             let owner = if self.tasks.contains_key(&owner) {
                 owner
             } else {
-                holders[&group[0]][0]
+                self.maker(group[0])?
             };
             by_owner.entry(owner).or_default().push(group);
         }
         for (owner, groups) in by_owner {
-            self.make(owner, &groups, holders)?;
+            self.make(owner, &groups)?;
         }
         Ok(())
     }
 
+    /// The process that makes a file: its first holder, or any if it is in flight.
+    fn maker(&self, id: FileId) -> Result<i32> {
+        if let Some(first) = self.holders[&id].first() {
+            return Ok(*first);
+        }
+        let mut alive = self.loaded.procs.iter().filter(|p| p.is_alive());
+        alive
+            .next()
+            .map(|p| p.pid())
+            .ok_or_else(|| Error::corrupt("files, and no process that lives"))
+    }
+
+    /// Whether a file has a number somewhere, or is kept.
+    fn is_made(&self, id: FileId) -> bool {
+        self.kept.contains_key(&id) || self.numbers.values().any(|n| n.contains_key(&id))
+    }
+
+    /// Gives what a kind has handed over to its holders. Those in flight stay here.
+    fn deliver(&mut self) -> Result<()> {
+        let mut by_pid: BTreeMap<i32, Vec<(FileId, bool)>> = BTreeMap::new();
+        for id in std::mem::take(&mut self.handed) {
+            let first = self.maker(id)?;
+            by_pid.entry(first).or_default().push((id, true));
+            for other in self.holders[&id].iter().skip(1) {
+                by_pid.entry(*other).or_default().push((id, false));
+            }
+        }
+        for (pid, files) in by_pid {
+            let task = self.task(pid)?;
+            let fds: Vec<_> = files.iter().map(|(id, _)| self.kept[id].as_fd()).collect();
+            let numbers = self.shells.send_fds(task, &fds).on_task(pid)?;
+            let mut batch = Batch::new();
+            let mut parked = Vec::new();
+            for ((id, first), number) in files.iter().zip(numbers) {
+                let common = &self.loaded.files[id];
+                let at = park(&mut batch, number.into(), self.floor, &common.name);
+                if *first {
+                    let made = Provided {
+                        id: *id,
+                        fd: at.into(),
+                        pos_done: true,
+                        flags_done: true,
+                    };
+                    finish_file(&mut batch, at.into(), common, &made);
+                }
+                parked.push((*id, Arg::from(at)));
+            }
+            self.place(pid, &mut batch, &parked)?;
+            for (_, at) in parked {
+                batch.call("close", libc::SYS_close, [at]);
+            }
+            self.shells.run(task, &batch).on_task(pid)?;
+        }
+        let holders = &self.holders;
+        self.kept.retain(|id, _| holders[id].is_empty());
+        Ok(())
+    }
+
     /// One process makes its files of this pass, and they are handed around.
-    fn make(
-        &mut self,
-        owner: i32,
-        groups: &[Vec<FileId>],
-        holders: &HashMap<FileId, Vec<i32>>,
-    ) -> Result<()> {
+    fn make(&mut self, owner: i32, groups: &[Vec<FileId>]) -> Result<()> {
         let task = self.task(owner)?;
         let mut batch = Batch::new();
         let mut provided: Vec<Provided> = Vec::new();
@@ -333,7 +427,10 @@ impl Files<'_, '_, '_> {
         }
         let others: Vec<&Parked> = parked
             .iter()
-            .filter(|p| holders[&p.id].iter().any(|h| *h != owner))
+            .filter(|p| {
+                let holders = &self.holders[&p.id];
+                holders.is_empty() || holders.iter().any(|h| *h != owner)
+            })
             .collect();
         self.place(
             owner,
@@ -343,10 +440,10 @@ impl Files<'_, '_, '_> {
                 .map(|p| (p.id, Arg::from(p.at)))
                 .collect::<Vec<_>>(),
         )?;
-        for p in parked
-            .iter()
-            .filter(|p| holders[&p.id].iter().all(|h| *h == owner))
-        {
+        for p in parked.iter().filter(|p| {
+            let holders = &self.holders[&p.id];
+            !holders.is_empty() && holders.iter().all(|h| *h == owner)
+        }) {
             batch.call("close", libc::SYS_close, [p.at.into()]);
         }
         let replies = self.shells.run(task, &batch).on_task(owner)?;
@@ -359,25 +456,22 @@ impl Files<'_, '_, '_> {
                 .iter()
                 .map(|p| (p.id, replies.raw(p.at) as i32))
                 .collect::<Vec<_>>(),
-            holders,
         )
     }
 
-    /// Gives files parked in `owner` to their other holders.
-    fn hand_around(
-        &mut self,
-        owner: i32,
-        files: &[(FileId, i32)],
-        holders: &HashMap<FileId, Vec<i32>>,
-    ) -> Result<()> {
+    /// Gives files parked in `owner` to their other holders, or keeps them here.
+    fn hand_around(&mut self, owner: i32, files: &[(FileId, i32)]) -> Result<()> {
         let from = self.task(owner)?;
         let mut by_holder: BTreeMap<i32, Vec<(FileId, OwnedFd)>> = BTreeMap::new();
         let mut close = Batch::new();
         for (id, number) in files {
             let ours = self.shells.get_fd(from, *number).on_task(owner)?;
-            for holder in holders[id].iter().filter(|h| **h != owner) {
+            for holder in self.holders[id].iter().filter(|h| **h != owner) {
                 let fd = ours.try_clone().map_err(|e| Error::io("dup", e))?;
                 by_holder.entry(*holder).or_default().push((*id, fd));
+            }
+            if self.holders[id].is_empty() {
+                self.kept.insert(*id, ours);
             }
             close.call("close", libc::SYS_close, [(*number).into()]);
         }
@@ -429,6 +523,49 @@ impl Files<'_, '_, '_> {
             numbers.entry(entry.file).or_insert(entry.fd);
         }
         Ok(())
+    }
+}
+
+impl World for Files<'_, '_, '_> {
+    fn options(&self) -> &RestoreOptions {
+        self.options
+    }
+    fn processes(&self) -> &[Process] {
+        &self.loaded.procs
+    }
+    fn holders(&self, id: FileId) -> &[i32] {
+        self.holders.get(&id).map_or(&[], Vec::as_slice)
+    }
+    fn run(&mut self, pid: i32, batch: &Batch) -> Result<Replies> {
+        let task = self.task(pid)?;
+        self.shells.run(task, batch).on_task(pid)
+    }
+    fn get_fd(&mut self, pid: i32, fd: i32) -> Result<OwnedFd> {
+        let task = self.task(pid)?;
+        self.shells.get_fd(task, fd).on_task(pid)
+    }
+    fn send_fd(&mut self, pid: i32, fd: BorrowedFd<'_>) -> Result<i32> {
+        let task = self.task(pid)?;
+        self.shells.send_fd(task, fd).on_task(pid)
+    }
+    fn provide(&mut self, id: FileId, fd: OwnedFd) {
+        self.kept.insert(id, fd);
+        self.handed.push(id);
+    }
+    fn file(&mut self, id: FileId) -> Result<OwnedFd> {
+        if let Some(kept) = self.kept.get(&id) {
+            return kept.try_clone().map_err(|e| Error::io("dup", e));
+        }
+        let placed = self
+            .holders(id)
+            .iter()
+            .find_map(|pid| Some((*pid, *self.numbers.get(pid)?.get(&id)?)));
+        let (pid, number) =
+            placed.ok_or_else(|| Error::corrupt(format!("no file {} in the tree", id.0)))?;
+        self.get_fd(pid, number)
+    }
+    fn warn(&mut self, text: String) {
+        self.warnings.push(text);
     }
 }
 

@@ -128,6 +128,9 @@ impl FileKind for Epoll {
         None
     }
     fn dump(&self, cx: &mut DumpCx<'_>, file: &FileView<'_>) -> Result<RawRecord> {
+        if file.is_in_flight() {
+            return Err(file.refuse("an epoll instance in flight is not supported"));
+        }
         let mut entries = Vec::new();
         let mut seen: HashMap<i32, u32> = HashMap::new();
         for text in file.info.rest.iter().filter(|l| l.starts_with("tfd:")) {

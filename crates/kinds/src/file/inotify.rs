@@ -77,6 +77,9 @@ impl FileKind for Inotify {
         None
     }
     fn dump(&self, cx: &mut DumpCx<'_>, file: &FileView<'_>) -> Result<RawRecord> {
+        if file.is_in_flight() {
+            return Err(file.refuse("an inotify instance in flight is not supported"));
+        }
         if freezeframe_sys::fd::ioctl::readable_bytes(file.ours()?).map_err(|e| file.blame(e))? > 0
         {
             return Err(file.refuse("inotify events that were not read yet are not supported"));

@@ -13,7 +13,7 @@ pub mod regular;
 pub mod signalfd;
 pub mod terminal;
 pub mod timerfd;
-pub mod unix_pair;
+pub mod unix;
 pub mod unlinked;
 pub mod unsupported;
 mod watched;

@@ -113,6 +113,30 @@ pub fn socket_filter(fd: impl AsFd) -> Result<Vec<[u8; 8]>> {
     Ok(program)
 }
 
+/// Attaches a classic BPF program (SO_ATTACH_FILTER), as [`socket_filter`] gives it.
+pub fn attach_filter(fd: impl AsFd, program: &[[u8; 8]]) -> Result<()> {
+    let len = u16::try_from(program.len()).map_err(|_| Error::bug("filter too long"))?;
+    let program = libc::sock_fprog {
+        len,
+        filter: program.as_ptr().cast_mut().cast(),
+    };
+    // SAFETY: the kernel reads `len` instructions of 8 bytes at `filter`, which
+    // outlives the call, and copies them wherever they are aligned.
+    let done = unsafe {
+        libc::setsockopt(
+            fd.as_fd().as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_ATTACH_FILTER,
+            (&raw const program).cast(),
+            size_of::<libc::sock_fprog>() as libc::socklen_t,
+        )
+    };
+    if done < 0 {
+        return Err(Error::last_os("setsockopt(SO_ATTACH_FILTER)"));
+    }
+    Ok(())
+}
+
 /// Sets a socket option whose value holds no addresses of memory: those that
 /// do (`SO_ATTACH_FILTER`, `SO_ATTACH_REUSEPORT_CBPF`, `PACKET_FANOUT_DATA`, and
 /// the tables of netfilter) are refused.
