@@ -88,6 +88,12 @@ pub(super) const PROGRAMS: &[Program] = &[
         memfd_shared,
     ),
     Program::new(
+        "owner_outside",
+        "F_SETOWN of a process outside the tree",
+        owner_outside,
+    )
+    .refused("F_SETOWN"),
+    Program::new(
         "renamed",
         "an open file and a directory that were renamed",
         renamed,
@@ -198,6 +204,13 @@ fn owner(cx: &Cx) {
     let was = state();
     cx.ready(|| os::fcntl(&r, F_SETSIG, 0));
     cx.same("owners and signals", state(), was);
+}
+
+fn owner_outside(cx: &Cx) {
+    let (r, _w) = os::pipe(0);
+    os::fcntl(&r, libc::F_SETOWN, 1).unwrap();
+    cx.ready(|| os::fcntl(&r, libc::F_SETOWN, 0));
+    cx.same("owner", os::fcntl(&r, libc::F_GETOWN, 0).ok(), Some(1));
 }
 
 fn append(cx: &Cx) {

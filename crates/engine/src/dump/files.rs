@@ -238,6 +238,7 @@ fn dump_file(cx: &mut DumpCx<'_>, view: &FileView<'_>, carrier: Pid) -> Result<(
     };
     if !opath {
         ask_owner(view, &mut common).map_err(|e| view.blame(e))?;
+        check_owner(cx, view, common.owner)?;
     }
     let record = kind.dump(cx, view).map_err(|e| view.blame(e))?;
     cx.records
@@ -250,6 +251,22 @@ fn dump_file(cx: &mut DumpCx<'_>, view: &FileView<'_>, carrier: Pid) -> Result<(
 fn stat_fd(proc: &ProcView, number: i32) -> Result<Stat> {
     let path = CString::new(format!("fd/{number}")).unwrap_or_default();
     fd::stat_at(&*proc.dir, &path, true)
+}
+
+/// Refuses an owner that a restore could not tell from a stranger with its number.
+/// With `--shell-job` those outside are ours at the restore, too.
+fn check_owner(cx: &DumpCx<'_>, view: &FileView<'_>, (kind, id): (i32, i32)) -> Result<()> {
+    let known = |p: &ProcView| match kind {
+        model::F_OWNER_PGRP => p.stat.pgrp == id,
+        model::F_OWNER_TID => p.tids.iter().any(|t| t.0 == id),
+        _ => p.pid.0 == id,
+    };
+    if id == 0 || cx.options.shell_job || cx.procs.iter().any(known) {
+        return Ok(());
+    }
+    Err(view.refuse(format!(
+        "its signals go to {id} (F_SETOWN), which is outside the tree: not supported"
+    )))
 }
 
 /// Owner (F_GETOWN_EX), the uids it was set with, and signal (F_GETSIG): an

@@ -28,11 +28,12 @@ static ABOUT: About = About {
     manual: "open(2)",
     since: "",
     carried: "path, access mode, status flags (O_APPEND, O_NONBLOCK, O_DIRECT, ...), position, owner and signal; directories with their position; O_PATH of anything with a name; files of /proc/PID of processes and threads of the tree",
-    refused: "an O_PATH descriptor of a FIFO, socket, device or symbolic link whose name is gone (\"a deleted file is not supported here\"), a path under which something else is mounted or lies (\"its path leads to another file\"), a file of /proc/PID of another process (\"a file of /proc/12, a process outside the tree, is not supported\"), a directory with F_NOTIFY (\"dnotify (F_NOTIFY on a directory) is not supported\"), a file that is gone or has another size than at the dump",
+    refused: "an O_PATH descriptor of a FIFO, socket, device or symbolic link whose name is gone (\"a deleted file is not supported here\"), a path under which something else is mounted or lies (\"its path leads to another file\"), a file of /proc/PID of another process (\"a file of /proc/12, a process outside the tree, is not supported\"), a directory with F_NOTIFY (\"dnotify (F_NOTIFY on a directory) is not supported\"), any file whose signals go to a process outside the tree (\"its signals go to 12 (F_SETOWN), which is outside the tree\"), a file that is gone or has another size than at the dump",
     programs: &[
         "files::regular",
         "files::status_flags",
         "files::owner",
+        "files::owner_outside",
         "files::append",
         "files::directory",
         "files::o_path",
