@@ -5,7 +5,7 @@
 //! made by running ones only.
 //!
 //! A parent in vfork(2) cannot stop before its child has called execve(2) or
-//! ended, so a child that was stopped before that runs on for so long ([`vfork`]).
+//! ended, so a child that was stopped before that runs on for so long (`vfork`).
 
 mod vfork;
 

@@ -1,7 +1,7 @@
 //! fanotify(7): marks on files, mounts and file systems.
 //!
 //! fdinfo shows how the group was made and each mark. A mark on a file is known by
-//! its inode ([`super::watched`]), one on a mount by that mount's id, one on a file
+//! its inode (`super::watched`), one on a mount by that mount's id, one on a file
 //! system by its device. Marks are set again when every file has its number.
 //! Groups that decide on accesses (permission events) are not carried: while one
 //! is frozen, everybody waits for it, we among them.

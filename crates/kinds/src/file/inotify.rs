@@ -1,6 +1,6 @@
 //! inotify(7): watches on files and directories.
 //!
-//! A watch is known by its inode alone: see [`super::watched`]. Watches are added
+//! A watch is known by its inode alone: see `super::watched`. Watches are added
 //! when every file has its number, so that they do not tell of the restore itself.
 
 use freezeframe_error::Result;
