@@ -30,6 +30,7 @@ fuzz_target!(|data: (&[u8], &[u8], &[u8])| {
     let all = 0..u64::MAX & !4095;
     let _ = reader.verify_all(1);
     let _ = reader.stats(1, all.clone());
-    let _ = reader.read_runs(1, all.clone());
+    let _ = reader.uses(1, all.clone());
+    let _ = reader.zeros(1, all.clone());
     let _ = reader.delta(2, 1, all);
 });
