@@ -20,8 +20,8 @@ fn median(mut all: Vec<Duration>) -> Duration {
 }
 
 /// What the median of this debug build may be on a machine that others use too, in
-/// goals. `benches/goals.py` measures the medians of a release build; here the best
-/// round must reach the goal, since others can only make it slower.
+/// goals. `benches/goals.py` measures the medians of a release build; of a pause the
+/// best round must reach its goal here too, since others can only make it longer.
 const ROOM: u32 = 10;
 
 fn below(what: &str, all: Vec<Duration>, goal: Duration) -> Done {
@@ -35,7 +35,8 @@ fn below(what: &str, all: Vec<Duration>, goal: Duration) -> Done {
         "{what}: median {median:?} ({least:?} to {most:?}), goal {goal:?}, limit {limit:?}"
     );
     println!("{told}");
-    if least < goal && median < limit {
+    let pause = what.starts_with("pause");
+    if median < limit && (least < goal || !pause) {
         Ok(())
     } else {
         Err(told)

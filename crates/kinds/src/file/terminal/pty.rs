@@ -308,6 +308,9 @@ fn lost(e: Error) -> Error {
 
 // ---------------------------------------------------------------- restore
 
+/// O_LARGEFILE as the kernel has it, which open(2) sets for every 64-bit program.
+const LARGE_FILE: u32 = 0o100_000;
+
 /// A slave to be opened.
 #[derive(Debug)]
 pub(super) struct Slave {
@@ -419,7 +422,12 @@ impl Wanted {
             }
         };
         for slave in open {
-            made.files.push((slave.id, slave.open(device)?));
+            // TIOCGPTPEER is the one way to a slave without this flag: openpty(3) goes it.
+            let file = match slave.flags & LARGE_FILE {
+                0 => terminal::open_slave(&master, slave.open_flags())?,
+                _ => slave.open(device)?,
+            };
+            made.files.push((slave.id, file));
         }
         pty.set(&master, ours.as_ref())?;
         made.terminal = ours;
@@ -429,6 +437,12 @@ impl Wanted {
 }
 
 impl Slave {
+    fn open_flags(&self) -> OFlag {
+        let flags = super::access(self.flags) | super::status_flags(self.flags);
+        let more = OFlag::O_NOCTTY | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
+        OFlag::from_bits_retain(flags) | more
+    }
+
     fn open(&self, device: u64) -> Result<OwnedFd> {
         let usual = name_of(device).into_bytes();
         let leads_there = |path: &[u8]| {
@@ -443,10 +457,7 @@ impl Slave {
             path if leads_there(path) => path,
             _ => usual.as_slice(),
         };
-        let flags = super::access(self.flags) | super::status_flags(self.flags);
-        let flags = OFlag::from_bits_retain(flags);
-        let more = OFlag::O_NOCTTY | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
-        let opened = nix::fcntl::open(path, flags | more, Mode::empty())
+        let opened = nix::fcntl::open(path, self.open_flags(), Mode::empty())
             .sys("open")
             .on(String::from_utf8_lossy(path))?;
         match terminal::device(&opened)? {
