@@ -255,7 +255,13 @@ mod tests {
         let mut child = cat();
         let pid = Pid(child.id() as i32);
         let proc = ProcDir::open(pid).unwrap();
-        let stat = proc.stat().unwrap();
+        // The parent of a vfork goes on when the child has new memory, before that is filled.
+        let stat = loop {
+            match proc.stat().unwrap() {
+                stat if stat.env_end > stat.env_start => break stat,
+                _ => std::thread::yield_now(),
+            }
+        };
         let mem = Mem::of(&proc, true).unwrap();
         let len = (stat.env_end - stat.env_start) as usize;
         let mut env = vec![0; len];

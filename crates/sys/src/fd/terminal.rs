@@ -7,7 +7,7 @@
 
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 
-use freezeframe_error::{Error, Result};
+use freezeframe_error::{Error, Result, SysExt};
 use nix::fcntl::OFlag;
 
 use super::ioctl::{self, get_int};
@@ -152,14 +152,21 @@ pub fn set_exclusive(fd: impl AsFd, on: bool) -> Result<()> {
 
 /// Opens the slave of a master, whatever its name is here.
 pub fn open_slave(master: impl AsFd, flags: OFlag) -> Result<OwnedFd> {
-    let flags = (flags | OFlag::O_NOCTTY | OFlag::O_CLOEXEC).bits();
+    // The kernel would keep O_CLOEXEC among the flags of the open file.
+    let flags = ((flags - OFlag::O_CLOEXEC) | OFlag::O_NOCTTY).bits();
     // SAFETY: TIOCGPTPEER takes open flags and touches no memory.
     let raw = unsafe { libc::ioctl(master.as_fd().as_raw_fd(), ioctl::TIOCGPTPEER, flags) };
     if raw < 0 {
         return Err(Error::last_os("ioctl(TIOCGPTPEER)"));
     }
     // SAFETY: the kernel has just given us this descriptor; nobody else has it.
-    Ok(unsafe { OwnedFd::from_raw_fd(raw) })
+    let slave = unsafe { OwnedFd::from_raw_fd(raw) };
+    nix::fcntl::fcntl(
+        &slave,
+        nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC),
+    )
+    .sys("fcntl(F_SETFD)")?;
+    Ok(slave)
 }
 
 /// Gives a byte to the line discipline as if it had come in, of a master its
