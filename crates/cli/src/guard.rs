@@ -20,7 +20,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use freezeframe::{Error, Result, Target};
-use freezeframe_sys::fd::raise_nofile;
+use freezeframe_sys::fd;
 use freezeframe_sys::process::{Forked, fork_single_threaded};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -143,8 +143,7 @@ pub(crate) fn in_child(work: impl FnOnce(Link) -> i32) -> Result<Ended> {
                 .into_iter()
                 .collect();
             let _ = stops.thread_swap_mask(SigmaskHow::SIG_BLOCK);
-            // A large tree takes many; a restored one gets its own limits back.
-            let _ = raise_nofile();
+            take_descriptors();
             let code = work(Link::new(Way::Child(theirs)));
             std::process::exit(code);
         }
@@ -157,6 +156,14 @@ pub(crate) fn in_child(work: impl FnOnce(Link) -> i32) -> Result<Ended> {
     }
 }
 
+/// Takes the right to many descriptors, and room for them, for a large tree; a
+/// restored one gets its own limits back. Before there is a second thread: then
+/// the room costs nothing.
+fn take_descriptors() {
+    let _ = fd::raise_nofile();
+    let _ = fd::make_room(fd::MANY);
+}
+
 /// Does `work` here, signals read between two pieces of it.
 pub(crate) fn here(work: impl FnOnce(Link) -> i32) -> Result<Ended> {
     let early = |name, e: Errno| Error::syscall(name, e as i32).leaving(Target::Untouched);
@@ -165,7 +172,7 @@ pub(crate) fn here(work: impl FnOnce(Link) -> i32) -> Result<Ended> {
         .map_err(|e| early("sigprocmask", e))?;
     let fd = SignalFd::with_flags(&signals(), SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
         .map_err(|e| early("signalfd", e))?;
-    let _ = raise_nofile();
+    take_descriptors();
     let code = work(Link::new(Way::Direct(fd)));
     let _ = before.thread_swap_mask(SigmaskHow::SIG_SETMASK);
     Ok(Ended { code, root: None })

@@ -88,9 +88,6 @@ pub struct DumpReport {
     pub warnings: Vec<String>,
 }
 
-/// How many descriptors of ours there is room for without a wait.
-pub(crate) const DESCRIPTORS: u64 = 16 << 10;
-
 /// Dumps a tree. Blocks; all ptrace calls are made on this thread.
 pub fn run(request: &DumpRequest, events: &dyn Events) -> Result<DumpReport> {
     events.phase(Phase::Plan);
@@ -103,7 +100,7 @@ pub fn run(request: &DumpRequest, events: &dyn Events) -> Result<DumpReport> {
     let mut writer = ImageWriter::create(&request.images_dir, Header::new())
         .in_phase(Phase::Plan)
         .map_err(untouched)?;
-    fd::make_room(DESCRIPTORS).map_err(untouched)?;
+    fd::make_room(fd::MANY).map_err(untouched)?;
     let mut pages = memory::prepare(request, &mut writer).map_err(untouched)?;
     let mut host = Host::read().in_phase(Phase::Plan).map_err(untouched)?;
     events.step(Step::PreDump).map_err(untouched)?;

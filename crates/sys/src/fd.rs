@@ -329,6 +329,9 @@ pub fn raise_nofile() -> Result<u64> {
     Ok(hard)
 }
 
+/// How many descriptors of ours a large tree takes.
+pub const MANY: u64 = 16 << 10;
+
 /// Makes our table of descriptors long enough for `n` of them, as far as the
 /// limit allows. Where threads share it, as ours do, each doubling waits until all
 /// CPUs have passed through the scheduler: 10 ms and more, which no target

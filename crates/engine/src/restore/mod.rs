@@ -27,7 +27,6 @@ use freezeframe_sys::ids::Pid;
 use freezeframe_sys::proc::ProcDir;
 use freezeframe_sys::{clock, fd};
 
-use crate::dump::DESCRIPTORS;
 use crate::events::{Events, Step as Point};
 use crate::log;
 use load::Loaded;
@@ -83,7 +82,7 @@ const REGION: u64 = 1 << 30;
 fn restore(request: &RestoreRequest, events: &dyn Events) -> Result<RestoreReport> {
     let started = Instant::now();
     events.phase(Phase::Load);
-    fd::make_room(DESCRIPTORS)?;
+    fd::make_room(fd::MANY)?;
     let loaded = Loaded::open(&request.images_dir).in_phase(Phase::Load)?;
     let reader = Arc::new(PageReader::open(&loaded.image)?);
     check_host(&loaded, request).in_phase(Phase::Load)?;
