@@ -33,7 +33,7 @@ pub enum Step {
     PostRestore(i32),
     /// Just before the tree goes on.
     PreResume(i32),
-    /// The restored tree runs.
+    /// The restored tree runs. An error stops nothing any more: it becomes a warning.
     PostResume(i32),
 }
 

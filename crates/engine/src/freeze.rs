@@ -395,7 +395,7 @@ impl Frozen {
     /// Lets everything go on as it was, or (`stop`) leaves it stopped by SIGSTOP.
     /// Nothing more is done if that has been done already.
     pub fn release(&self, stop: bool) -> Result<()> {
-        if self.released.replace(true) {
+        if self.released.get() {
             return Ok(());
         }
         if stop {
@@ -405,6 +405,7 @@ impl Frozen {
         }
         let tids: Vec<Tid> = self.tasks.iter().map(|t| t.tid).collect();
         self.tracer.detach_all(&tids, Instant::now() + self.wait)?;
+        self.released.set(true);
         let stopped = self
             .procs
             .iter()

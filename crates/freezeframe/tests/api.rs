@@ -173,7 +173,7 @@ fn a_reaper_in_the_caller_does_no_harm() {
 #[derive(Default)]
 struct Wants {
     panics_in: Option<Phase>,
-    refuses: bool,
+    refuses: Option<&'static str>,
     heard: Mutex<Vec<String>>,
 }
 
@@ -185,8 +185,10 @@ impl Events for Wants {
     }
     fn progress(&self, _done: u64, _total: u64) {}
     fn step(&self, step: Step) -> Result<()> {
-        self.heard.lock().unwrap().push(format!("{step:?}"));
-        match self.refuses && step == Step::PostDump {
+        let name = format!("{step:?}");
+        let refuses = self.refuses.is_some_and(|s| name.starts_with(s));
+        self.heard.lock().unwrap().push(name);
+        match refuses {
             true => Err(Error::new(Kind::Cancelled, "not today")),
             false => Ok(()),
         }
@@ -215,7 +217,7 @@ fn events_come_in_order_and_may_veto() {
     let image = victim.image().join("freezeframe.img");
     let before = std::fs::read(&image).unwrap();
     let wants = Wants {
-        refuses: true,
+        refuses: Some("PostDump"),
         ..Wants::default()
     };
     let e = dump().events(Arc::new(wants)).run().unwrap_err();
@@ -230,6 +232,35 @@ fn events_come_in_order_and_may_veto() {
         "the older image is still there"
     );
     victim.goes_on();
+}
+
+#[test]
+fn a_restore_can_be_stopped_until_the_tree_runs() {
+    let mut victim = Victim::start();
+    let (pid, image) = (victim.pid(), victim.image());
+    Dump::new(pid).images_dir(&image).run().unwrap();
+    victim.child.wait().unwrap();
+    let restore = |refuses| {
+        let wants = Wants {
+            refuses: Some(refuses),
+            ..Wants::default()
+        };
+        Restore::new(&image).events(Arc::new(wants)).run()
+    };
+    for step in ["PreRestore", "SetupNamespaces", "PostRestore", "PreResume"] {
+        let e = restore(step).unwrap_err();
+        assert_eq!(
+            (e.kind(), e.target()),
+            (Kind::Cancelled, Target::Untouched),
+            "{e:?}"
+        );
+        until(|| !Path::new(&format!("/proc/{pid}")).exists());
+    }
+    let restored = restore("PostResume").unwrap();
+    assert!(restored.report().warnings[0].contains("not today"));
+    victim.goes_on();
+    end(pid, Signal::SIGUSR1);
+    assert_eq!(restored.wait().unwrap().code(), Some(9));
 }
 
 #[test]

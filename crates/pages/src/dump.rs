@@ -89,7 +89,7 @@ pub struct PageDumper {
     storers: Vec<Storer>,
     /// How many of the spaces are captured.
     done: usize,
-    shared: Option<Shared>,
+    shared: Shared,
     captured: Captured,
 }
 
@@ -160,11 +160,11 @@ impl PageDumper {
         waiting.touch(options.ready);
         Ok(PageDumper {
             storers: vec![Storer::new(sink, options.compression)?],
+            shared: Shared::new(options.deduplicate),
             options,
             spaces: Vec::new(),
             waiting,
             done: 0,
-            shared: None,
             captured: Captured::default(),
         })
     }
@@ -249,8 +249,9 @@ impl PageDumper {
 
     /// Reads all that was added since the last time, while the target is
     /// stopped. With `hurry` as much as fits into memory is left to
-    /// [`finish`](PageDumper::finish), or to the next `capture`; without, all is stored. `progress` is called now and then, on this
-    /// thread, with the bytes that were read; what it returns ends the work.
+    /// [`finish`](PageDumper::finish), or to the next `capture`; without, all
+    /// is stored. `progress` is called now and then, on this thread, with the
+    /// bytes that were read; what it returns ends the work.
     ///
     /// # Errors
     /// Of reading, naming task and address; of writing, naming the path;
@@ -277,7 +278,6 @@ impl PageDumper {
         let total: u64 = jobs.iter().map(|j| j.bytes as u64).sum();
         let found = self.found();
         let remembered = found.div_ceil(PAGE).min(REMEMBERED + found / PAGE / 16);
-        let duplicates = self.options.deduplicate.then_some(remembered as usize);
 
         // The end of the list, as much as may wait.
         let mut first = jobs.len();
@@ -292,7 +292,8 @@ impl PageDumper {
             self.storers.push(storer);
         }
 
-        let shared = &*self.shared.get_or_insert_with(|| Shared::new(duplicates));
+        let shared = &self.shared;
+        shared.remember(remembered as usize);
         let mut slots: Vec<Slot<'_>> = Vec::with_capacity(jobs.len() - first);
         let mut rest = self.waiting.as_mut();
         for job in &jobs[first..] {
@@ -333,9 +334,10 @@ impl PageDumper {
     /// Stores what waits for it.
     fn store_waiting(&mut self) -> Result<()> {
         let jobs = std::mem::take(&mut self.captured.jobs);
-        let Some(shared) = self.shared.as_ref().filter(|_| !jobs.is_empty()) else {
+        if jobs.is_empty() {
             return Ok(());
-        };
+        }
+        let shared = &self.shared;
         let bytes = jobs.iter().map(|(job, _)| job.bytes as u64).sum();
         let threads = self.threads(bytes).min(self.storers.len());
         let mut waiting = Vec::with_capacity(jobs.len());

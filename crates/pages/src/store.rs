@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use freezeframe_error::Result;
 use xxhash_rust::xxh3::xxh3_64;
@@ -24,11 +24,19 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
-    /// With `duplicates`, the contents of that many pages are remembered.
-    pub(crate) fn new(duplicates: Option<usize>) -> Shared {
+    /// With `deduplicate`, a page that is stored already is not stored again, as
+    /// far as it is [remembered](Shared::remember).
+    pub(crate) fn new(deduplicate: bool) -> Shared {
         Shared {
             blocks: AtomicU32::new(0),
-            duplicates: duplicates.map(Duplicates::new),
+            duplicates: deduplicate.then(Duplicates::default),
+        }
+    }
+
+    /// Lets the contents of so many pages be remembered in all.
+    pub(crate) fn remember(&self, pages: usize) {
+        if let Some(duplicates) = &self.duplicates {
+            duplicates.remember(pages);
         }
     }
 }
@@ -169,10 +177,15 @@ struct Place {
 /// wants another process of the tree to be restored with the wrong bytes had to
 /// find a second page for a given hash, 2^128 tries. (The faster xxh3 resists
 /// no such attempt.)
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Duplicates {
-    shards: Vec<Mutex<HashMap<[u8; 16], Place>>>,
-    /// How many pages one shard remembers at most.
+    shards: [Mutex<Shard>; SHARDS],
+}
+
+#[derive(Debug, Default)]
+struct Shard {
+    places: HashMap<[u8; 16], Place>,
+    /// How many it remembers at most.
     limit: usize,
 }
 
@@ -180,12 +193,18 @@ struct Duplicates {
 const SHARDS: usize = 16;
 
 impl Duplicates {
-    fn new(pages: usize) -> Duplicates {
-        let limit = pages.div_ceil(SHARDS);
-        let shard = |_| Mutex::new(HashMap::with_capacity(limit));
-        Duplicates {
-            shards: (0..SHARDS).map(shard).collect(),
-            limit,
+    fn shard(&self, number: usize) -> MutexGuard<'_, Shard> {
+        self.shards[number]
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn remember(&self, pages: usize) {
+        for number in 0..SHARDS {
+            let mut shard = self.shard(number);
+            shard.limit = shard.limit.max(pages.div_ceil(SHARDS));
+            let more = shard.limit.saturating_sub(shard.places.len());
+            shard.places.reserve(more);
         }
     }
 
@@ -196,14 +215,13 @@ impl Duplicates {
         let (key, _) = hash.as_bytes().split_at(16);
         let mut short = [0; 16];
         short.copy_from_slice(key);
-        let shard = &self.shards[usize::from(short[0]) % SHARDS];
-        let mut shard = shard.lock().unwrap_or_else(PoisonError::into_inner);
-        match shard.get(&short) {
+        let mut shard = self.shard(usize::from(short[0]) % SHARDS);
+        match shard.places.get(&short) {
             Some(&place) => (place, false),
             None => {
                 let here = here();
-                if shard.len() < self.limit {
-                    shard.insert(short, here);
+                if shard.places.len() < shard.limit {
+                    shard.places.insert(short, here);
                 }
                 (here, true)
             }

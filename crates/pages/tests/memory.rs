@@ -116,6 +116,8 @@ fn image(options: PageOptions, hurry: bool, add: impl Fn(&mut PageDumper)) -> (T
     let dir = TempDir::new().unwrap();
     let mut w = writer(&dir);
     let mut dumper = PageDumper::new(&mut w, options).unwrap();
+    // A live dump captures twice, the first time often nothing.
+    dumper.capture(&mut w, hurry, &mut |_| Ok(())).unwrap();
     add(&mut dumper);
     let mut seen = 0;
     let mut progress = |bytes| {

@@ -69,7 +69,7 @@ pub struct RestoreReport {
 
 /// Rebuilds a tree and lets it go on. Blocks; all ptrace calls are made on this thread.
 pub fn run(request: &RestoreRequest, events: &dyn Events) -> Result<RestoreReport> {
-    // Whatever fails, the half-built tree is killed: nothing is left behind.
+    // Whatever fails before the last switch, the half-built tree is killed: nothing is left behind.
     restore(request, events).map_err(|e| match e.target() {
         Target::Unknown => e.leaving(Target::Untouched),
         _ => e,
@@ -122,10 +122,11 @@ fn restore(request: &RestoreRequest, events: &dyn Events) -> Result<RestoreRepor
                 .push(format!("{path} cannot be removed: {e}"));
         }
     }
-    // A failure in the last switch may come when the first tasks already run.
-    shells
-        .resume_all(finals)
-        .map_err(|e| e.leaving(Target::Unknown))?;
+    shells.resume_all(finals).map_err(|e| match e.target() {
+        // In the last switch, when the first tasks already run.
+        Target::Running => e.left_behind("the restored tree, which runs"),
+        _ => e,
+    })?;
     for p in &loaded.procs {
         let stopped = matches!(p.life, Life::Stopped(_)) || request.leave_stopped;
         if stopped
@@ -139,10 +140,13 @@ fn restore(request: &RestoreRequest, events: &dyn Events) -> Result<RestoreRepor
     report.threads = loaded.procs.iter().map(|p| p.threads.len() as u64).sum();
     report.pages_restored = reader.indexes().flat_map(|(_, e)| e).map(|e| e.pages).sum();
     report.total = started.elapsed();
+    // As criu(8) has it: it runs, whatever is said of it now.
+    if let Err(e) = events.step(Point::PostResume(report.pid)) {
+        report.warnings.push(format!("after the resume: {e}"));
+    }
     for warning in &report.warnings {
         log!(events, Warning, "{warning}");
     }
-    events.step(Point::PostResume(report.pid))?;
     Ok(report)
 }
 
