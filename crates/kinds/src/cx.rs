@@ -295,6 +295,8 @@ pub struct InodeFile {
     pub flags: u32,
     /// The process it is looked at through, and its number there.
     pub at: (Pid, i32),
+    /// See [`FileView::is_in_flight`].
+    pub in_flight: bool,
 }
 
 /// A lock on an open file, as one descriptor shows it.
@@ -452,6 +454,7 @@ impl<'a> DumpCx<'a> {
             id: file.id,
             flags: file.info.flags,
             at: (file.proc.pid, file.fd),
+            in_flight: file.is_in_flight(),
         };
         self.inodes
             .entry((file.stat.dev, file.stat.ino))

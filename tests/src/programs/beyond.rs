@@ -75,7 +75,7 @@ const PERF: Need = Need {
     what: "kernel option CONFIG_PERF_EVENTS",
     here: || new_perf_event().is_ok(),
 };
-const BPF: Need = Need {
+pub(super) const BPF: Need = Need {
     what: "kernel option CONFIG_BPF_SYSCALL",
     here: || new_bpf_map().is_ok(),
 };

@@ -220,7 +220,7 @@ fn eventfd_shared(cx: &Cx) {
     cx.join("child", child);
 }
 
-fn new_epoll() -> OwnedFd {
+pub(super) fn new_epoll() -> OwnedFd {
     os::fd_from(
         libc::SYS_epoll_create1,
         [libc::EPOLL_CLOEXEC as usize, 0, 0, 0, 0, 0],
@@ -239,12 +239,12 @@ fn control(set: &OwnedFd, op: i32, fd: &impl AsRawFd, events: i32, data: u64) ->
     )
 }
 
-fn watch(set: &OwnedFd, fd: &impl AsRawFd, events: i32, data: u64) {
+pub(super) fn watch(set: &OwnedFd, fd: &impl AsRawFd, events: i32, data: u64) {
     control(set, libc::EPOLL_CTL_ADD, fd, events, data).unwrap();
 }
 
 /// What is reported now: data and events, in order of data.
-fn reported(set: &OwnedFd) -> Vec<(u64, i32)> {
+pub(super) fn reported(set: &OwnedFd) -> Vec<(u64, i32)> {
     let mut events = [libc::epoll_event { events: 0, u64: 0 }; 32];
     let n = os::syscall(
         libc::SYS_epoll_wait,
@@ -614,7 +614,7 @@ fn timerfd_absolute(cx: &Cx) {
     cx.same("ticks", count(&soon), Ok(1));
 }
 
-fn new_inotify() -> OwnedFd {
+pub(super) fn new_inotify() -> OwnedFd {
     os::fd_from(
         libc::SYS_inotify_init1,
         [
@@ -629,7 +629,7 @@ fn new_inotify() -> OwnedFd {
     .unwrap()
 }
 
-fn add_watch(fd: &OwnedFd, path: &std::path::Path, mask: u32) -> i32 {
+pub(super) fn add_watch(fd: &OwnedFd, path: &std::path::Path, mask: u32) -> i32 {
     let path = std::ffi::CString::new(path.as_os_str().as_encoded_bytes()).unwrap();
     os::syscall(
         libc::SYS_inotify_add_watch,
@@ -639,7 +639,7 @@ fn add_watch(fd: &OwnedFd, path: &std::path::Path, mask: u32) -> i32 {
 }
 
 /// The events that wait: watch, mask, name.
-fn told(fd: &OwnedFd) -> Vec<(i32, u32, String)> {
+pub(super) fn told(fd: &OwnedFd) -> Vec<(i32, u32, String)> {
     let Ok(data) = os::read_vec(fd, 65536) else {
         return Vec::new();
     };
@@ -949,7 +949,7 @@ const FAN_MARK_IGNORED_MASK: usize = 0x20;
 const FAN_MARK_IGNORED_SURV_MODIFY: usize = 0x40;
 const FAN_MARK_FILESYSTEM: usize = 0x100;
 
-fn new_fanotify(class: usize) -> OwnedFd {
+pub(super) fn new_fanotify(class: usize) -> OwnedFd {
     os::fd_from(
         libc::SYS_fanotify_init,
         [3 | class, libc::O_RDONLY as usize, 0, 0, 0, 0],

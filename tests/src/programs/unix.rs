@@ -1,7 +1,7 @@
 //! Unix sockets with names: bound, listening, connected across processes, with files in flight.
 
 use super::os::{self, errno};
-use super::{Cx, Program};
+use super::{Cx, Program, beyond, events};
 use nix::sys::socket::{
     ControlMessage, ControlMessageOwned, MsgFlags, UnixAddr, UnixCredentials, recvmsg, sendmsg,
 };
@@ -21,7 +21,7 @@ pub(super) const PROGRAMS: &[Program] = &[
     ),
     Program::new(
         "abstract_name",
-        "abstract and automatic names",
+        "abstract and autobound names",
         abstract_name,
     ),
     Program::new(
@@ -54,13 +54,13 @@ pub(super) const PROGRAMS: &[Program] = &[
         "a connection that waits to be accepted and was closed again",
         waiting_closed,
     )
-    .carried_or_refused("waits to be accepted and whose other end is closed"),
+    .refused("waits to be accepted and whose other end is closed"),
     Program::new(
         "waiting_with_data",
         "a connection that waits to be accepted and has been sent to",
         waiting_with_data,
     )
-    .carried_or_refused("waits to be accepted and has data"),
+    .refused("waits to be accepted and has data"),
     Program::new(
         "peers",
         "SO_PEERCRED, SO_PEERGROUPS and SO_PEERPIDFD of both ends, another user's",
@@ -137,13 +137,40 @@ pub(super) const PROGRAMS: &[Program] = &[
         "100 connections of four processes to one name",
         many,
     ),
-    Program::new("urgent", "an urgent byte (MSG_OOB)", urgent).carried_or_refused("urgent"),
+    Program::new("urgent", "an out-of-band byte (MSG_OOB)", urgent).refused("out-of-band byte"),
+    Program::new("bpf_filter", "an eBPF program as filter", bpf_filter)
+        .refused("a BPF program on a unix socket")
+        .needs(&[beyond::BPF]),
     Program::new(
         "epoll_in_flight",
         "an epoll instance on its way",
         epoll_in_flight,
     )
-    .carried_or_refused("epoll"),
+    .refused("an epoll instance in flight"),
+    Program::new(
+        "epoll_of_a_file_in_flight",
+        "an epoll target that is nowhere but on its way",
+        epoll_of_a_file_in_flight,
+    )
+    .refused("epoll watches"),
+    Program::new(
+        "inotify_in_flight",
+        "an inotify instance on its way",
+        inotify_in_flight,
+    )
+    .refused("an inotify instance in flight"),
+    Program::new(
+        "watched_in_flight",
+        "an inotify watch on a deleted file that is nowhere but on its way",
+        watched_in_flight,
+    )
+    .refused("on a deleted file"),
+    Program::new(
+        "fanotify_in_flight",
+        "a fanotify group on its way",
+        fanotify_in_flight,
+    )
+    .refused("a fanotify group in flight"),
 ];
 
 fn raw_option<const N: usize>(fd: &impl AsRawFd, name: i32) -> [i32; N] {
@@ -1238,11 +1265,82 @@ fn urgent(cx: &Cx) {
     cx.same("before", got(&b), "before".to_owned());
 }
 
+fn bpf_filter(cx: &Cx) {
+    let (a, b) = os::socketpair(libc::SOCK_DGRAM);
+    // BPF_PROG_TYPE_SOCKET_FILTER: r0 = 2 (keep two bytes), exit.
+    let program = [0x2_0000_00b7u64, 0x95];
+    let attr = [
+        1 | (program.len() as u64) << 32,
+        os::at(&program) as u64,
+        c"GPL".as_ptr() as u64,
+        0,
+        0,
+        0,
+    ];
+    let args = [5, os::at(&attr), size_of_val(&attr), 0, 0, 0];
+    let program = os::fd_from(libc::SYS_bpf, args).unwrap();
+    set_option(&b, libc::SO_ATTACH_BPF, program.as_raw_fd());
+    drop(program);
+    let spoilt = Cell::new("lo");
+    cx.ready(|| spoilt.set("?"));
+    os::write(&a, b"long").unwrap();
+    cx.same("through the filter", got(&b), spoilt.get().to_owned());
+}
+
 fn epoll_in_flight(cx: &Cx) {
     let (a, b) = os::socketpair(libc::SOCK_STREAM);
     let epoll = os::fd_from(libc::SYS_epoll_create1, [0; 6]).unwrap();
     send_files(&a, b"x", &[&epoll], None);
     drop(epoll);
+    cx.ready(|| receive(&b));
+    cx.same("files", receive(&b).1.len(), 1);
+}
+
+fn epoll_of_a_file_in_flight(cx: &Cx) {
+    let (a, b) = os::socketpair(libc::SOCK_STREAM);
+    let event = os::fd_from(libc::SYS_eventfd2, [1, 0, 0, 0, 0, 0]).unwrap();
+    let epoll = events::new_epoll();
+    events::watch(&epoll, &event, libc::EPOLLIN, 5);
+    send_files(&a, b"x", &[&event], None);
+    drop(event);
+    cx.ready(|| receive(&b));
+    let ready = events::reported(&epoll);
+    cx.same("ready", ready, vec![(5, libc::EPOLLIN)]);
+}
+
+fn inotify_in_flight(cx: &Cx) {
+    let (a, b) = os::socketpair(libc::SOCK_STREAM);
+    let inotify = events::new_inotify();
+    events::add_watch(&inotify, &cx.path("."), libc::IN_CREATE);
+    send_files(&a, b"x", &[&inotify], None);
+    drop(inotify);
+    cx.ready(|| receive(&b));
+    cx.same("files", receive(&b).1.len(), 1);
+}
+
+fn watched_in_flight(cx: &Cx) {
+    let (a, b) = os::socketpair(libc::SOCK_STREAM);
+    let file = os::open(&cx.path("file"), libc::O_RDWR | libc::O_CREAT).unwrap();
+    let inotify = events::new_inotify();
+    let wd = events::add_watch(&inotify, &cx.path("file"), libc::IN_MODIFY);
+    fs::remove_file(cx.path("file")).unwrap();
+    send_files(&a, b"x", &[&file], None);
+    drop(file);
+    cx.ready(|| receive(&b));
+    let (_, files, _) = receive(&b);
+    match files.first() {
+        Some(file) => os::write(file, b"x").map(drop).unwrap(),
+        None => cx.fault("no file"),
+    }
+    let told = events::told(&inotify);
+    cx.same("events", told, vec![(wd, libc::IN_MODIFY, String::new())]);
+}
+
+fn fanotify_in_flight(cx: &Cx) {
+    let (a, b) = os::socketpair(libc::SOCK_STREAM);
+    let group = events::new_fanotify(0);
+    send_files(&a, b"x", &[&group], None);
+    drop(group);
     cx.ready(|| receive(&b));
     cx.same("files", receive(&b).1.len(), 1);
 }

@@ -41,6 +41,7 @@ static ABOUT: About = About {
         "events::epoll_dead_number",
         "events::epoll_in_child",
         "events::epoll_of_another_process",
+        "unix::epoll_of_a_file_in_flight",
     ],
     show: show::<Record>,
 };
@@ -102,7 +103,12 @@ fn target(cx: &DumpCx<'_>, file: &FileView<'_>, line: &Line, toff: u32) -> Resul
     {
         return Ok(id);
     }
-    for seen in cx.files_by_ino(line.ino) {
+    // One in flight has no number by which it could be added again.
+    let held = cx
+        .files_by_ino(line.ino)
+        .into_iter()
+        .filter(|f| !f.in_flight);
+    for seen in held {
         let (at, fd) = match cx.number_of(seen.id, pid) {
             Some(fd) => (pid, fd),
             None => seen.at,

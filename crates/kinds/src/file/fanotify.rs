@@ -35,6 +35,7 @@ static ABOUT: About = About {
         "events::fanotify_mount",
         "events::fanotify_queued",
         "events::fanotify_permission",
+        "unix::fanotify_in_flight",
     ],
     show: show::<Record>,
 };
@@ -128,6 +129,9 @@ impl FileKind for Fanotify {
         None
     }
     fn dump(&self, cx: &mut DumpCx<'_>, file: &FileView<'_>) -> Result<RawRecord> {
+        if file.is_in_flight() {
+            return Err(file.refuse("a fanotify group in flight is not supported"));
+        }
         let lines: Vec<&str> = file
             .info
             .rest

@@ -33,6 +33,8 @@ static ABOUT: About = About {
         "events::inotify_moved",
         "events::inotify_deleted",
         "events::inotify_of_the_dump",
+        "unix::inotify_in_flight",
+        "unix::watched_in_flight",
     ],
     show: show::<Record>,
 };

@@ -20,7 +20,7 @@ static ABOUT: About = About {
     manual: "proc_pid_fd(5)",
     since: "",
     carried: "nothing",
-    refused: "sockets but unix pairs (\"TCP sockets are not supported yet\", and so on for each family), io_uring, userfaultfd, bpf, perf_event, kvm, namespace files, other anonymous inodes by their names, devices by their numbers (\"character device 10:229 is not supported\")",
+    refused: "O_PATH descriptors of sockets (\"an O_PATH descriptor of a socket is not supported\"), io_uring, userfaultfd, bpf, perf_event, kvm, namespace files, other anonymous inodes by their names, devices by their numbers (\"character device 10:229 is not supported\")",
     programs: &[
         "beyond::io_uring",
         "beyond::userfaultfd",

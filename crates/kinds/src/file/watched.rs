@@ -91,7 +91,10 @@ impl Inode {
             seen = Some(stat);
         }
         if let Some(stat) = seen
-            && let Some(open) = cx.files_of_inode(stat.dev, stat.ino).first()
+            && let Some(open) = cx
+                .files_of_inode(stat.dev, stat.ino)
+                .iter()
+                .find(|f| !f.in_flight)
         {
             return Ok(Target::File(open.id));
         }

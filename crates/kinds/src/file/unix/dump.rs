@@ -68,8 +68,8 @@ pub(super) fn record(cx: &mut DumpCx<'_>, file: &FileView<'_>) -> Result<Record>
         record.listening = Some(listening(cx, file, &diag, &seen)?);
     }
     record.reset = record.peer == Peer::Closed && record.is_connection() && has_error(ours)?;
-    if record.kind == libc::SOCK_STREAM && has_urgent(ours) {
-        return Err(file.refuse("an urgent byte (MSG_OOB) in a unix socket is not supported"));
+    if record.kind == libc::SOCK_STREAM && has_out_of_band(ours) {
+        return Err(file.refuse("an out-of-band byte (MSG_OOB) in a unix socket is not supported"));
     }
     record.queue = queue(cx, file.id);
     record.options = options(ours).map_err(blame)?;
@@ -256,8 +256,8 @@ fn has_error(ours: BorrowedFd<'_>) -> Result<bool> {
         .is_some_and(|e| e.contains(PollFlags::POLLERR)))
 }
 
-/// Whether an urgent byte waits.
-fn has_urgent(ours: BorrowedFd<'_>) -> bool {
+/// Whether an out-of-band byte waits.
+fn has_out_of_band(ours: BorrowedFd<'_>) -> bool {
     let flags = MsgFlags::MSG_OOB | MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
     recv(ours.as_raw_fd(), &mut [0], flags).is_ok_and(|n| n > 0)
 }

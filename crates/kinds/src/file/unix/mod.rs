@@ -45,8 +45,8 @@ static ABOUT: About = About {
     title: "Unix sockets",
     manual: "unix(7), socketpair(2)",
     since: "",
-    carried: "stream, datagram and seqpacket sockets: pairs, bound ones (files, also renamed or deleted ones, abstract and automatic names), listening ones with the connections that wait to be accepted, connected ones with names and SO_PEERCRED of both sides, closed and half-closed ones; what is queued in them (messages as messages, their senders' addresses, and credentials where asked for), descriptors in flight, sockets with further descriptors in flight among them; options; with `--ext-unix-sk`, datagram sockets connected to a name outside the tree; one that is `--external unix[INO]` is given again by `--inherit-fd fd[N]:unix[INO]`",
-    refused: "a connection to a process outside the tree (\"a unix socket whose peer is outside the tree is not supported\"), data in a connection that is not accepted yet (\"a connection that waits to be accepted and has data in it is not supported\", and the same of one whose other end is closed), an urgent byte (\"an urgent byte (MSG_OOB) in a unix socket is not supported\"), eBPF filters (\"a BPF program on a unix socket is not supported\"), an epoll or inotify instance in flight, and other families (\"netlink sockets are not supported yet\", packet, vsock, ...)",
+    carried: "stream, datagram and seqpacket sockets: pairs, bound ones (files, also renamed or deleted ones, abstract and autobound names), listening ones with the connections that wait to be accepted, connected ones with names and SO_PEERCRED of both sides, closed and half-closed ones; what is queued in them (messages as messages, their senders' addresses, and credentials where asked for), descriptors in flight, sockets with further descriptors in flight among them; options; with `--ext-unix-sk`, datagram sockets connected to a name outside the tree; one that is `--external unix[INO]` is given again by `--inherit-fd fd[N]:unix[INO]`",
+    refused: "a connection to a process outside the tree (\"a unix socket whose peer is outside the tree is not supported\"), data in a connection that is not accepted yet (\"a connection that waits to be accepted and has data in it is not supported\", and the same of one whose other end is closed), an out-of-band byte (\"an out-of-band byte (MSG_OOB) in a unix socket is not supported\"), eBPF filters (\"a BPF program on a unix socket is not supported\"), an epoll instance, or an inotify or fanotify group, in flight (\"an epoll instance in flight is not supported\"), a file with locks in flight, and sockets of other families (\"TCP sockets are not supported yet\", UDP, netlink, packet, vsock, ...)",
     programs: &[
         "sockets::stream",
         "sockets::dgram",
@@ -87,7 +87,11 @@ static ABOUT: About = About {
         "unix::options",
         "unix::many",
         "unix::urgent",
+        "unix::bpf_filter",
         "unix::epoll_in_flight",
+        "unix::epoll_of_a_file_in_flight",
+        "unix::inotify_in_flight",
+        "unix::fanotify_in_flight",
     ],
     show: record::show,
 };
