@@ -184,7 +184,7 @@ fn script_of_a_shell() -> Done {
         "typescript",
     ];
     let mut on = OnTerminal::start(&script)?;
-    on.await_text("screen", "# ")?;
+    on.await_text("screen", "prompt> ")?;
     on.see("echo before $((1+1))\r", "before 2")?;
     on.cycle()?;
     on.see("echo after $((2+3))\r", "after 5")?;

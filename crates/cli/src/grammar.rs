@@ -550,6 +550,16 @@ mod tests {
     }
 
     #[test]
+    fn what_only_a_dump_uses_is_ignored_aloud_by_a_restore() {
+        let line = "restore -D /i --link-remap --ext-unix-sk --external unix[1] --live";
+        let line = parse(&words(line)).unwrap();
+        for name in ["link-remap", "ext-unix-sk", "external", "live"] {
+            let told = format!("--{name} means nothing to restore: ignored");
+            assert!(line.ignored.contains(&told), "{:?}", line.ignored);
+        }
+    }
+
+    #[test]
     fn every_option_parses_in_each_form_for_each_action() {
         for a in ACTIONS.iter().filter(|a| !WITHOUT_OPTIONS.contains(&a.act)) {
             for o in OPTIONS {

@@ -124,19 +124,19 @@ pub(crate) static OPTIONS: &[Opt] = &[
     opt("json", "The result as JSON on stdout, for machines").on(&[Dump, PreDump, Restore, Check, Inspect, Verify]),
     // A dump.
     opt("leave-running", "Let the tree run on after the dump, instead of ending it").short('R').on(&[Dump]),
-    opt("live", "Let the tree run on, stopped only until each process is forked; its memory is taken from the forks").on(&[Dump]),
+    opt("live", "As --leave-running, stopped only until each process is forked, its memory taken from the forks; where that cannot be, an ordinary dump with a warning").on(&[Dump]),
     opt("leave-stopped", "Leave the tree stopped (SIGSTOP)").short('s').on(MAIN),
     opt("timeout", "How long freezing, and any single wait, may take (default 10)").takes("SECONDS").on(BOTH),
     opt("no-sync", "Do not wait until the image is on disk (fsync)").on(DUMPS),
     opt("shell-job", "Accept a session, process group or terminal from outside the tree; at the restore, ours stand in").short('j').on(BOTH),
-    opt("external", "A resource given again at the restore: file[MNT:INO], unix[INO], pipe:[INO]").takes("NAME").on(BOTH).repeats(),
+    opt("external", "A resource given again at the restore by --inherit-fd: file[MNT:INO], tty[RDEV:DEV] (hexadecimal), unix[INO], pipe:[INO]").takes("NAME").on(DUMPS).repeats(),
     opt("file-locks", "Carry file locks and leases; to be given at the restore too").short('l').on(BOTH),
     opt("link-remap", "Carry open files that were deleted but have other names: the dump links them as link_remap.N where they were, the restore takes that away")
-        .on(BOTH),
+        .on(DUMPS),
     opt("ext-unix-sk", "Accept datagram sockets connected to a name outside the tree, and leave out connections from outside that wait to be accepted; with INO,...: only of these sockets")
         .short('x')
         .maybe("INO")
-        .on(BOTH)
+        .on(DUMPS)
         .repeats(),
     opt("ghost-limit", "Largest open file without a name to carry, in bytes, or with K, M, G (default 1M)").takes("SIZE").on(DUMPS),
     opt("compress", "Compress pages: none (default), lz4 or zstd[:LEVEL]").takes("METHOD").on(DUMPS),

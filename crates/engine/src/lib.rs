@@ -5,9 +5,10 @@
 //! ([`freezeframe_kinds::FileKind`], [`freezeframe_kinds::MemKind`],
 //! [`freezeframe_kinds::TaskKind`]), and no single kind.
 //!
-//! All of an operation happens on the thread that calls [`dump::run`] or
-//! [`restore::run`], since ptrace answers only to the thread that attached;
-//! the public API gives each operation a thread of its own.
+//! All ptrace calls of an operation are made on the thread that calls
+//! [`dump::run`] or [`restore::run`], since ptrace answers only to the thread
+//! that attached; the public API gives each operation a thread of its own.
+//! Others read, store and fill memory, and wait for dead threads meanwhile.
 
 pub mod dump;
 pub mod events;

@@ -22,15 +22,17 @@
 //! # Threads, signals, children
 //!
 //! [`Dump::run`] and [`Restore::run`] block, and may be called from any thread
-//! of any process. The work is done by an OS thread of its own in which every
+//! of any process. The work is done by OS threads of its own in which every
 //! signal is blocked; the caller's signal mask, dispositions and children are
-//! neither needed nor changed. Two things can be seen from outside:
+//! neither needed nor changed. Three things can be seen from outside:
 //!
 //! - a ptrace stop of the target raises SIGCHLD in the caller's process, unless
 //!   it handles SIGCHLD with `SA_NOCLDSTOP`; a handler that then reaps with
 //!   `waitpid(-1, ...)` does no harm to the operation;
 //! - the thread that restored a tree lives as long as the tree's root, because
-//!   the root's parent-death signal is bound to it (see [`Restored`]).
+//!   the root's parent-death signal is bound to it (see [`Restored`]);
+//! - with [`Dump::live`], if the caller is the nearest child subreaper above the
+//!   target, the forks become its children when they end, and are its to reap.
 //!
 //! # Errors
 //!

@@ -39,11 +39,11 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
-use freezeframe_error::{Error, Kind, Result, ResultExt};
+use freezeframe_error::{Error, Kind, Result};
 use freezeframe_stub::layout::Undo;
 use freezeframe_sys::ids::{Pid, Tid};
 use freezeframe_sys::mem::Mem;
-use freezeframe_sys::proc::ProcDir;
+use freezeframe_sys::proc::{ProcDir, parse};
 use freezeframe_sys::ptrace::{self, Options, SyscallInfo};
 use nix::errno::Errno;
 use nix::sys::signal::{self, Signal};
@@ -281,18 +281,16 @@ fn alone(tracer: &Tracer, fork: Pid, (from, to): (u64, u64), wait: Duration) -> 
 
 /// The child a thread has just made, whose PID in its own namespace is `inner`.
 fn child_of(pid: Pid, tid: Tid, inner: i64) -> Result<Pid> {
-    let text = std::fs::read_to_string(format!("/proc/{pid}/task/{tid}/children"))
-        .map_err(|e| Error::io("read(/proc/PID/task/TID/children)", e))
-        .on_task(tid.0)?;
+    let text = ProcDir::open(pid)?.task(tid)?.read("children")?;
     let is_it = |child: &Pid| {
         ProcDir::open(*child)
             .and_then(|d| d.status())
             .is_ok_and(|s| s.ns_pid.last().is_none_or(|&p| i64::from(p) == inner))
     };
     // The youngest is the last.
-    let mut children = text.split_ascii_whitespace().rev();
+    let mut children = parse::children(&text)?.into_iter().rev();
     children
-        .find_map(|word| word.parse().ok().map(Pid).filter(is_it))
+        .find(is_it)
         .ok_or_else(|| Error::bug(format!("its child {inner} is not there")).on_task(tid.0))
 }
 

@@ -1,7 +1,7 @@
 //! Running batches of syscalls in a live target, so that our own death at any
 //! instant cannot harm it.
 //!
-//! # The way in and out (design B of `kill-safe.md`)
+//! # The way in and out
 //!
 //! | Step | If we die after it |
 //! |---|---|

@@ -47,7 +47,7 @@ mod armed {
     }
 }
 
-/// Marks the end of one operation, named as in `reference/kill-safe.md`.
+/// Marks the end of one operation, named for the reports of the tests.
 #[inline(always)]
 pub(crate) fn step(name: &'static str) {
     #[cfg(feature = "step-kill")]

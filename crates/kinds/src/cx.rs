@@ -37,8 +37,6 @@ pub struct DumpOptions {
     pub ext_unix_sk: bool,
     /// The same of these alone, by inode number.
     pub ext_unix_inodes: Vec<u64>,
-    /// Carry established TCP connections.
-    pub tcp_established: bool,
 }
 
 /// The options of a restore that kinds look at.

@@ -4,8 +4,8 @@
 //! the page tables gives runs ([`freezeframe_sys::pagemap`]), [`PageDumper`]
 //! gathers them into chunks that fit the second-level cache, reads each by one
 //! call, tells pages of zeros and pages shared with a relative from the rest,
-//! and writes the rest by one call; [`PageReader`] turns the index back into
-//! runs that one `preadv` in the target fills.
+//! and writes the rest by one call. [`PageReader`] turns the index back into
+//! what goes where, and [`Filler`] puts it there.
 //!
 //! # The page index
 //!
@@ -17,8 +17,8 @@
 //! hides the file.
 //!
 //! Page payload is stored in [`Block`]s of up to 1 MiB of pages, gathered from
-//! one or more runs: raw and page-aligned in the page file, so that they can be
-//! read straight into place, or compressed as a whole, so that scattered pages
+//! one or more runs: raw and page-aligned in the page file, so that
+//! O_DIRECT can write them, or compressed as a whole, so that scattered pages
 //! shrink as well as neighbours do. Each has one xxh3-64, of the pages as they
 //! were in memory. An extent names its block and the first page in it.
 //! [`PageBlocks`] is the list of blocks; nothing else is in the page files.

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use freezeframe::{Level, Restore, RestoreReport, Result};
+use freezeframe::{Restore, RestoreReport, Result};
 use nix::unistd::Pid;
 use serde_json::json;
 
@@ -39,16 +39,6 @@ pub(crate) fn run(line: &Line) -> Result<i32, Stop> {
     let log = Arc::new(Log::open(line)?);
     super::say_ignored(line, &log);
     super::close_fds(line)?;
-    for name in line.values("external") {
-        let name = name.to_string_lossy();
-        log.line(
-            Level::Info,
-            "restore",
-            format_args!(
-                "--external {name} means nothing to a restore: ignored (see --inherit-fd)"
-            ),
-        );
-    }
 
     let json = line.has("json");
     let stats = line.has("display-stats");

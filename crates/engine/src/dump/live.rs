@@ -9,7 +9,7 @@ use freezeframe_inject::fork::{self, Fork};
 use freezeframe_inject::live::Site;
 use freezeframe_kinds::ProcView;
 use freezeframe_sys::ids::Pid;
-use freezeframe_sys::proc::SeccompMode;
+use freezeframe_sys::proc::{ProcDir, SeccompMode};
 use freezeframe_sys::ptrace::Options;
 
 use super::tasks::WAIT;
@@ -105,15 +105,14 @@ fn available() -> Option<u64> {
 /// How much memory the cgroups of a process leave it, in bytes; None if they
 /// set no limit that we can see. Cached files count as free.
 fn cgroup_room(pid: Pid) -> Option<u64> {
-    let text = fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
-    let rooms = text.lines().filter_map(|line| {
-        let mut parts = line.splitn(3, ':').skip(1);
-        let (controllers, path) = (parts.next()?, parts.next()?);
-        if controllers.is_empty() {
+    let cgroups = ProcDir::open(pid).and_then(|dir| dir.cgroups()).ok()?;
+    let rooms = cgroups.iter().filter_map(|cgroup| {
+        let path = std::str::from_utf8(&cgroup.path).ok()?;
+        if cgroup.hierarchy == 0 {
             let roots = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"];
             let found = roots.map(|r| room(Path::new(r), path, V2));
             found.into_iter().flatten().min()
-        } else if controllers.split(',').any(|c| c == "memory") {
+        } else if cgroup.controllers.iter().any(|c| c == "memory") {
             room(Path::new("/sys/fs/cgroup/memory"), path, V1)
         } else {
             None
