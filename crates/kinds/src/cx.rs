@@ -1,7 +1,7 @@
 //! What kinds are given to work with, on dump and on restore. Filled by the engine.
 
 use std::cell::OnceCell;
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::PathBuf;
 
@@ -310,6 +310,55 @@ pub struct SeenLock {
     pub line: String,
 }
 
+/// The locks on open files, found by file and by process.
+#[derive(Debug, Default)]
+pub struct Locks {
+    of_process: HashMap<Pid, Vec<SeenLock>>,
+    of_file: HashMap<FileId, FileLocked>,
+}
+
+/// What is known of the locks on one open file.
+#[derive(Debug)]
+struct FileLocked {
+    /// The first process that shows one.
+    first: Pid,
+    /// All that do.
+    holders: HashSet<Pid>,
+    lease: bool,
+}
+
+impl Locks {
+    /// For the engine: adds one, in the order of processes and descriptors.
+    pub fn push(&mut self, lock: SeenLock) {
+        let file = self.of_file.entry(lock.file).or_insert(FileLocked {
+            first: lock.pid,
+            holders: HashSet::new(),
+            lease: false,
+        });
+        file.holders.insert(lock.pid);
+        file.lease |= lock.line.contains("LEASE");
+        self.of_process.entry(lock.pid).or_default().push(lock);
+    }
+    /// Those that the descriptors of a process show, in the order of these.
+    pub fn of_process(&self, pid: Pid) -> &[SeenLock] {
+        self.of_process.get(&pid).map_or(&[], Vec::as_slice)
+    }
+    /// The process that takes a lock of the open file again: `by`, which took it, or
+    /// the first that has the file.
+    pub fn taker(&self, file: FileId, by: Pid) -> Option<Pid> {
+        let file = self.of_file.get(&file)?;
+        Some(if file.holders.contains(&by) {
+            by
+        } else {
+            file.first
+        })
+    }
+    /// Whether there is a lease on the file.
+    pub fn has_lease(&self, file: FileId) -> bool {
+        self.of_file.get(&file).is_some_and(|f| f.lease)
+    }
+}
+
 /// Files that a dump has made beside the image. Removed again unless the image is
 /// complete.
 #[derive(Debug, Default)]
@@ -356,9 +405,8 @@ pub struct DumpCx<'a> {
     pub records: Vec<RawRecord>,
     /// Things the caller should know and that are no failure.
     pub warnings: Vec<String>,
-    /// The locks on open files, in the order of processes and descriptors. Known
-    /// before any file is dumped.
-    pub locks: Vec<SeenLock>,
+    /// The locks on open files. Known before any file is dumped.
+    pub locks: Locks,
     /// Files made beside the image.
     pub made: Made,
     /// Shared objects whose contents are to be stored.
@@ -388,7 +436,7 @@ impl<'a> DumpCx<'a> {
             procs,
             records: Vec::new(),
             warnings: Vec::new(),
-            locks: Vec::new(),
+            locks: Locks::default(),
             made: Made::default(),
             sources: BTreeMap::new(),
             objects: HashMap::new(),
@@ -896,4 +944,37 @@ pub trait MemKind: Sync + std::fmt::Debug {
 /// The number of a descriptor, for logs.
 pub fn raw(fd: &impl AsRawFd) -> RawFd {
     fd.as_raw_fd()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lock_is_taken_by_one_however_many_there_are() {
+        let mut locks = Locks::default();
+        let line = |kind: &str, by: i32| format!("1: {kind} ADVISORY WRITE {by} 00:1c:9 0 EOF");
+        let lock = |pid: i32, file: u32, line: String| SeenLock {
+            pid: Pid(pid),
+            fd: 3,
+            file: FileId(file),
+            line,
+        };
+        locks.push(lock(7, 1, line("FLOCK", 8)));
+        locks.push(lock(8, 1, line("FLOCK", 8)));
+        locks.push(lock(8, 2, line("LEASE", 8)));
+        assert_eq!(locks.taker(FileId(1), Pid(8)), Some(Pid(8)));
+        assert_eq!(locks.taker(FileId(1), Pid(-1)), Some(Pid(7)));
+        assert_eq!(locks.taker(FileId(3), Pid(7)), None);
+        assert!(locks.has_lease(FileId(2)) && !locks.has_lease(FileId(1)));
+        // So many that a look at all of them for each would take minutes.
+        let many = 300_000;
+        for _ in 0..many {
+            locks.push(lock(9, 3, line("OFDLCK", -1)));
+        }
+        let mine = locks.of_process(Pid(9));
+        let taken = mine.iter().map(|l| locks.taker(l.file, Pid(-1)));
+        assert_eq!(taken.filter(|t| *t == Some(Pid(9))).count(), many);
+        assert_eq!(locks.of_process(Pid(8)).len(), 2);
+    }
 }

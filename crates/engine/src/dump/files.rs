@@ -72,12 +72,14 @@ pub(super) fn collect(
         }
         holders.entry(*id).or_default().push((s.pid, s.fd));
         cx.set_file_at(s.pid, s.fd, *id);
-        cx.locks.extend(s.info.lines("lock").map(|line| SeenLock {
-            pid: s.pid,
-            fd: s.fd,
-            file: *id,
-            line: line.to_string(),
-        }));
+        for line in s.info.lines("lock") {
+            cx.locks.push(SeenLock {
+                pid: s.pid,
+                fd: s.fd,
+                file: *id,
+                line: line.to_string(),
+            });
+        }
         let cloexec = s.info.flags & libc::O_CLOEXEC as u32 != 0;
         tables.entry(s.pid.0).or_default().fds.push(FdEntry {
             fd: s.fd,

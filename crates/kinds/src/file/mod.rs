@@ -120,8 +120,7 @@ fn fields(line: &str) -> Vec<(&str, &str)> {
 /// Refuses a lease on a file whose contents are to be read by a further open, which
 /// would break it.
 fn refuse_lease(cx: &DumpCx<'_>, file: &FileView<'_>) -> Result<()> {
-    let mut locks = cx.locks.iter().filter(|l| l.file == file.id);
-    if locks.any(|l| l.line.contains("LEASE")) {
+    if cx.locks.has_lease(file.id) {
         return Err(file.refuse("a lease on a file without a name is not supported"));
     }
     Ok(())

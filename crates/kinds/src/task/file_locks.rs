@@ -14,6 +14,7 @@ use std::collections::BTreeSet;
 use freezeframe_error::{Error, Kind, Result};
 use freezeframe_image::{RawRecord, Tag};
 use freezeframe_inject::{Batch, Replies};
+use freezeframe_sys::ids::Pid;
 use serde::{Deserialize, Serialize};
 
 use crate::about::{About, show};
@@ -145,7 +146,7 @@ fn of_process(cx: &DumpCx<'_>, task: &TaskView<'_>) -> Result<Vec<Lock>> {
         fd,
         file,
         line,
-    } in cx.locks.iter().filter(|l| l.pid == me)
+    } in cx.locks.of_process(me)
     {
         let shown = || {
             let link = task.proc.dir.fd_link(*fd).unwrap_or_default();
@@ -163,15 +164,9 @@ fn of_process(cx: &DumpCx<'_>, task: &TaskView<'_>) -> Result<Vec<Lock>> {
                 format!("this kind of file lock is not supported ({line})")
             }));
         };
-        if lock.way != Way::Posix {
-            // It belongs to the open file: taken by whoever took it, or the first who has the file.
-            let holders = || cx.locks.iter().filter(|l| l.file == *file);
-            let taker = holders()
-                .find(|l| l.pid.0 == by)
-                .or_else(|| holders().next());
-            if taker.is_none_or(|l| l.pid != me) {
-                continue;
-            }
+        // It belongs to the open file: taken by whoever took it, or the first who has the file.
+        if lock.way != Way::Posix && cx.locks.taker(*file, Pid(by)) != Some(me) {
+            continue;
         }
         // A descriptor and its duplicate both show it.
         if !seen.insert((*file, lock.clone())) {
