@@ -5,7 +5,8 @@
     reason = "a test that cannot set itself up has to fail on the spot"
 )]
 
-use freezeframe_image::Image;
+use freezeframe_image::{Image, ImageWriter, Tag};
+use freezeframe_kinds::model::OpenFile;
 use freezeframe_pages::PageReader;
 use freezeframe_tests::programs::Program;
 use freezeframe_tests::run::{DEADLINE, Mode, Scene, Target, program_binary};
@@ -612,4 +613,66 @@ fn usage() -> Done {
         freezeframe(case, DEADLINE)?.must_exit(2)?;
     }
     Ok(())
+}
+
+/// Writes the image anew, as whoever may write to its directory can: `change` is given the body of each record of this tag.
+fn forge(dir: &Path, tag: [u8; 4], mut change: impl FnMut(&mut Vec<u8>)) -> Done {
+    let told = |e: freezeframe_image::Error| format!("{e:?}");
+    let forged = dir.with_extension("forged");
+    fs::create_dir(&forged).map_err(|e| e.to_string())?;
+    let image = Image::open(dir).map_err(told)?;
+    let mut writer = ImageWriter::create(&forged, image.header().clone()).map_err(told)?;
+    for number in 0..image.page_files() {
+        let mut pages = image.open_pages(number).map_err(told)?;
+        let mut copy = writer.new_pages().map_err(told)?.file;
+        std::io::copy(&mut pages, &mut copy).map_err(|e| e.to_string())?;
+    }
+    for record in image.records() {
+        let mut record = record.clone();
+        if record.tag == Tag::new(tag) {
+            change(&mut record.body);
+        }
+        writer.record(record).map_err(told)?;
+    }
+    writer.commit(false).map_err(told)?;
+    fs::remove_dir_all(dir).map_err(|e| e.to_string())?;
+    fs::rename(&forged, dir).map_err(|e| e.to_string())
+}
+
+/// Changes a record of which this is the shape.
+fn reshaped<T: serde::Serialize + serde::de::DeserializeOwned>(
+    body: &mut Vec<u8>,
+    change: impl FnOnce(&mut T),
+) {
+    let mut value: T = freezeframe_image::decode(body).unwrap();
+    change(&mut value);
+    *body = freezeframe_image::encode(&value).unwrap();
+}
+
+#[test]
+fn image_whose_files_were_seen_at_a_thread() -> Done {
+    let running = Running::start("threads::ids_and_names")?;
+    let pid = running.target.pid;
+    let threads = &running.before.values[&format!("{pid}/threads")];
+    let mut tids = threads.split(' ').filter_map(|t| t.parse::<i32>().ok());
+    let tid = tids.find(|t| *t != pid).unwrap();
+    running.dumped()?;
+    forge(&running.scene.path("img"), *b"FILE", |body| {
+        reshaped(body, |file: &mut OpenFile| file.seen_at.0 = tid);
+    })?;
+    running.restore_refused(&["seen at a process that is not there"])
+}
+
+#[test]
+fn image_of_a_deleted_file_that_was_nowhere() -> Done {
+    /// Path, size, mode, user, group, whether it may be linked, whether it is a directory.
+    type Ghost = (Vec<u8>, u64, u32, u32, u32, bool, bool);
+    let running = Running::start("files::deleted")?;
+    running.dumped()?;
+    forge(&running.scene.path("img"), *b"MGHO", |body| {
+        reshaped(body, |ghost: &mut Ghost| {
+            (ghost.0, ghost.5) = (Vec::new(), true);
+        });
+    })?;
+    running.restore_refused(&["absolute path"])
 }

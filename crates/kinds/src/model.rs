@@ -208,6 +208,7 @@ pub struct OpenFile {
     pub sig: i32,
     /// What readlink of /proc/PID/fd/N says, for people.
     pub name: String,
-    /// One of its holders, for people: PID and number.
+    /// One of its holders, which makes it at a restore: PID and number. Of a file in
+    /// flight a process that can receive it, and -1.
     pub seen_at: (i32, i32),
 }

@@ -296,12 +296,8 @@ impl Files<'_, '_, '_> {
         }
         let mut by_owner: BTreeMap<i32, Vec<Vec<FileId>>> = BTreeMap::new();
         for group in groups {
+            // A process that lives: checked when the image was read.
             let owner = self.loaded.files[&group[0]].seen_at.0;
-            let owner = if self.tasks.contains_key(&owner) {
-                owner
-            } else {
-                self.maker(group[0])?
-            };
             by_owner.entry(owner).or_default().push(group);
         }
         for (owner, groups) in by_owner {

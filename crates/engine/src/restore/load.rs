@@ -152,12 +152,18 @@ impl Loaded {
                 last = entry.fd;
             }
         }
+        let alive = self.procs.iter().filter(|p| p.is_alive());
+        let alive: HashSet<i32> = alive.map(Process::pid).collect();
         for (id, file) in &self.files {
             if registry::file(file.kind).is_none() {
                 return Err(Error::corrupt(format!(
                     "file {} is of an unknown kind",
                     id.0
                 )));
+            }
+            if !alive.contains(&file.seen_at.0) {
+                let what = format!("file {} was seen at a process that is not there", id.0);
+                return Err(Error::corrupt(what).on(&file.name));
             }
             self.file_record(*id)?;
         }

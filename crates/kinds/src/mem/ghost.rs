@@ -154,6 +154,9 @@ impl MemKind for Ghost {
     }
     fn make(&self, cx: &mut dyn MakeObject, record: &RawRecord) -> Result<OwnedFd> {
         let record: Record = ABOUT.decode(record)?;
+        if !record.path.starts_with(b"/") || record.path.contains(&0) {
+            return Err(Error::corrupt("a deleted file had no absolute path"));
+        }
         let shown = String::from_utf8_lossy(&record.path).into_owned();
         let mut last = None;
         for attempt in 0..16 {
