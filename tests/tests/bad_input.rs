@@ -676,3 +676,24 @@ fn image_of_a_deleted_file_that_was_nowhere() -> Done {
     })?;
     running.restore_refused(&["absolute path"])
 }
+
+#[test]
+fn image_that_names_a_file_to_be_removed() -> Done {
+    /// Which kind of place, link, path, size, device and inode; position.
+    type Link = (u32, Vec<u8>, Vec<u8>, u64, (u64, u64), i64);
+    let running = Running::start("ghosts::other_names")?;
+    running.dump("img", &["--link-remap"])?.must_exit(0)?;
+    running.scene.await_gone(&running.before, DEADLINE)?;
+    let kept = running.scene.path("kept");
+    // One of the same size, in the same directory, and even the same inode.
+    let name = kept.to_string_lossy().into_owned().into_bytes();
+    forge(&running.scene.path("img"), *b"FGHO", |body| {
+        reshaped(body, |link: &mut Link| link.1 = name.clone());
+    })?;
+    running.restore_refused(&["link_remap.n"])?;
+    if kept.exists() {
+        Ok(())
+    } else {
+        Err("a restore has removed what the image named".to_owned())
+    }
+}

@@ -273,6 +273,79 @@ fn inotify_goes_on_reporting() {
     finish(&scene, &target);
 }
 
+/// The links that dumps have made in the scene's directory.
+fn links(scene: &Scene) -> Vec<String> {
+    let all = fs::read_dir(scene.path("")).unwrap().flatten();
+    let names = all.map(|e| e.file_name().to_string_lossy().into_owned());
+    let mut links: Vec<String> = names.filter(|n| n.starts_with("link_remap.")).collect();
+    links.sort();
+    links
+}
+
+#[test]
+fn the_link_of_a_deleted_file_stays_until_its_restore() {
+    const ARGS: &[&str] = &["--link-remap", "--file-locks"];
+    let scene = Scene::new().unwrap();
+    let target = start(&scene, "linked.py", &[]);
+    await_file(&scene, "ready", &target);
+
+    // Refused for another reason: nothing is left.
+    let refused = scene.dump_pid(target.pid, "no", &["--link-remap"]).unwrap();
+    let refused = refused.must_exit(1).unwrap();
+    assert!(refused.stderr.contains("a file lock"), "{}", refused.stderr);
+    assert_eq!(links(&scene), Vec::<String>::new());
+
+    leave_running(&scene, &target, ARGS);
+    assert_eq!(links(&scene), ["link_remap.1"]);
+    // Its PID is taken, by itself: the link is still needed.
+    let images = scene.path("live").to_string_lossy().into_owned();
+    let args = ["restore", "-D", &images, "-d", "-l"];
+    let failed = freezeframe(&args, DEADLINE).unwrap().must_exit(1).unwrap();
+    assert!(failed.stderr.contains("is taken"), "{}", failed.stderr);
+    assert_eq!(links(&scene), ["link_remap.1"]);
+
+    end(&scene, &target, ARGS);
+    assert_eq!(links(&scene), ["link_remap.1", "link_remap.2"]);
+    // Late in a restore: somebody else has the lock.
+    let locked = File::options().write(true).open(scene.path("locked"));
+    let taken = Flock::lock(locked.unwrap(), FlockArg::LockExclusiveNonblock).unwrap();
+    let failed = freezeframe(&args, DEADLINE).unwrap().must_exit(1).unwrap();
+    assert!(failed.stderr.contains("flock"), "{}", failed.stderr);
+    scene.nothing_left().unwrap();
+    assert_eq!(links(&scene), ["link_remap.1", "link_remap.2"]);
+    drop(taken);
+    // Each image has its own, and is good for one restore.
+    let (restored, _) = scene.restore_pid(target.pid, "live", &["-l"]).unwrap();
+    assert_eq!(links(&scene), ["link_remap.2"]);
+    end_by_force(&scene, &restored);
+    let failed = freezeframe(&args, DEADLINE).unwrap().must_exit(1).unwrap();
+    let gone = "what the dump had linked is gone";
+    assert!(failed.stderr.contains(gone), "{}", failed.stderr);
+
+    // Another file of that name and size is neither opened nor removed.
+    let link = scene.path("link_remap.2");
+    fs::rename(&link, scene.path("aside")).unwrap();
+    fs::write(&link, "9876543210").unwrap();
+    let images = scene.path("img").to_string_lossy().into_owned();
+    let args = ["restore", "-D", &images, "-d", "-l"];
+    let failed = freezeframe(&args, DEADLINE).unwrap().must_exit(1).unwrap();
+    assert!(failed.stderr.contains("another file"), "{}", failed.stderr);
+    assert_eq!(fs::read_to_string(&link).unwrap(), "9876543210");
+    fs::rename(scene.path("aside"), &link).unwrap();
+    let (restored, _) = scene.restore_pid(target.pid, "img", &["-l"]).unwrap();
+    assert_eq!(links(&scene), Vec::<String>::new());
+    finish(&scene, &restored);
+    assert_eq!(text(&scene, "result"), "0123456789 True");
+}
+
+/// Kills a program and sees it gone.
+fn end_by_force(scene: &Scene, target: &Target) {
+    let before = Snapshot::take(target.pid);
+    let pid = nix::unistd::Pid::from_raw(target.pid);
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
+    scene.await_gone(&before, DEADLINE).unwrap();
+}
+
 const NOTHING: Option<&str> = None;
 
 /// A mount namespace of this test's own, with an empty file system at `place`.

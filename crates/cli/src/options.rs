@@ -131,14 +131,14 @@ pub(crate) static OPTIONS: &[Opt] = &[
     opt("shell-job", "Accept a session, process group or terminal from outside the tree; at the restore, ours stand in").short('j').on(BOTH),
     opt("external", "A resource given again at the restore by --inherit-fd: file[MNT:INO], tty[RDEV:DEV] (hexadecimal), unix[INO], pipe:[INO]").takes("NAME").on(DUMPS).repeats(),
     opt("file-locks", "Carry file locks and leases; to be given at the restore too").short('l').on(BOTH),
-    opt("link-remap", "Carry open files that were deleted but have other names: the dump links them as link_remap.N where they were, the restore takes that away")
+    opt("link-remap", "Carry open (not mapped) files that were deleted but have other names: each dump links them as link_remap.N where they were. A restore takes its link away, so it works once; each dump with -R leaves one more")
         .on(DUMPS),
     opt("ext-unix-sk", "Accept datagram sockets connected to a name outside the tree, and leave out connections from outside that wait to be accepted; with INO,...: only of these sockets")
         .short('x')
         .maybe("INO")
         .on(DUMPS)
         .repeats(),
-    opt("ghost-limit", "Largest open file without a name to carry, in bytes, or with K, M, G (default 1M)").takes("SIZE").on(DUMPS),
+    opt("ghost-limit", "Largest of the deleted files (ghost files) to carry, in bytes, or with K, M, G (default 1M)").takes("SIZE").on(DUMPS),
     opt("compress", "Compress pages: none (default), lz4 or zstd[:LEVEL]").takes("METHOD").on(DUMPS),
     opt("dedup-pages", "Store pages with equal contents once").on(DUMPS),
     opt("direct", "Write pages past the page cache (O_DIRECT), where the filesystem can do that").on(DUMPS),

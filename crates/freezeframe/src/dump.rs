@@ -142,9 +142,11 @@ impl Dump {
         self
     }
 
-    /// Carry open files whose name was deleted while they have others: each is
-    /// linked as `link_remap.N` in the directory it was in, where it stays until the
-    /// tree is restored. Without, such a file is refused.
+    /// Carry open (not mapped) files whose name was deleted while they have others:
+    /// each is linked as `link_remap.N` in the directory it was in, where it stays
+    /// until the tree is restored. The restore takes the link away, so that such an
+    /// image can be restored once only, and each dump that leaves the tree running
+    /// leaves one more. Without, such a file is refused.
     pub fn link_remap(mut self, yes: bool) -> Dump {
         self.request.options.link_remap = yes;
         self
@@ -164,7 +166,7 @@ impl Dump {
         self
     }
 
-    /// The largest open or mapped file without a name whose contents are put
+    /// The largest open or mapped deleted file (ghost file) whose contents are put
     /// into the image, in bytes: 1 MiB unless said otherwise.
     pub fn ghost_limit(mut self, bytes: u64) -> Dump {
         // To the engine 0 means that nothing was said.

@@ -1,7 +1,7 @@
 //! What kinds are given to work with, on dump and on restore. Filled by the engine.
 
 use std::cell::OnceCell;
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::PathBuf;
 
@@ -359,8 +359,8 @@ impl Locks {
     }
 }
 
-/// Files that a dump has made beside the image. Removed again unless the image is
-/// complete.
+/// Files that a dump has made outside the image: links (`link_remap.N`) in the
+/// directories where deleted files were. Removed again unless the image is complete.
 #[derive(Debug, Default)]
 pub struct Made {
     files: Vec<PathBuf>,
@@ -407,7 +407,7 @@ pub struct DumpCx<'a> {
     pub warnings: Vec<String>,
     /// The locks on open files. Known before any file is dumped.
     pub locks: Locks,
-    /// Files made beside the image.
+    /// Files made outside the image.
     pub made: Made,
     /// Shared objects whose contents are to be stored.
     pub sources: BTreeMap<ObjectId, ObjectSource>,
@@ -715,8 +715,9 @@ pub struct RestoreFiles<'a> {
 /// What a restore does when all else is done, right before the tree runs.
 #[derive(Debug, Default)]
 pub struct Late {
-    /// Files that the dump made beside the image: removed.
-    pub leftovers: BTreeSet<PathBuf>,
+    /// Links that the dump made in the directories where deleted files were, each
+    /// with the device and inode it leads to: removed while it still does.
+    pub leftovers: BTreeMap<PathBuf, (u64, u64)>,
     /// Positions of files whose contents are made when they are sought (/proc).
     pub positions: Vec<(FileId, u64)>,
 }

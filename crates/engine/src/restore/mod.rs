@@ -11,7 +11,8 @@ pub mod plan;
 mod tasks;
 mod terminals;
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -114,14 +115,7 @@ fn restore(request: &RestoreRequest, events: &dyn Events) -> Result<RestoreRepor
     drop(builder);
     events.step(Point::PreResume(report.pid))?;
     events.phase(Phase::Resume);
-    for path in &leftovers {
-        if let Err(e) = std::fs::remove_file(path) {
-            let path = path.display();
-            report
-                .warnings
-                .push(format!("{path} cannot be removed: {e}"));
-        }
-    }
+    remove(&leftovers, &mut report.warnings);
     shells.resume_all(finals).map_err(|e| match e.target() {
         // In the last switch, when the first tasks already run.
         Target::Running => e.left_behind("the restored tree, which runs"),
@@ -148,6 +142,23 @@ fn restore(request: &RestoreRequest, events: &dyn Events) -> Result<RestoreRepor
         log!(events, Warning, "{warning}");
     }
     Ok(report)
+}
+
+/// Removes links that the dump has made, those that still lead to its files.
+fn remove(leftovers: &BTreeMap<PathBuf, (u64, u64)>, warnings: &mut Vec<String>) {
+    for (path, inode) in leftovers {
+        let removed = path.symlink_metadata().and_then(|there| {
+            if (there.dev(), there.ino()) == *inode {
+                std::fs::remove_file(path)
+            } else {
+                Err(std::io::Error::other("another file is there now"))
+            }
+        });
+        if let Err(e) = removed {
+            let path = path.display();
+            warnings.push(format!("{path} cannot be removed: {e}"));
+        }
+    }
 }
 
 /// Refuses by name what this host cannot give.
@@ -259,7 +270,7 @@ const NO_USERFAULTFD: &str = "FREEZEFRAME_NO_USERFAULTFD";
 type Built<'t> = (
     Shells<'t>,
     Vec<freezeframe_inject::shell::Final>,
-    BTreeSet<PathBuf>,
+    BTreeMap<PathBuf, (u64, u64)>,
 );
 
 impl<'a> Builder<'a> {

@@ -1,4 +1,5 @@
-//! Open files and directories without a name: deleted, or made with O_TMPFILE.
+//! Open files and directories without a name: deleted, or made with O_TMPFILE
+//! (ghost files).
 //! The file is an object of the tree ([`crate::mem::ghost`]), so that what is open
 //! and what is mapped of it stay one file; each open file is opened anew.
 //!
@@ -31,9 +32,9 @@ pub struct Unlinked;
 
 static ABOUT: About = About {
     tag: Tag::new(*b"FGHO"),
-    version: 2,
+    version: 3,
     name: "unlinked",
-    title: "Open files and directories without a name",
+    title: "Open deleted files and directories (and O_TMPFILE)",
     manual: "unlink(2), rmdir(2), open(2) O_TMPFILE",
     since: "",
     carried: "regular files up to `--ghost-limit` (1 MiB by default, holes not counted): contents with holes, mode, owner, times, extended attributes, flags and position; directories; O_PATH descriptors of both; also where the directories above are gone; with `--link-remap` a file that has other names",
@@ -78,6 +79,8 @@ enum Place {
         /// The name it had.
         path: Vec<u8>,
         size: u64,
+        /// Device and inode number of the link.
+        inode: (u64, u64),
     },
 }
 
@@ -133,7 +136,12 @@ impl FileKind for Unlinked {
                     let ghost = (*object, *times, attributes.as_slice());
                     open_ghost(cx, item, ghost, record.position)?;
                 }
-                Place::Link { link, path, size } => open_link(cx, item, link, path, *size)?,
+                Place::Link {
+                    link,
+                    path,
+                    size,
+                    inode,
+                } => open_link(cx, item, link, path, (*size, *inode))?,
             }
         }
         Ok(())
@@ -176,11 +184,35 @@ fn remap(cx: &mut DumpCx<'_>, file: &FileView<'_>) -> Result<Place> {
             link
         }
     };
+    // On an overlay not what the open file shows, if it was of a lower layer.
+    let there = Path::new(std::ffi::OsStr::from_bytes(&link)).symlink_metadata();
+    let there = there.map_err(|e| file.blame(Error::io("lstat(link_remap)", e)))?;
     Ok(Place::Link {
         link,
         path,
         size: file.stat.size,
+        inode: (there.dev(), there.ino()),
     })
+}
+
+/// The name that a dump gives, without its number.
+const LINK: &[u8] = b"link_remap.";
+
+/// Whether a dump may have made `link` for a file that was at `path`: nothing else
+/// is removed on an image's word.
+fn is_link_for(link: &[u8], path: &[u8]) -> bool {
+    let split = |path: &[u8]| {
+        let slash = path.iter().rposition(|b| *b == b'/')?;
+        Some((path[..slash].to_vec(), path[slash + 1..].to_vec()))
+    };
+    let (Some((at, name)), Some((directory, _))) = (split(link), split(path)) else {
+        return false;
+    };
+    let number = name.strip_prefix(LINK).unwrap_or_default();
+    link.starts_with(b"/")
+        && at == directory
+        && !number.is_empty()
+        && number.iter().all(u8::is_ascii_digit)
 }
 
 fn make_link(file: &FileView<'_>, path: &[u8]) -> Result<Vec<u8>> {
@@ -248,8 +280,12 @@ fn open_link(
     item: &FileItem<'_>,
     link: &[u8],
     path: &[u8],
-    size: u64,
+    (size, inode): (u64, (u64, u64)),
 ) -> Result<()> {
+    if !is_link_for(link, path) {
+        let what = "the link made for a deleted file is not called link_remap.N, or is elsewhere";
+        return Err(Error::corrupt(what).on(shown(link)));
+    }
     let here = Path::new(std::ffi::OsStr::from_bytes(link));
     let found = here.symlink_metadata().map_err(|_| {
         let what = "what the dump had linked is gone";
@@ -262,7 +298,14 @@ fn open_link(
         );
         return Err(Error::new(Kind::FileChanged, what).on(shown(link)));
     }
-    cx.late.leftovers.insert(here.to_path_buf());
+    // In another boot the file system may have another number.
+    let same_boot = freezeframe_sys::clock::boot_id()? == cx.tree.boot_id;
+    if found.ino() != inode.1 || same_boot && found.dev() != inode.0 {
+        let what = "another file is there than the dump had linked";
+        return Err(Error::new(Kind::FileChanged, what).on(shown(link)));
+    }
+    let inode = (found.dev(), found.ino());
+    cx.late.leftovers.insert(here.to_path_buf(), inode);
     let at = libc::AT_FDCWD;
     let free = Path::new(std::ffi::OsStr::from_bytes(path))
         .symlink_metadata()
@@ -291,4 +334,29 @@ fn open_link(
         flags_done: opath || item.common.flags & libc::O_ASYNC as u32 == 0,
     });
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_a_dump_has_made_is_taken_away() {
+        assert!(is_link_for(b"/dir/link_remap.12", b"/dir/file"));
+        assert!(is_link_for(b"/link_remap.1", b"/file"));
+        let others: [(&[u8], &[u8]); 9] = [
+            (b"/etc/passwd", b"/etc/file"),
+            (b"/etc/link_remap.1", b"/dir/file"),
+            (b"/dir/link_remap.", b"/dir/file"),
+            (b"/dir/link_remap.1x", b"/dir/file"),
+            (b"/dir/link_remap.1/../shadow", b"/dir/link_remap.1/../file"),
+            (b"/dir/../link_remap.1", b"/dir/file"),
+            (b"link_remap.1", b"file"),
+            (b"dir/link_remap.1", b"dir/file"),
+            (b"", b""),
+        ];
+        for (link, path) in others {
+            assert!(!is_link_for(link, path), "{}", shown(link));
+        }
+    }
 }
