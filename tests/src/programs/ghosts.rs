@@ -79,6 +79,13 @@ pub(super) const PROGRAMS: &[Program] = &[
         other_names_without_flag,
     )
     .refused("--link-remap"),
+    Program::new(
+        "other_names_mapped",
+        "a mapped deleted file that has another name is refused, with --link-remap too",
+        other_names_mapped,
+    )
+    .dump_args(&["--link-remap"])
+    .refused("a mapping of a deleted file"),
 ];
 
 fn create(path: &Path) -> OwnedFd {
@@ -434,4 +441,12 @@ fn other_names_without_flag(cx: &Cx) {
     cx.ready(|| os::lseek(&file, 0, libc::SEEK_SET));
     cx.same("position", os::position(&file), 10);
     cx.same("links", meta(&file).nlink(), 1);
+}
+
+fn other_names_mapped(cx: &Cx) {
+    let (file, append) = two_names(cx);
+    let map = Region::file(&file, PAGE, libc::MAP_SHARED);
+    drop((file, append));
+    cx.ready(|| map.set(0, b'x'));
+    cx.same("its first byte", map.get(0), b'b');
 }

@@ -28,7 +28,7 @@ static ABOUT: About = About {
     tag: Tag::new(*b"FEPL"),
     version: 1,
     name: "epoll",
-    title: "Event sets",
+    title: "epoll instances",
     manual: "epoll(7)",
     since: "",
     carried: "targets (by the open file, whatever became of the number), events and data of each, nested sets; an edge that was reported already may be reported once more; an EPOLLONESHOT entry that was disarmed is disarmed, but for EPOLLERR and EPOLLHUP where its file has nothing ready",

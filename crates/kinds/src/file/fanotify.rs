@@ -25,7 +25,7 @@ static ABOUT: About = About {
     tag: Tag::new(*b"FFAN"),
     version: 1,
     name: "fanotify",
-    title: "File system marks",
+    title: "fanotify groups and marks",
     manual: "fanotify(7)",
     since: "",
     carried: "groups of class FAN_CLASS_NOTIF with their flags; marks on files, directories, mounts and file systems, with what they ignore",

@@ -22,7 +22,7 @@ static ABOUT: About = About {
     tag: Tag::new(*b"FINO"),
     version: 2,
     name: "inotify",
-    title: "File watches",
+    title: "inotify watches",
     manual: "inotify(7)",
     since: "",
     carried: "watches with their numbers and masks, on files by their paths, wherever those are now, and on files without a name that the tree has open",

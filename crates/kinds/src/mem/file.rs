@@ -33,7 +33,7 @@ static ABOUT: About = About {
     manual: "mmap(2)",
     since: "",
     carried: "private and shared mappings of files that still have their name; written pages of private ones; a file changed since the dump is found out and refused",
-    refused: "a deleted file that has other names (\"a mapping of a deleted file is not supported\"), a path under which something else lies or is mounted (\"its path leads to another file\"), a device (\"a mapping of a device is not supported\"), hugetlbfs",
+    refused: "a deleted file that has other names, with or without --link-remap (\"a mapping of a deleted file is not supported\"), a path under which something else lies or is mounted (\"its path leads to another file\"), a device (\"a mapping of a device is not supported\"), hugetlbfs",
     programs: &[
         "mappings::file_private",
         "mappings::file_shared",
@@ -42,6 +42,7 @@ static ABOUT: About = About {
         "mappings::file_offset",
         "mappings::shm_file",
         "mappings::own_text",
+        "ghosts::other_names_mapped",
     ],
     show: show::<Record>,
 };

@@ -30,11 +30,11 @@ static ABOUT: About = About {
     tag: Tag::new(*b"MGHO"),
     version: 2,
     name: "ghost-file",
-    title: "Files without a name, mapped",
+    title: "Deleted files (and O_TMPFILE), mapped",
     manual: "unlink(2), shm_unlink(3), sem_unlink(3)",
     since: "",
     carried: "up to `--ghost-limit` (1 MiB by default, holes not counted): contents with holes, mode, owner, shared and private mappings in any number of processes",
-    refused: "a larger one (\"a deleted file of 5 bytes is larger than --ghost-limit\"), one that has other names left (\"a deleted file that has other names is not supported\")",
+    refused: "a larger one (\"a deleted file of 5 bytes is larger than --ghost-limit\")",
     programs: &[
         "mappings::file_deleted",
         "files::deleted",
