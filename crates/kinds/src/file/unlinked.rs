@@ -34,7 +34,7 @@ static ABOUT: About = About {
     tag: Tag::new(*b"FGHO"),
     version: 3,
     name: "unlinked",
-    title: "Open deleted files and directories (and O_TMPFILE)",
+    title: "Deleted files (ghost files), directories and O_TMPFILE, open",
     manual: "unlink(2), rmdir(2), open(2) O_TMPFILE",
     since: "",
     carried: "regular files up to `--ghost-limit` (1 MiB by default, holes not counted): contents with holes, mode, owner, times, extended attributes, flags and position; directories; O_PATH descriptors of both; also where the directories above are gone; with `--link-remap` a file that has other names",

@@ -30,7 +30,7 @@ static ABOUT: About = About {
     tag: Tag::new(*b"MGHO"),
     version: 2,
     name: "ghost-file",
-    title: "Deleted files (and O_TMPFILE), mapped",
+    title: "Deleted files (ghost files) and O_TMPFILE, mapped",
     manual: "unlink(2), shm_unlink(3), sem_unlink(3)",
     since: "",
     carried: "up to `--ghost-limit` (1 MiB by default, holes not counted): contents with holes, mode, owner, shared and private mappings in any number of processes",
