@@ -321,7 +321,7 @@ impl<'a> Builder<'a> {
             )?;
         }
         self.check_tree()?;
-        terminals::set_foreground(self.loaded, &prepared, &mut shells, &tasks)
+        terminals::set_foreground(self.loaded, &prepared, options, &mut shells, &tasks)
             .in_phase(Phase::Rebuild)?;
         report.forking = forking.elapsed();
 

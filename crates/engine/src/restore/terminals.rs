@@ -4,7 +4,7 @@
 //! nothing else does. The foreground process group is set when all groups are there.
 
 use std::collections::HashMap;
-use std::os::fd::{AsFd, BorrowedFd, RawFd};
+use std::os::fd::{AsFd, OwnedFd};
 
 use freezeframe_error::{Error, Kind, Result, ResultExt};
 use freezeframe_inject::Batch;
@@ -35,31 +35,23 @@ pub(super) fn take(
     let Some(leads) = of(loaded, pid)? else {
         return Ok(());
     };
-    let given;
-    let terminal = if leads.external {
-        let number = options.inherit.get(&leads.terminal).ok_or_else(|| {
-            let what = format!(
-                "its controlling terminal was dumped as external: give it by --inherit-fd fd[N]:{}",
-                leads.terminal
-            );
-            Error::new(Kind::Usage, what).on_task(pid)
-        })?;
-        given = duplicate(*number)?;
-        given.as_fd()
-    } else {
-        prepared_terminal(prepared, &leads)?
-    };
-    // One that the caller gives may have been somebody else's.
-    let steal = i32::from(leads.external);
-    let number = shells.send_fd(task, terminal)?;
+    let terminal = terminal_of(prepared, options, &leads).on_task(pid)?;
+    let number = shells.send_fd(task, terminal.as_fd())?;
     let mut batch = Batch::new();
     batch.call(
         "ioctl(TIOCSCTTY)",
         libc::SYS_ioctl,
-        [number.into(), ioctl::TIOCSCTTY.into(), steal.into()],
+        [number.into(), ioctl::TIOCSCTTY.into(), 0.into()],
     );
     batch.call("close", libc::SYS_close, [number.into()]);
     let done = shells.run(task, &batch).map(drop);
+    let done = done.map_err(|e| match e.errno() {
+        // One that the caller gives may be somebody else's.
+        Some(libc::EPERM) if leads.external => e.with_kind(Kind::ResourceInUse).context(
+            "the terminal that --inherit-fd gives is the controlling terminal of another session",
+        ),
+        _ => e,
+    });
     done.map_err(|e| e.on(leads.terminal.clone())).on_task(pid)
 }
 
@@ -67,6 +59,7 @@ pub(super) fn take(
 pub(super) fn set_foreground(
     loaded: &Loaded,
     prepared: &Prepared,
+    options: &RestoreOptions,
     shells: &mut Shells<'_>,
     tasks: &HashMap<i32, TaskId>,
 ) -> Result<()> {
@@ -75,7 +68,7 @@ pub(super) fn set_foreground(
         let Some(leads) = of(loaded, pid)? else {
             continue;
         };
-        if leads.external || leads.foreground == pid || leads.foreground <= 0 {
+        if leads.foreground == pid || leads.foreground <= 0 {
             continue;
         }
         let task = tasks.get(&pid).copied();
@@ -87,8 +80,8 @@ pub(super) fn set_foreground(
             // All of it have ended: the number is all that is left.
             false => Some(stand_in(shells, task, group)?),
         };
-        let terminal = prepared_terminal(prepared, &leads)?;
-        let number = shells.send_fd(task, terminal)?;
+        let terminal = terminal_of(prepared, options, &leads).on_task(pid)?;
+        let number = shells.send_fd(task, terminal.as_fd())?;
         let mut batch = Batch::new();
         let place = batch.data(&group.to_le_bytes());
         batch.call(
@@ -116,20 +109,26 @@ fn stand_in(shells: &mut Shells<'_>, leader: TaskId, group: i32) -> Result<TaskI
     Ok(task)
 }
 
-fn prepared_terminal<'a>(prepared: &'a Prepared, leads: &Leads) -> Result<BorrowedFd<'a>> {
-    let made = prepared.terminals.get(&leads.terminal);
-    let made = made.ok_or_else(|| {
+/// The terminal itself: one that we made, or that the caller gives.
+fn terminal_of(prepared: &Prepared, options: &RestoreOptions, leads: &Leads) -> Result<OwnedFd> {
+    if leads.external {
+        let number = options.inherit.get(&leads.terminal).ok_or_else(|| {
+            let what = format!(
+                "its controlling terminal was dumped as external: give it by --inherit-fd fd[N]:{}",
+                leads.terminal
+            );
+            Error::new(Kind::Usage, what)
+        })?;
+        return pidfd_open(Pid::this())
+            .and_then(|own| pidfd_getfd(&own, *number))
+            .map_err(|e| e.on(format!("fd {number} of the restorer")));
+    }
+    let made = prepared.terminals.get(&leads.terminal).ok_or_else(|| {
         let what = format!(
             "a controlling terminal {} that is not there",
             leads.terminal
         );
         Error::corrupt(what)
     })?;
-    Ok(made.as_fd())
-}
-
-fn duplicate(number: RawFd) -> Result<std::os::fd::OwnedFd> {
-    pidfd_open(Pid::this())
-        .and_then(|own| pidfd_getfd(&own, number))
-        .map_err(|e| e.on(format!("fd {number} of the restorer")))
+    made.try_clone().map_err(|e| Error::io("fcntl(F_DUPFD)", e))
 }

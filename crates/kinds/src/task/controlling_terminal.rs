@@ -28,7 +28,7 @@ static ABOUT: About = About {
     manual: "credentials(7), TIOCSCTTY(2const)",
     since: "",
     carried: "which session has which pseudo-terminal, its foreground process group (one that has ended too), processes that gave theirs up; one outside the tree is the restorer's (`--shell-job`, the session led from outside) or the one given for `--external tty[RDEV:DEV]`",
-    refused: "a session of the tree whose terminal is outside (\"its controlling terminal /dev/pts/3 is outside the tree\")",
+    refused: "a session of the tree whose terminal is outside (\"its controlling terminal /dev/pts/3 is outside the tree\"); one given that another session has (\"the controlling terminal of another session\")",
     programs: &[
         "terminals::controlling",
         "terminals::foreground",
