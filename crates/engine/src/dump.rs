@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use freezeframe_error::{Error, Kind, Phase, Result, ResultExt, Target};
 use freezeframe_image::{Header, ImageWriter, RawRecord};
 use freezeframe_inject::fork::Fork;
+use freezeframe_kinds::file::terminal;
 use freezeframe_kinds::model::{self, FdTable, Life, Mm, Process, Thread, Tree};
 use freezeframe_kinds::{DumpCx, DumpOptions, Made};
 use freezeframe_pages::{PageDumper, PageOptions};
@@ -305,6 +306,7 @@ fn gather(
     if !blockers.is_empty() {
         return Err(all_of(blockers));
     }
+    terminal::look_at_queues(&mut cx).in_phase(Phase::Collect)?;
 
     let forks = if request.live {
         fork(&mut cx, frozen)?

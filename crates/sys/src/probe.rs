@@ -168,7 +168,8 @@ const CAPABILITIES: &[(&str, u8, Level, &str)] = &[
         "CAP_SYS_ADMIN",
         21,
         Useful,
-        "namespaces, mounts and seccomp filters cannot be dumped or restored; injected calls obey the target's filters",
+        "namespaces, mounts and seccomp filters cannot be dumped or restored; injected calls obey the target's filters; \
+         what waits in a pseudo-terminal cannot be put back: such a target is refused",
     ),
     (
         "CAP_SYS_RESOURCE",

@@ -180,6 +180,15 @@ pub fn type_byte(fd: impl AsFd, byte: u8) -> Result<()> {
     }
 }
 
+/// Whether [`type_byte`] is allowed. Nothing is typed: the kernel asks for the
+/// right first, and then finds no byte at this address.
+pub fn may_type(fd: impl AsFd) -> bool {
+    let nowhere = std::ptr::null::<u8>();
+    // SAFETY: TIOCSTI reads one byte; that there is none to read is an error.
+    let done = unsafe { libc::ioctl(fd.as_fd().as_raw_fd(), TIOCSTI, nowhere) };
+    done < 0 && nix::errno::Errno::last() == nix::errno::Errno::EFAULT
+}
+
 /// Stops output, or starts it again if it was stopped by this call
 /// (tcflow(3), TCOOFF and TCOON); of a master its own.
 pub fn set_stopped(fd: impl AsFd, on: bool) -> Result<()> {

@@ -16,10 +16,11 @@ use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 
-use freezeframe_error::{Error, Kind, Result, SysExt};
+use freezeframe_error::{Error, Kind, Result, ResultExt, SysExt};
 use freezeframe_image::{RawRecord, Tag};
 use freezeframe_sys::fd::{self, Stat};
 use freezeframe_sys::ids::Pid;
+use freezeframe_sys::pidfd::{pidfd_getfd, pidfd_open};
 use freezeframe_sys::proc::ProcDir;
 use nix::fcntl::OFlag;
 use serde::{Deserialize, Serialize};
@@ -44,7 +45,7 @@ static ABOUT: About = About {
     manual: "pty(7), tty(4), ioctl_tty(2)",
     since: "",
     carried: "pseudo-terminals whose master is in the tree: their number (/dev/pts/N), settings (termios, speeds of any number), window size, what waits to be read on either side (lines as lines), stopped output, packet mode, TIOCEXCL, the lock, owner and mode, any number of openings, /dev/tty; slaves whose master was closed, hung-up ones, masters whose slave is closed. With `--shell-job` the terminal the job was started from, onto the restorer's (settings are those of that terminal); with `--external tty[RDEV:DEV]` and `--inherit-fd fd[N]:tty[RDEV:DEV]` any, onto what the caller gives",
-    refused: "a terminal whose master is outside the tree, without either (\"a terminal (tty) is not carried without --shell-job (-j)\"), with --shell-job another than the session's own; a terminal that a process outside has open too; other line disciplines, locked settings, a change in packet mode not read yet, another devpts. What was written to a master before its slave was ever opened is not seen (a warning)",
+    refused: "a terminal whose master is outside the tree, without either (\"a terminal (tty) is not carried without --shell-job (-j)\"), with --shell-job another than the session's own; a terminal that a process outside has open too; other line disciplines, locked settings, a change in packet mode not read yet, another devpts. Without CAP_SYS_ADMIN what waits in one, or stopped output, is refused (\"cannot be put back without CAP_SYS_ADMIN\"), and a line still being typed not seen (a warning). What was written to a master before its slave was ever opened is not seen (a warning)",
     programs: &[
         "terminal::stdio",
         "terminal::group",
@@ -64,6 +65,7 @@ static ABOUT: About = About {
         "terminals::packet_pending",
         "terminals::exclusive",
         "terminals::never_opened",
+        "terminals::path_only",
         "terminals::slave_closed",
         "terminals::hung",
         "terminals::hung_up",
@@ -76,6 +78,9 @@ static ABOUT: About = About {
         "terminals::resize",
         "terminals::locked_settings",
         "terminals::console",
+        "terminals::discipline",
+        "terminals::former_tty",
+        "terminals::waits_refused",
     ],
     show: show::<Record>,
 };
@@ -158,6 +163,37 @@ pub fn masters<'a>(cx: &'a mut DumpCx<'_>) -> Result<&'a BTreeMap<u64, FileId>> 
     cx.ptys(Ptys::look).map(|ptys| &ptys.masters)
 }
 
+/// Adds what waits in the pseudo-terminals of the tree to their records. To look
+/// is to take it out for a moment, so this comes last: nothing is touched if the
+/// dump is refused.
+pub fn look_at_queues(cx: &mut DumpCx<'_>) -> Result<()> {
+    for i in 0..cx.records.len() {
+        let subject = cx.records[i].subject;
+        if cx.records[i].tag != ABOUT.tag {
+            continue;
+        }
+        let Record::Master(mut pty) = ABOUT.decode(&cx.records[i])? else {
+            continue;
+        };
+        let mut files = cx.files_of_device(device_of(PTMX)).iter();
+        let file = files.find(|f| u64::from(f.id.0) == subject);
+        let (pid, number) = file
+            .ok_or_else(|| Error::bug("a master that is no file"))?
+            .at;
+        let master = match cx.proc(pid) {
+            Some(proc) => pidfd_getfd(&proc.pidfd, number),
+            // In flight.
+            None => pidfd_open(pid).and_then(|ours| pidfd_getfd(&ours, number)),
+        };
+        master
+            .and_then(|master| pty.look_at_queues(master.as_fd()))
+            .on(format!("fd {number} ({})", name_of(pty.device)))
+            .on_task(pid.0)?;
+        cx.records[i] = ABOUT.record(subject, &Record::Master(pty))?;
+    }
+    Ok(())
+}
+
 impl Terminal {
     fn look(&self, cx: &mut DumpCx<'_>, file: &FileView<'_>) -> Result<Record> {
         let name = external_name(file.stat);
@@ -173,12 +209,9 @@ impl Terminal {
             return Ok(other(true));
         }
         if numbers(rdev) == PTMX {
-            let (pty, never) = pty::look(cx.ptys(Ptys::look)?, file)?;
-            if never {
-                cx.warn(format!(
-                    "{}: its slave was never opened: what has been written to it is not seen",
-                    file.name()
-                ));
+            let (pty, unseen) = pty::look(cx.ptys(Ptys::look)?, file)?;
+            if let Some(unseen) = unseen {
+                cx.warn(format!("{}: {unseen}", file.name()));
             }
             return Ok(Record::Master(Box::new(pty)));
         }

@@ -14,9 +14,10 @@ use freezeframe_sys::proc::{ProcDir, all_pids};
 use nix::fcntl::OFlag;
 use nix::poll::PollFlags;
 use nix::sys::stat::Mode;
+use nix::sys::statfs::{FsType, fstatfs};
 use serde::{Deserialize, Serialize};
 
-use super::queue::{Input, Meddling, Stopped, ready, waiting};
+use super::queue::{HOLDS, Input, Meddling, Stopped, cut, has_lines, ready, waiting};
 use super::{CONTROLLING, PTMX, device_of, external_name, name_of};
 use crate::bytes::Bytes;
 use crate::cx::{DumpCx, FileView, InodeFile};
@@ -79,9 +80,9 @@ impl Ptys {
     /// Looks for them.
     pub(super) fn look(cx: &DumpCx<'_>) -> Result<Ptys> {
         let mut found = Ptys::default();
+        let opened = |file: &InodeFile| file.flags & libc::O_PATH as u32 == 0;
         let ours = |file: &InodeFile| -> Result<Option<OwnedFd>> {
-            let path_only = file.flags & libc::O_PATH as u32 != 0;
-            match cx.proc(file.at.0).filter(|_| !path_only) {
+            match cx.proc(file.at.0).filter(|_| opened(file)) {
                 Some(proc) => pidfd_getfd(&proc.pidfd, file.at.1)
                     .on(format!("fd {}", file.at.1))
                     .on_task(file.at.0.0)
@@ -100,7 +101,7 @@ impl Ptys {
             return Ok(found);
         }
         for device in found.masters.keys() {
-            if !cx.files_of_device(*device).is_empty() {
+            if cx.files_of_device(*device).iter().any(opened) {
                 found.open.insert(*device);
             }
         }
@@ -142,8 +143,9 @@ impl Ptys {
     }
 }
 
-/// What a master knows, `file` being one, and whether its slave was never opened.
-pub(super) fn look(ptys: &Ptys, file: &FileView<'_>) -> Result<(Pty, bool)> {
+/// What a master knows, `file` being one, but what waits in it; and what of that
+/// cannot be seen.
+pub(super) fn look(ptys: &Ptys, file: &FileView<'_>) -> Result<(Pty, Option<&'static str>)> {
     let master = file.ours()?;
     let device = terminal::device(master)?;
     let name = name_of(device);
@@ -158,6 +160,12 @@ pub(super) fn look(ptys: &Ptys, file: &FileView<'_>) -> Result<(Pty, bool)> {
             "a pseudo-terminal master (tty) of another devpts, where {name} is not its slave, is not supported"
         ))
     })?;
+    // A master opened as /dev/ptmx need not lie on any.
+    if file.stat.dev != node.dev() && on_devpts(master)? {
+        return Err(file.refuse(format!(
+            "a pseudo-terminal master (tty) of another devpts than that of {name} is not supported"
+        )));
+    }
     if let Some((pid, number)) = ptys.outside.get(&(node.dev(), device)) {
         let what = format!(
             "its terminal {name} is open in process {pid} (fd {number}) too, which is outside the tree"
@@ -228,14 +236,32 @@ pub(super) fn look(ptys: &Ptys, file: &FileView<'_>) -> Result<(Pty, bool)> {
         input: Input::default(),
         output: Bytes::default(),
     };
-    let tty = Meddling::new(master, slave.as_ref().map(AsFd::as_fd), settings, packet)?;
-    if side == Side::Never && waiting(master)? >= 4095 {
+    let ours = slave.as_ref().map(AsFd::as_fd);
+    let mut unseen = (side == Side::Never)
+        .then_some("its slave was never opened: what has been written to it is not seen");
+    if side == Side::Never && waiting(master)? >= HOLDS {
         return Err(file.refuse(
             "a pseudo-terminal master (tty) with a full queue, whose slave was never opened, is not supported",
         ));
     }
-    pty.look_at_queues(&tty)?;
-    Ok((pty, side == Side::Never))
+    if !terminal::may_type(master) {
+        if let Some(what) = pty.cannot_put_back(master, ours, &settings)? {
+            let what = format!("{what} cannot be put back without CAP_SYS_ADMIN");
+            return Err(file.refuse(what));
+        }
+        if ours.is_some() && has_lines(&settings) {
+            unseen =
+                Some("a line that is still being typed in it is not seen without CAP_SYS_ADMIN");
+        }
+    }
+    Ok((pty, unseen))
+}
+
+/// Whether the node that it was opened by lies on a devpts.
+fn on_devpts(master: BorrowedFd<'_>) -> Result<bool> {
+    const DEVPTS: FsType = FsType(0x1cd1);
+    let filesystem = fstatfs(master).sys("fstatfs")?;
+    Ok(filesystem.filesystem_type() == DEVPTS)
 }
 
 /// A descriptor of ours for the slave of a master, which does not block.
@@ -251,38 +277,83 @@ fn open_for_us(master: BorrowedFd<'_>, locked: bool) -> Result<OwnedFd> {
 }
 
 impl Pty {
-    /// Reads both queues and puts them back, and finds out what is stopped.
-    fn look_at_queues(&mut self, tty: &Meddling<'_>) -> Result<()> {
-        self.output = tty.take_output()?.into();
+    /// Reads both queues and puts them back, and finds out what is stopped. What
+    /// was read is put back before any error is told.
+    pub(super) fn look_at_queues(&mut self, master: BorrowedFd<'_>) -> Result<()> {
+        if !terminal::may_type(master) {
+            // Nothing waits, or the dump would have been refused.
+            return Ok(());
+        }
+        let slave = match self.side {
+            Side::Never => None,
+            _ => Some(open_for_us(master, self.locked)?),
+        };
+        let ours = slave.as_ref().map(AsFd::as_fd);
+        let tty = &Meddling::new(master, ours, self.settings()?, self.packet)?;
+        let taken = tty.take_output(&mut self.output.0);
         // Room was made: what cannot be written to now is stopped.
-        let stopped = tty.stopped();
-        let put_back = stopped.and_then(|how| {
-            let full = self.output.len() > 4095;
-            if full {
-                tty.start(how)?;
-            }
-            tty.put_output(&self.output)?;
-            if full {
-                tty.stop(how)?;
-            }
-            Ok(how)
-        });
-        self.stopped = put_back.map_err(lost)?;
-        self.input = tty.take_input()?;
+        let stopped = taken.and_then(|()| tty.stopped());
+        let how = *stopped.as_ref().unwrap_or(&Stopped::No);
+        self.put_output(tty, how).map_err(lost)?;
+        self.stopped = stopped?;
+
+        let mut lines = Vec::new();
+        let taken = tty.take_input(&mut lines);
+        self.input = cut(lines);
         // The same for the master, as nothing waits for the slave now.
-        let stopped = ready(tty.master, PollFlags::POLLOUT).map(|writable| !writable);
-        let put_back = stopped.and_then(|stopped| {
-            if stopped && !self.input.rest.is_empty() {
-                terminal::set_stopped(tty.master, false)?;
-            }
-            tty.put_input(&self.input)?;
-            if stopped {
-                terminal::set_stopped(tty.master, true)?;
-            }
-            Ok(stopped)
-        });
-        self.master_stopped = put_back.map_err(lost)?;
+        let stopped = taken.and_then(|()| ready(tty.master, PollFlags::POLLOUT).map(|w| !w));
+        let starts = matches!(stopped, Ok(true)) && !self.input.rest.is_empty();
+        self.put_input(tty, starts).map_err(lost)?;
+        self.master_stopped = stopped?;
         Ok(())
+    }
+
+    fn put_output(&self, tty: &Meddling<'_>, how: Stopped) -> Result<()> {
+        if self.output.len() <= HOLDS {
+            return tty.put_output(&self.output);
+        }
+        let put = tty.start(how).and_then(|()| tty.put_output(&self.output));
+        put.and(tty.stop(how))
+    }
+
+    fn put_input(&self, tty: &Meddling<'_>, starts: bool) -> Result<()> {
+        if !starts {
+            return tty.put_input(&self.input);
+        }
+        let started = terminal::set_stopped(tty.master, false);
+        let put = started.and_then(|()| tty.put_input(&self.input));
+        put.and(terminal::set_stopped(tty.master, true))
+    }
+
+    /// What waits, where nothing may be typed; otherwise finds out what is
+    /// stopped as far as that goes without reading anything.
+    fn cannot_put_back(
+        &mut self,
+        master: BorrowedFd<'_>,
+        slave: Option<BorrowedFd<'_>>,
+        settings: &Settings,
+    ) -> Result<Option<&'static str>> {
+        if waiting(master)? > 0 {
+            return Ok(Some("output that waits in a terminal (tty)"));
+        }
+        if let Some(slave) = slave {
+            let waits = match has_lines(settings) {
+                true => ready(slave, PollFlags::POLLIN)?,
+                false => waiting(slave)? > 0,
+            };
+            if waits {
+                return Ok(Some("input that waits in a terminal (tty)"));
+            }
+            if !ready(slave, PollFlags::POLLOUT)? {
+                // To tell a stop by a character takes a character.
+                if settings.input & libc::IXON != 0 {
+                    return Ok(Some("stopped output of a terminal (tty)"));
+                }
+                self.stopped = Stopped::Call;
+            }
+        }
+        self.master_stopped = !ready(master, PollFlags::POLLOUT)?;
+        Ok(None)
     }
 
     fn settings(&self) -> Result<Settings> {

@@ -22,7 +22,7 @@ use serde::{Deserialize, Serialize};
 use crate::bytes::Bytes;
 
 /// What a line discipline holds.
-const HOLDS: usize = 4095;
+pub(super) const HOLDS: usize = 4095;
 /// More than a line can have.
 const LINE: usize = 8192;
 /// How long the kernel may take to move what was written on its way.
@@ -120,18 +120,17 @@ impl<'a> Meddling<'a> {
 
     /// Whether the slave is read line by line.
     fn lines(&self) -> bool {
-        self.settings.local & (libc::ICANON | libc::EXTPROC) == libc::ICANON
+        has_lines(&self.settings)
     }
 
-    /// What waits to be read from the slave, taken out.
-    pub(super) fn take_input(&self) -> Result<Input> {
+    /// What waits to be read from the slave, taken out: in `lines`, whatever happens.
+    pub(super) fn take_input(&self, lines: &mut Vec<Line>) -> Result<()> {
         let Some(slave) = self.slave else {
-            return Ok(Input::default());
+            return Ok(());
         };
-        let mut lines = Vec::new();
         if !self.lines() {
             if waiting(slave)? == 0 {
-                return Ok(Input::default());
+                return Ok(());
             }
         } else if ready(slave, PollFlags::POLLIN)? {
             self.set(&self.neutral(true))?;
@@ -145,7 +144,8 @@ impl<'a> Meddling<'a> {
         }
         // A line that is still being typed shows only where there are no lines.
         self.set(&self.neutral(false))?;
-        let text = drain(slave)?;
+        let mut text = Vec::new();
+        let drained = drain(slave, &mut text);
         if !text.is_empty() {
             lines.push(Line {
                 text: text.into(),
@@ -155,7 +155,7 @@ impl<'a> Meddling<'a> {
         if lines.is_empty() {
             self.set(&self.settings)?;
         }
-        Ok(cut(lines))
+        drained
     }
 
     fn end_of(&self, text: &[u8]) -> End {
@@ -199,9 +199,9 @@ impl<'a> Meddling<'a> {
         }
     }
 
-    /// What waits to be read from the master, taken out.
-    pub(super) fn take_output(&self) -> Result<Vec<u8>> {
-        drain(self.master)
+    /// What waits to be read from the master, taken out: in `output`, whatever happens.
+    pub(super) fn take_output(&self, output: &mut Vec<u8>) -> Result<()> {
+        drain(self.master, output)
     }
 
     /// Puts it back. Output must not be stopped if it is more than a line discipline holds.
@@ -233,11 +233,13 @@ impl<'a> Meddling<'a> {
             return Ok(Stopped::Call);
         }
         self.flow_char(slave, VSTART)?;
-        if !ready(slave, PollFlags::POLLOUT)? {
-            return Ok(Stopped::Call);
+        match ready(slave, PollFlags::POLLOUT) {
+            Ok(false) => Ok(Stopped::Call),
+            started => {
+                self.flow_char(slave, VSTOP)?;
+                started.map(|_| Stopped::Char)
+            }
         }
-        self.flow_char(slave, VSTOP)?;
-        Ok(Stopped::Char)
     }
 
     /// Stops output in this way.
@@ -284,8 +286,13 @@ impl Drop for Meddling<'_> {
     }
 }
 
+/// Whether a slave with these settings is read line by line.
+pub(super) fn has_lines(settings: &Settings) -> bool {
+    settings.local & (libc::ICANON | libc::EXTPROC) == libc::ICANON
+}
+
 /// Tells what the line discipline held from what it had not taken yet.
-fn cut(lines: Vec<Line>) -> Input {
+pub(super) fn cut(lines: Vec<Line>) -> Input {
     let mut input = Input::default();
     let mut rest = Vec::new();
     let mut held = 0;
@@ -322,13 +329,12 @@ pub(super) fn waiting(fd: BorrowedFd<'_>) -> Result<usize> {
     ioctl::readable_bytes(fd)
 }
 
-/// Reads what there is, where there are no lines. Never blocks.
-fn drain(fd: BorrowedFd<'_>) -> Result<Vec<u8>> {
-    let mut all = Vec::new();
+/// Reads what there is into `all`, where there are no lines. Never blocks.
+fn drain(fd: BorrowedFd<'_>, all: &mut Vec<u8>) -> Result<()> {
     loop {
         let mut some = vec![0; waiting(fd)?];
         if some.is_empty() {
-            return Ok(all);
+            return Ok(());
         }
         let n = nix::unistd::read(fd, &mut some).sys("read(terminal)")?;
         all.extend_from_slice(&some[..n]);
