@@ -8,12 +8,14 @@
     reason = "a test that cannot set itself up has to fail on the spot"
 )]
 
-use freezeframe_tests::run::{DEADLINE, Scene, Target, own_terminals};
+use freezeframe_tests::run::{DEADLINE, Mode, Scene, Target, own_terminals};
 use freezeframe_tests::snapshot::Snapshot;
+use freezeframe_tests::tool::{Outcome, binary};
 use std::fs;
 use std::io::Write;
 use std::os::fd::AsRawFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 
 type Done = Result<(), String>;
 
@@ -253,6 +255,240 @@ fn a_number_that_is_taken_is_refused() -> Done {
     on.over()
 }
 
+fn text(scene: &Scene, name: &str) -> String {
+    fs::read_to_string(scene.path(name)).unwrap_or_default()
+}
+
+fn write(scene: &Scene, name: &str, text: &str) -> Done {
+    fs::write(scene.path(name), text).map_err(|e| e.to_string())
+}
+
+fn same<T: PartialEq + std::fmt::Debug>(what: &str, is: T, should_be: T) -> Done {
+    match is == should_be {
+        true => Ok(()),
+        false => Err(format!("{what}: {is:?}, not {should_be:?}")),
+    }
+}
+
+fn must_say(outcome: &Outcome, words: &str) -> Done {
+    match outcome.stderr.contains(words) {
+        true => Ok(()),
+        false => Err(format!("no {words:?} in\n{}", outcome.told())),
+    }
+}
+
+/// Dumps with the command run by another program, which takes something from it.
+fn dump_through(scene: &Scene, by: &[&str], pid: i32, more: &[&str]) -> Result<Outcome, String> {
+    let images = scene.path("through");
+    fs::create_dir_all(&images).map_err(|e| e.to_string())?;
+    let mut command = Command::new(by[0]);
+    command
+        .args(&by[1..])
+        .arg(binary())
+        .args(["dump", "-t", &pid.to_string(), "--no-sync", "-D"])
+        .arg(images)
+        .args(more);
+    let words = command.get_args().map(|a| a.to_string_lossy().into_owned());
+    let words = words.collect();
+    freezeframe_tests::tool::run(command, words, DEADLINE)
+}
+
+const TCSETS2: u32 = 0x402c_542b;
+const TIOCSTI: u32 = 0x5412;
+
+/// Dumps with an ioctl that fails, or, without an errno, kills the command.
+fn dump_without(
+    scene: &Scene,
+    ioctl: u32,
+    errno: Option<i32>,
+    pid: i32,
+    more: &[&str],
+) -> Result<Outcome, String> {
+    let program = freezeframe_tests::run::program_binary();
+    let program = program.to_string_lossy();
+    let (ioctl, errno) = (ioctl.to_string(), errno.map(|n| n.to_string()));
+    match errno {
+        Some(errno) => {
+            let by = [&program, "exec", "--fail-ioctl", &ioctl, &errno];
+            dump_through(scene, &by, pid, more)
+        }
+        None => {
+            let by = [&program, "exec", "--die-at-ioctl", &ioctl];
+            dump_through(scene, &by, pid, more)
+        }
+    }
+}
+
+/// What waits in a terminal can be put back only with CAP_SYS_ADMIN.
+fn without_the_capability(name: &str, refusal: Option<&str>) -> Done {
+    own_terminals()?;
+    let scene = Scene::new()?;
+    let (program, target, before) = scene.start_program(name)?;
+    let by = ["/usr/bin/setpriv", "--bounding-set", "-sys_admin"];
+    let outcome = dump_through(&scene, &by, target.pid, &["-R"])?;
+    match refusal {
+        Some(what) => {
+            let outcome = outcome.must_exit(1)?;
+            let words = format!("{what} cannot be put back without CAP_SYS_ADMIN");
+            must_say(&outcome, &words)?;
+        }
+        None => drop(outcome.must_exit(0)?),
+    }
+    scene.finish(target, &program, &before, Mode::Running)
+}
+
+#[test]
+fn what_waits_is_refused_without_the_capability() -> Done {
+    let input = Some("input that waits in a terminal (tty)");
+    let output = Some("output that waits in a terminal (tty)");
+    for (name, refusal) in [
+        ("terminals::input_lines", input),
+        ("terminals::input_raw", input),
+        ("terminals::input_full", input),
+        ("terminals::output", output),
+        ("terminals::output_full", output),
+        ("terminals::stopped_char", output),
+        ("terminals::pair", None),
+        ("terminals::settings", None),
+        ("terminals::input_typed", None),
+        ("terminals::never_opened", None),
+    ] {
+        without_the_capability(name, refusal).map_err(|e| format!("{name}: {e}"))?;
+    }
+    Ok(())
+}
+
+#[test]
+fn what_waits_is_not_touched_where_the_dump_is_refused() -> Done {
+    own_terminals()?;
+    let scene = Scene::new()?;
+    let (program, target, before) = scene.start_program("terminals::waits_refused")?;
+    let outcome = dump_without(&scene, TIOCSTI, None, target.pid, &[])?;
+    must_say(&outcome.must_exit(1)?, "locked settings")?;
+    scene.finish(target, &program, &before, Mode::Restore)
+}
+
+#[test]
+fn what_was_taken_is_put_back_after_an_error() -> Done {
+    own_terminals()?;
+    let scene = Scene::new()?;
+    let (program, target, before) = scene.start_program("terminals::stopped_char")?;
+    let outcome = dump_without(&scene, TCSETS2, Some(libc::EPERM), target.pid, &[])?;
+    must_say(&outcome.must_exit(1)?, "ioctl(TCSETS2)")?;
+    scene.finish(target, &program, &before, Mode::Restore)
+}
+
+/// The one moment in which a kill harms a target (see ARCHITECTURE.md): what the
+/// command has in its hands is lost, all else is there, and the target goes on.
+#[test]
+fn killed_with_what_waited_in_its_hands() -> Done {
+    own_terminals()?;
+    let scene = Scene::new()?;
+    let script = "if True:
+        import fcntl, os, struct, sys, termios, time
+        os.chdir(sys.argv[1])
+        master, slave = os.openpty()
+        quiet = termios.tcgetattr(slave)
+        quiet[3] &= ~termios.ECHO
+        termios.tcsetattr(slave, termios.TCSANOW, quiet)
+        was = termios.tcgetattr(slave)
+        for fd in (master, slave): os.set_blocking(fd, False)
+        def waits(fd):
+            return struct.unpack('i', fcntl.ioctl(fd, termios.FIONREAD, bytes(4)))[0]
+        def read(fd):
+            try: return os.read(fd, 99).decode()
+            except BlockingIOError: return 'nothing'
+        os.write(master, b'typed\\n')
+        while waits(slave) < 6: time.sleep(0.001)
+        for turn in ('first', 'second'):
+            if turn == 'first': os.write(slave, b'told')
+            open(turn, 'x')
+            while not os.path.exists('after-' + turn): time.sleep(0.001)
+            there = (read(master), termios.tcgetattr(slave) == was)
+            if turn == 'second': there += (read(slave),)
+            with open('part', 'w') as file: file.write(repr(there))
+            os.rename('part', 'there-' + turn)
+        ";
+    let dir = scene.dir_text();
+    let target = scene.start_other(&[PYTHON, "-c", script, &dir])?;
+    for (turn, there) in [
+        // Output is taken first, and input is not touched yet.
+        ("first", "('nothing', True)"),
+        ("second", "('nothing', False, 'nothing')"),
+    ] {
+        scene.await_file(turn, &target)?;
+        let outcome = dump_without(&scene, TIOCSTI, None, target.pid, &["-R"])?;
+        must_say(&outcome.must_exit(3)?, "target=unknown")?;
+        write(&scene, &format!("after-{turn}"), "")?;
+        let answer = format!("there-{turn}");
+        scene.await_file(&answer, &target)?;
+        same(turn, text(&scene, &answer).as_str(), there)?;
+    }
+    scene.await_exit(&target)?;
+    scene.nothing_left()
+}
+
+/// A mount of devpts that goes with it.
+struct OtherTerminals(PathBuf);
+
+impl OtherTerminals {
+    fn mount(at: PathBuf) -> Result<Self, String> {
+        fs::create_dir(&at).map_err(|e| e.to_string())?;
+        let kind = Some("devpts");
+        let options = Some("newinstance,ptmxmode=0666");
+        nix::mount::mount(kind, &at, kind, nix::mount::MsFlags::empty(), options)
+            .map_err(|e| e.to_string())?;
+        Ok(OtherTerminals(at))
+    }
+}
+
+impl Drop for OtherTerminals {
+    fn drop(&mut self) {
+        let _ = nix::mount::umount2(&self.0, nix::mount::MntFlags::MNT_DETACH);
+    }
+}
+
+#[test]
+fn another_devpts_is_refused() -> Done {
+    own_terminals()?;
+    let scene = Scene::new()?;
+    let _mounted = OtherTerminals::mount(scene.path("pts"))?;
+    let script = "if True:
+        import fcntl, os, sys, time
+        os.chdir(sys.argv[1])
+        master = os.open('pts/ptmx', os.O_RDWR | os.O_NOCTTY)
+        if sys.argv[2] == 'open':
+            fcntl.ioctl(master, 0x40045431, bytes(4))
+            slave = os.open('pts/0', os.O_RDWR | os.O_NOCTTY)
+        open('ready', 'x')
+        while not os.path.exists('over'): time.sleep(0.001)
+        ";
+    let dir = scene.dir_text();
+    for (number_is_taken, slave, words) in [
+        (
+            false,
+            "open",
+            "of another devpts, where /dev/pts/0 is not its slave",
+        ),
+        (true, "open", "of another devpts than that of /dev/pts/0"),
+        (true, "never", "of another devpts than that of /dev/pts/0"),
+    ] {
+        let taker = number_is_taken.then(|| nix::pty::openpty(None, None).unwrap());
+        let target = scene.start_other(&[PYTHON, "-c", script, &dir, slave])?;
+        scene.await_file("ready", &target)?;
+        let outcome = scene.dump_pid(target.pid, "refused", &[])?.must_exit(1)?;
+        must_say(&outcome, words)?;
+        write(&scene, "over", "")?;
+        scene.await_exit(&target)?;
+        scene.nothing_left()?;
+        for name in ["ready", "over"] {
+            fs::remove_file(scene.path(name)).map_err(|e| e.to_string())?;
+        }
+        drop(taker);
+    }
+    Ok(())
+}
+
 /// A session on a terminal of ours: given again by the caller.
 #[test]
 fn an_external_controlling_terminal() -> Done {
@@ -293,4 +529,156 @@ fn an_external_controlling_terminal() -> Done {
         "got one\nand two\n" => Ok(()),
         _ => Err(format!("it read {got:?}")),
     }
+}
+
+fn name_of_external(path: &str) -> Result<String, String> {
+    use std::os::unix::fs::MetadataExt;
+    let node = fs::metadata(path).map_err(|e| e.to_string())?;
+    Ok(format!("tty[{:x}:{:x}]", node.rdev(), node.dev()))
+}
+
+#[test]
+fn the_foreground_of_an_external_terminal() -> Done {
+    own_terminals()?;
+    let scene = Scene::new()?;
+    let script = "if True:
+        import os, signal, sys, time
+        os.chdir(sys.argv[1])
+        terminal = os.open('/dev/pts/0', os.O_RDWR)
+        signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+        job = os.fork()
+        if job == 0:
+            os.setpgid(0, 0)
+            os.tcsetpgrp(terminal, os.getpid())
+            open('ready', 'x')
+            while not os.path.exists('go'): time.sleep(0.001)
+            with open('front', 'w') as file: file.write(str(os.tcgetpgrp(terminal) == os.getpid()))
+            os._exit(0)
+        os.waitpid(job, 0)
+        ";
+    let first = nix::pty::openpty(None, None).map_err(|e| e.to_string())?;
+    let dir = scene.dir_text();
+    let target = scene.start_other(&[PYTHON, "-c", script, &dir])?;
+    scene.await_file("ready", &target)?;
+    let name = name_of_external("/dev/pts/0")?;
+    let before = Snapshot::take(target.pid);
+    scene
+        .dump_pid(target.pid, "img", &["--external", &name])?
+        .must_exit(0)?;
+    scene.await_gone(&before, DEADLINE)?;
+    let second = nix::pty::openpty(None, None).map_err(|e| e.to_string())?;
+    let given = format!("fd[{}]:{name}", second.slave.as_raw_fd());
+    let (target, _) = scene.restore_pid(target.pid, "img", &["--inherit-fd", &given])?;
+    write(&scene, "go", "")?;
+    scene.await_exit(&target)?;
+    drop(first);
+    same("in front", text(&scene, "front").as_str(), "True")?;
+    scene.nothing_left()
+}
+
+/// A session has its terminal until it ends: it is not taken for a restored one.
+#[test]
+fn the_terminal_of_another_session_is_not_taken() -> Done {
+    own_terminals()?;
+    let scene = Scene::new()?;
+    let dir = scene.dir_text();
+    let start = |n: i32| {
+        let job = format!("exec 3<> /dev/pts/{n}; echo > \"$0/ready{n}\"; read line <&3");
+        let target = scene.start_other(&["/bin/sh", "-c", &job, &dir])?;
+        scene.await_file(&format!("ready{n}"), &target)?;
+        Ok::<Target, String>(target)
+    };
+    let first = nix::pty::openpty(None, None).map_err(|e| e.to_string())?;
+    let target = start(0)?;
+    let name = name_of_external("/dev/pts/0")?;
+    let before = Snapshot::take(target.pid);
+    scene
+        .dump_pid(target.pid, "img", &["--external", &name])?
+        .must_exit(0)?;
+    scene.await_gone(&before, DEADLINE)?;
+    let second = nix::pty::openpty(None, None).map_err(|e| e.to_string())?;
+    let other = start(1)?;
+    let given = format!("fd[{}]:{name}", second.slave.as_raw_fd());
+    let Err(told) = scene.restore_pid(target.pid, "img", &["--inherit-fd", &given]) else {
+        return Err("it took the terminal of another session".to_owned());
+    };
+    if !told.contains("is the controlling terminal of another session") {
+        return Err(told);
+    }
+    nix::unistd::write(&second.master, b"line\n").map_err(|e| e.to_string())?;
+    scene.await_exit(&other)?;
+    // It has ended, so its terminal is nobody's.
+    let (target, _) = scene.restore_pid(target.pid, "img", &["--inherit-fd", &given])?;
+    nix::unistd::write(&second.master, b"line\n").map_err(|e| e.to_string())?;
+    scene.await_exit(&target)?;
+    drop(first);
+    scene.nothing_left()
+}
+
+#[test]
+fn tmux_with_a_shell_in_a_loop() -> Done {
+    const TMUX: &str = "/usr/bin/tmux";
+    if !Path::new(TMUX).exists() {
+        return Err("tmux is missing: see scripts/test".to_owned());
+    }
+    own_terminals()?;
+    let scene = Scene::new()?;
+    let (dir, socket) = (scene.dir_text(), scene.path("socket"));
+    let socket = socket.to_string_lossy().into_owned();
+    let server = scene.start_other(&[TMUX, "-S", &socket, "-f", "/dev/null", "-D"])?;
+    scene.await_file("socket", &server)?;
+    let tmux = |words: &[&str]| -> Result<String, String> {
+        let mut command = Command::new(TMUX);
+        command
+            .args(["-S", &socket])
+            .args(words)
+            .env("TERM", "vt100");
+        let output = command.output().map_err(|e| e.to_string())?;
+        let told = String::from_utf8_lossy(&output.stderr).into_owned();
+        match output.status.success() {
+            true => Ok(String::from_utf8_lossy(&output.stdout).into_owned()),
+            false => Err(format!("tmux {words:?}: {told}")),
+        }
+    };
+    let job = format!(
+        "n=0; while [ ! -e {dir}/stop ]; do echo tick $n; n=$((n+1)); sleep 0.02; done; exec cat"
+    );
+    let size = ["-x", "80", "-y", "24"];
+    tmux(
+        &[
+            &["new-session", "-d", "-s", "one"],
+            &size[..],
+            &["/bin/sh", "-c", &job],
+        ]
+        .concat(),
+    )?;
+    let last = || -> Result<i64, String> {
+        let shown = tmux(&["capture-pane", "-p", "-t", "one"])?;
+        let numbers = shown.lines().filter_map(|l| l.strip_prefix("tick "));
+        Ok(numbers.filter_map(|n| n.parse().ok()).max().unwrap_or(-1))
+    };
+    scene.await_that("ticks", || Ok(last()? > 5), Some(&server))?;
+    let was = last()?;
+    scene
+        .dump_pid(server.pid, "live", &["--leave-running"])?
+        .must_exit(0)?;
+    scene.await_that("more ticks", || Ok(last()? > was + 5), Some(&server))?;
+    let was = last()?;
+    let before = Snapshot::take(server.pid);
+    scene.dump_pid(server.pid, "img", &[])?.must_exit(0)?;
+    scene.await_gone(&before, DEADLINE)?;
+    let (server, _) = scene.restore_pid(server.pid, "img", &[])?;
+    scene.await_that("ticks after it", || Ok(last()? > was + 5), Some(&server))?;
+    fs::write(scene.path("stop"), "").map_err(|e| e.to_string())?;
+    tmux(&["send-keys", "-t", "one", "typed on", "Enter"])?;
+    let twice = || {
+        let shown = tmux(&["capture-pane", "-p", "-t", "one"])?;
+        Ok(shown.matches("typed on").count() == 2)
+    };
+    scene.await_that("what was typed, and its copy", twice, Some(&server))?;
+    let before = Snapshot::take(server.pid);
+    tmux(&["kill-server"])?;
+    scene.await_exit(&server)?;
+    scene.await_gone(&before, DEADLINE)?;
+    scene.nothing_left()
 }

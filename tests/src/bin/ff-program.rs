@@ -1,5 +1,6 @@
 //! `ff-program FAMILY::NAME DIR [spoil]` runs one self-checking program in the directory DIR.
-//! `ff-program exec [--stderr FILE] [--uid N] [--no-new-privs] PROGRAM ARGS...` starts any other program the way the kit starts its own.
+//! `ff-program exec [--stderr FILE] [--uid N] [--no-new-privs] [--fail-ioctl NUMBER ERRNO] [--die-at-ioctl NUMBER] PROGRAM ARGS...`
+//! starts any other program the way the kit starts its own.
 //! `ff-program terminal PROGRAM ARGS...` starts it as the leader of a session on a new pseudo-terminal.
 //! `ff-program occupy PID FILE` holds a process of that id until FILE is there.
 //! `ff-program list` prints the table; `ff-program missing` what this machine lacks, and for which programs.

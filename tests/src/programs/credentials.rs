@@ -430,6 +430,25 @@ fn install(program: &[Op], flags: usize) {
     .unwrap();
 }
 
+/// From now on this ioctl, given an argument, ends in that errno; without one, it kills the process.
+pub(super) fn filter_ioctl(request: u32, errno: Option<u32>) {
+    const CALL: u32 = 0;
+    const REQUEST: u32 = 24;
+    const ARGUMENT: u32 = 32;
+    let load = |from| op(0x20, 0, 0, from);
+    let program = [
+        load(CALL),
+        op(0x15, 0, 5, libc::SYS_ioctl as u32),
+        load(REQUEST),
+        op(0x15, 0, 3, request),
+        load(ARGUMENT),
+        op(0x15, 1, 0, 0),
+        op(0x06, 0, 0, errno.map_or(KILL_PROCESS, refuse)),
+        op(0x06, 0, 0, ALLOW),
+    ];
+    install(&program, 0);
+}
+
 fn errno_of(nr: libc::c_long) -> i32 {
     errno(&os::syscall(nr, [usize::MAX, usize::MAX, 0, 0, 0, 0]))
 }

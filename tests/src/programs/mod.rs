@@ -304,6 +304,14 @@ pub fn exec(words: &[&str]) -> ! {
                 os::prctl(libc::PR_SET_NO_NEW_PRIVS, [1, 0, 0, 0]).unwrap();
                 words.drain(..1);
             }
+            ["--fail-ioctl", request, errno, ..] => {
+                credentials::filter_ioctl(request.parse().unwrap(), Some(errno.parse().unwrap()));
+                words.drain(..3);
+            }
+            ["--die-at-ioctl", request, ..] => {
+                credentials::filter_ioctl(request.parse().unwrap(), None);
+                words.drain(..2);
+            }
             _ => break,
         }
     }

@@ -40,6 +40,11 @@ pub(super) const PROGRAMS: &[Program] = &[
     Program::new("exclusive", "TIOCEXCL, a locked slave", exclusive),
     Program::new("never_opened", "a slave never opened", never_opened),
     Program::new(
+        "path_only",
+        "a slave never opened but by its path (O_PATH)",
+        path_only,
+    ),
+    Program::new(
         "slave_closed",
         "a slave closed by all, with input in it",
         slave_closed,
@@ -92,6 +97,24 @@ pub(super) const PROGRAMS: &[Program] = &[
     )
     .refused("locked settings"),
     Program::new("console", "a virtual console", console).refused("terminal"),
+    Program::new(
+        "discipline",
+        "another line discipline than the usual one",
+        discipline,
+    )
+    .refused("line discipline 27"),
+    Program::new(
+        "former_tty",
+        "/dev/tty of a session that has given its terminal up",
+        former_tty,
+    )
+    .refused("which is not the terminal of its session any more"),
+    Program::new(
+        "waits_refused",
+        "what waits in a terminal, where another one has to be refused",
+        waits_refused,
+    )
+    .refused("locked settings"),
 ];
 
 const TIOCGPTN: usize = 0x8004_5430;
@@ -104,6 +127,8 @@ const TIOCGEXCL: usize = 0x8004_5440;
 const TCGETS2: usize = 0x802c_542a;
 const TCSETS2: usize = 0x402c_542b;
 const TIOCSLCKTRMIOS: usize = 0x5457;
+const TIOCSETD: usize = 0x5423;
+const TIOCGETD: usize = 0x5424;
 const FIONREAD: usize = 0x541b;
 
 fn ioctl(fd: &impl AsRawFd, request: usize, argument: usize) -> os::Result<i64> {
@@ -481,6 +506,18 @@ fn never_opened(cx: &Cx) {
         os::read_vec(&slave, 99).ok(),
         Some(b"first\n".to_vec()),
     );
+}
+
+fn path_only(cx: &Cx) {
+    let master = master();
+    let named = os::open(&path(&master), libc::O_PATH).unwrap();
+    let state = || {
+        let events = os::polled(&master, libc::POLLIN | libc::POLLOUT | libc::POLLHUP);
+        (events, get(&master, TIOCGPTLCK), link(&named))
+    };
+    let was = state();
+    cx.ready(|| drop(slave(&master, libc::O_RDWR)));
+    cx.same("events, lock, name", state(), was);
 }
 
 fn slave_closed(cx: &Cx) {
@@ -903,11 +940,15 @@ fn resize(cx: &Cx) {
     cx.join("leader", child);
 }
 
-fn locked_settings(cx: &Cx) {
-    let (master, slave) = open_pty();
+fn lock_echo(fd: &impl AsRawFd) {
     let mut bits = [0u8; 64];
     bits[12] = libc::ECHO as u8;
-    ioctl(&slave, TIOCSLCKTRMIOS, os::at(&bits)).unwrap();
+    ioctl(fd, TIOCSLCKTRMIOS, os::at(&bits)).unwrap();
+}
+
+fn locked_settings(cx: &Cx) {
+    let (master, slave) = open_pty();
+    lock_echo(&slave);
     let echo = || {
         no_echo(&slave);
         modes(&slave)[3] & libc::ECHO
@@ -928,4 +969,50 @@ fn console(cx: &Cx) {
     let was = link(&console);
     cx.ready(|| os::dup_to(0, console.as_raw_fd()));
     cx.same("name", link(&console), was);
+}
+
+fn discipline(cx: &Cx) {
+    // It reads and writes nothing.
+    const N_NULL: i32 = 27;
+    let (_master, slave) = open_pty();
+    set(&slave, TIOCSETD, N_NULL);
+    cx.ready(|| set(&slave, TIOCSETD, 0));
+    cx.same("line discipline", get(&slave, TIOCGETD), N_NULL);
+}
+
+fn former_tty(cx: &Cx) {
+    let (master, slave) = open_pty();
+    let child = cx.child("leader", |cx| {
+        ignore(libc::SIGHUP);
+        lead(&slave);
+        let tty = os::open("/dev/tty".as_ref(), libc::O_RDWR).unwrap();
+        ioctl(&tty, libc::TIOCNOTTY as usize, 0).unwrap();
+        let was = ids();
+        cx.ready(|| os::dup_to(0, tty.as_raw_fd()));
+        cx.same("ids", ids(), was);
+        cx.same("name", link(&tty), "/dev/tty".into());
+        cx.same("a write", os::write(&tty, b"told").ok(), Some(4));
+    });
+    drop(slave);
+    not_blocking(&master);
+    cx.ready_unspoilt();
+    if !cx.spoiling() {
+        cx.same("what it told", read_all(cx, &master, 4), b"told".to_vec());
+    }
+    cx.join("leader", child);
+}
+
+fn waits_refused(cx: &Cx) {
+    let (master, slave) = open_pty();
+    make_raw(&slave);
+    os::write(&master, b"typed").unwrap();
+    os::write(&slave, b"told").unwrap();
+    cx.until(|| get(&slave, FIONREAD) == 5 && get(&master, FIONREAD) == 4);
+    let (_locked, other) = open_pty();
+    lock_echo(&other);
+    not_blocking(&slave);
+    not_blocking(&master);
+    cx.ready(|| os::read_vec(&slave, 1));
+    cx.same("input", read_all(cx, &slave, 5), b"typed".to_vec());
+    cx.same("output", read_all(cx, &master, 4), b"told".to_vec());
 }
