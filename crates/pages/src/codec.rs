@@ -82,6 +82,10 @@ pub struct Compressor {
     out: Vec<u8>,
 }
 
+/// How hard it looks for what repeats: as little as gives much for no time
+/// (`benches/README.md`); who wants small images takes zstd.
+const LZ4: lz4::block::CompressionMode = lz4::block::CompressionMode::FAST(12);
+
 enum Method {
     None,
     Lz4,
@@ -117,11 +121,8 @@ impl Compressor {
         let (codec, size) = match &mut self.how {
             Method::None => return None,
             Method::Lz4 => {
-                let room = lz4_flex::block::get_maximum_output_size(pages.len());
-                if self.out.len() < room {
-                    self.out.resize(room, 0);
-                }
-                let size = lz4_flex::block::compress_into(pages, &mut self.out).ok()?;
+                let out = &mut self.out[..most];
+                let size = lz4::block::compress_to_buffer(pages, Some(LZ4), false, out).ok()?;
                 (Codec::Lz4, size)
             }
             Method::Zstd(zstd) => {

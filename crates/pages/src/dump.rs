@@ -17,7 +17,7 @@ use crate::index::{
     BLOCKS_PER_RECORD, Block, EXTENTS_PER_RECORD, Extent, MAX_BLOCK_PAGES, MAX_EXTENT_PAGES,
     PageBlocks, PageIndex, PageStats, Range, What, within,
 };
-use crate::sink::PageSink;
+use crate::sink::{PageSink, WriteBack};
 use crate::source::{Object, Piece, Source, pages_of};
 use crate::store::{Shared, Storer};
 
@@ -34,6 +34,9 @@ pub struct PageOptions {
     /// Page files are written past the page cache (O_DIRECT), where their
     /// filesystem can do that.
     pub direct: bool,
+    /// Page files are written to the disk from the beginning on, since they
+    /// will be waited for (fsync).
+    pub write_back: bool,
     /// How many bytes that were read may wait to be stored.
     pub waiting: usize,
     /// How many of them are made ready at once, because they will be needed.
@@ -52,6 +55,7 @@ impl Default for PageOptions {
             compression: Compression::None,
             deduplicate: false,
             direct: false,
+            write_back: false,
             waiting: 32 << 20,
             ready: 0,
             believe_frames: true,
@@ -62,6 +66,8 @@ impl Default for PageOptions {
 
 /// Below this many bytes one thread is faster than starting another.
 const WORTH_A_THREAD: u64 = 8 << 20;
+/// Below this many bytes fsync is as fast alone.
+const WORTH_WRITING_EARLY: u64 = 64 << 20;
 /// Each has buffers; beyond this memory itself is the limit.
 const MOST_THREADS: usize = 8;
 /// How many different pages are remembered to find equal ones: so that the
@@ -87,6 +93,8 @@ pub struct PageDumper {
     spaces: Vec<Space>,
     waiting: Buffer,
     storers: Vec<Storer>,
+    /// After the storers, which tell it what is written.
+    write_back: Option<WriteBack>,
     /// How many of the spaces are captured.
     done: usize,
     shared: Shared,
@@ -160,6 +168,7 @@ impl PageDumper {
         waiting.touch(options.ready);
         Ok(PageDumper {
             storers: vec![Storer::new(sink, options.compression)?],
+            write_back: None,
             shared: Shared::new(options.deduplicate),
             options,
             spaces: Vec::new(),
@@ -290,6 +299,13 @@ impl PageDumper {
             let sink = PageSink::new(writer, self.options.direct)?;
             let storer = Storer::new(sink, self.options.compression)?;
             self.storers.push(storer);
+        }
+
+        if self.options.write_back && total >= WORTH_WRITING_EARLY && self.write_back.is_none() {
+            self.write_back = WriteBack::start();
+        }
+        if let Some(by) = &self.write_back {
+            self.storers.iter_mut().for_each(|s| s.sink.write_back(by));
         }
 
         let shared = &self.shared;

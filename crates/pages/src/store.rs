@@ -44,7 +44,7 @@ impl Shared {
 /// One storing thread: its page file and what it has made.
 #[derive(Debug)]
 pub(crate) struct Storer {
-    sink: PageSink,
+    pub(crate) sink: PageSink,
     compressor: Compressor,
     /// Blocks by their numbers.
     pub(crate) blocks: Vec<(u32, Block)>,

@@ -659,6 +659,33 @@ fn a_hurry_leaves_the_work_to_the_end() {
     }
 }
 
+/// While a thread starts to write the files to the disk.
+#[test]
+fn written_back_early() {
+    let p = Program::run("a = mmap(20000); fill(a, 0, 20000); say(a)");
+    let all = range(p.said[0], 20000);
+    let options = PageOptions {
+        write_back: true,
+        threads: 2,
+        ..PageOptions::default()
+    };
+    let (dir, stats) = image(options, false, |dumper| {
+        let ranges = std::slice::from_ref(&all);
+        dumper.add_private(open(p.pid()), 1, ranges, None).unwrap();
+    });
+    assert_eq!(stats.stored, 20000 * PAGE);
+    let after = restored(
+        &reader(&dir),
+        1,
+        all.clone(),
+        vec![0; 20000 * PAGE as usize],
+    );
+    assert!(after == memory(p.pid(), all));
+    let ours = std::fs::read_dir("/proc/self/task").unwrap();
+    let names = ours.filter_map(|t| std::fs::read_to_string(t.ok()?.path().join("comm")).ok());
+    assert_eq!(names.filter(|n| n.trim() == "freezeframe-io").count(), 0);
+}
+
 #[test]
 fn progress_can_end_the_work() {
     let p = Program::run("a = mmap(600); fill(a, 0, 600); say(a)");

@@ -84,6 +84,7 @@ pub(super) fn prepare(request: &DumpRequest, writer: &mut ImageWriter) -> Result
     // A guess, of the root alone: that it is gone is found out later.
     let anonymous = status.ok().and_then(|s| s.rss_anon).unwrap_or_default() as usize;
     let mut options = request.pages.clone();
+    options.write_back = request.sync;
     if request.after == After::Run && !request.live {
         options.ready = anonymous + anonymous / 8;
     }
