@@ -151,6 +151,13 @@ pub(crate) static OPTIONS: &[Opt] = &[
         .on(&[Restore])
         .repeats(),
     // Both.
+    opt("tcp-established", "Carry established TCP connections").on(MAIN),
+    opt("tcp-close", "Carry connected TCP sockets as closed").on(MAIN),
+    opt("skip-in-flight", "Accept that TCP connections which are not accepted yet are reset").on(&[Dump]),
+    opt("network-lock", "How the packets of TCP connections are held off: nftables (iptables means the same here) or skip")
+        .takes("METHOD")
+        .on(MAIN)
+        .only(&["nftables", "iptables", "skip"]),
     opt("display-stats", "Print counts and times at the end").on(BOTH),
     opt("close", "Close our descriptor FD first").takes("FD").on(RUNS).repeats(),
     opt("log-pid", "A log for each process").on(&[Restore]).moot("one process does all the work of a restore, so there is one log"),
@@ -166,13 +173,6 @@ pub(crate) static OPTIONS: &[Opt] = &[
     // support
     opt("check", "Compare FILE with what would be printed; exit 1 if it is stale").takes("FILE").on(&[Support]),
     // Not carried, or moot.
-    opt("tcp-established", "Carry established TCP connections").on(BOTH).not_yet(),
-    opt("tcp-close", "Restore connected TCP sockets as closed").on(BOTH).not_yet(),
-    opt("skip-in-flight", "Skip TCP connections that are not established yet").on(DUMPS).not_yet(),
-    opt("network-lock", "How the network is locked: iptables, nftables or skip")
-        .takes("METHOD")
-        .on(BOTH)
-        .moot("no network is locked, since no TCP connection is carried"),
     opt("ghost-fiemap", "Find the data of files without a name by fiemap").on(DUMPS).moot("their holes are found by lseek"),
     opt("evasive-devices", "Use any path of a device").on(BOTH).not_yet(),
     opt("force-irmap", "Find the names of inotify watches by search").on(DUMPS).not_yet(),

@@ -117,8 +117,8 @@ fn last_line(text: &str) -> &str {
 fn what_is_not_carried_is_refused_by_name() {
     for (line, says) in [
         (
-            "dump -t 1 -D /nowhere --tcp-established",
-            "--tcp-established is not carried yet",
+            "dump -t 1 -D /nowhere --track-mem",
+            "--track-mem is not carried yet",
         ),
         (
             "dump -t 1 -D /nowhere --page-server --track-mem",
@@ -133,8 +133,8 @@ fn what_is_not_carried_is_refused_by_name() {
             "--external mnt[...] is not carried yet",
         ),
         (
-            "restore -D /nowhere -d --tcp-close",
-            "--tcp-close is not carried yet",
+            "restore -D /nowhere -d --lazy-pages",
+            "--lazy-pages is not carried yet",
         ),
         ("restore -D /nowhere -r /root", "--root is not carried yet"),
         (
@@ -215,7 +215,7 @@ fn called_as_criu_it_answers_as_criu() {
         "{}",
         text(&out.stdout)
     );
-    let out = run(Command::new(&link).args(["dump", "-t", "1", "--tcp-established"]));
+    let out = run(Command::new(&link).args(["dump", "-t", "1", "--track-mem"]));
     assert_eq!(out.status.code(), Some(2));
 }
 

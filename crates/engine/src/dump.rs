@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use freezeframe_error::{Error, Kind, Phase, Result, ResultExt, Target};
 use freezeframe_image::{Header, ImageWriter, RawRecord};
 use freezeframe_inject::fork::Fork;
+use freezeframe_kinds::file::inet::tcp::Gathered as Gathering;
 use freezeframe_kinds::file::terminal;
 use freezeframe_kinds::model::{self, FdTable, Life, Mm, Process, Thread, Tree};
 use freezeframe_kinds::{DumpCx, DumpOptions, Made};
@@ -147,6 +148,9 @@ pub fn run(request: &DumpRequest, events: &dyn Events) -> Result<DumpReport> {
         After::Kill => {
             // The tree stays stopped until the image is safe: then there is
             // always one of the two.
+            let mut gathered = gathered;
+            let tcp = std::mem::take(&mut gathered.tcp);
+            let image = writer.id().to_string();
             if let Err(e) = commit(
                 gathered,
                 &host,
@@ -162,6 +166,9 @@ pub fn run(request: &DumpRequest, events: &dyn Events) -> Result<DumpReport> {
                 .kill()
                 .in_phase(Phase::Thaw)
                 .map_err(|e| e.leaving(Target::Unknown))?;
+            tcp.outlive(&image)
+                .in_phase(Phase::Thaw)
+                .map_err(|e| e.leaving(Target::Killed))?;
             report.frozen = started.elapsed();
         }
         After::Run | After::Stop => {
@@ -260,6 +267,8 @@ struct Gathered {
     records: Vec<RawRecord>,
     /// Goes again with what was gathered, unless the image is complete.
     made: Made,
+    /// Connections that are held off.
+    tcp: Gathering,
 }
 
 /// Asks the stopped tree everything, and stores its pages.
@@ -285,7 +294,11 @@ fn gather(
         tasks,
         ..
     } = frozen;
-    let mut cx = DumpCx::new(&request.options, procs);
+    let options = DumpOptions {
+        kills: request.after == After::Kill,
+        ..request.options.clone()
+    };
+    let mut cx = DumpCx::new(&options, procs);
     // A plan lists all the blockers it can see, not just the first.
     let mut blockers: Vec<Error> = Vec::new();
     tasks::check_sharing(&cx, &processes, &mut blockers).in_phase(Phase::Collect)?;
@@ -355,6 +368,7 @@ fn gather(
         tables,
         records: cx.records,
         made: cx.made,
+        tcp: cx.tcp,
     })
 }
 

@@ -127,6 +127,33 @@ impl Dump {
         self
     }
 
+    /// Carry established TCP connections. If the tree is ended, their packets are
+    /// held off (nf_tables, table `inet freezeframe-IMAGE`) until the image is
+    /// restored, or an hour is over. Needs CAP_NET_ADMIN.
+    pub fn tcp_established(mut self, yes: bool) -> Dump {
+        self.request.options.tcp_established = yes;
+        self
+    }
+
+    /// Carry established TCP connections as closed: their peers learn of the end.
+    pub fn tcp_close(mut self, yes: bool) -> Dump {
+        self.request.options.tcp_close = yes;
+        self
+    }
+
+    /// Accept TCP connections that the tree has not accepted yet: they are reset.
+    pub fn skip_in_flight(mut self, yes: bool) -> Dump {
+        self.request.options.skip_in_flight = yes;
+        self
+    }
+
+    /// Hold off the packets of TCP connections: yes unless said otherwise. Who
+    /// says no has to see to it that none arrives from the dump to the restore.
+    pub fn network_lock(mut self, yes: bool) -> Dump {
+        self.request.options.network_unlocked = !yes;
+        self
+    }
+
     /// A resource that the caller gives again at the restore, in CRIU's
     /// spelling: `file[mnt_id:inode]`, `unix[inode]`, `pipe:[inode]`. May be said
     /// several times.

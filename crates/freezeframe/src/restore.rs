@@ -73,6 +73,25 @@ impl Restore {
         self
     }
 
+    /// Restore the image's established TCP connections.
+    pub fn tcp_established(mut self, yes: bool) -> Restore {
+        self.request.options.tcp_established = yes;
+        self
+    }
+
+    /// Restore the image's TCP connections as closed.
+    pub fn tcp_close(mut self, yes: bool) -> Restore {
+        self.request.options.tcp_close = yes;
+        self
+    }
+
+    /// Hold off the packets of TCP connections until they are restored: yes
+    /// unless said otherwise.
+    pub fn network_lock(mut self, yes: bool) -> Restore {
+        self.request.options.network_unlocked = !yes;
+        self
+    }
+
     /// Gives the tree a descriptor of the caller's for a resource that was
     /// outside of it, by CRIU's name (`pipe:[123]`). The descriptor must stay
     /// open until [`run`](Restore::run) returns.

@@ -15,6 +15,7 @@ use freezeframe_sys::ptrace::Regs;
 use nix::fcntl::OFlag;
 
 use crate::about::About;
+use crate::file::inet::tcp;
 use crate::file::terminal::Ptys;
 use crate::model::{self, FileId, ObjectId};
 
@@ -37,6 +38,16 @@ pub struct DumpOptions {
     pub ext_unix_sk: bool,
     /// The same of these alone, by inode number.
     pub ext_unix_inodes: Vec<u64>,
+    /// Carry established TCP connections.
+    pub tcp_established: bool,
+    /// Carry them as closed.
+    pub tcp_close: bool,
+    /// Connections that have not been accepted may be lost.
+    pub skip_in_flight: bool,
+    /// The packets of TCP connections are not held off (`--network-lock skip`).
+    pub network_unlocked: bool,
+    /// The tree is killed when its image is complete.
+    pub kills: bool,
 }
 
 /// The options of a restore that kinds look at.
@@ -48,6 +59,12 @@ pub struct RestoreOptions {
     pub inherit: HashMap<String, RawFd>,
     /// Accept file locks.
     pub file_locks: bool,
+    /// Restore established TCP connections.
+    pub tcp_established: bool,
+    /// Restore them as closed.
+    pub tcp_close: bool,
+    /// The packets of TCP connections are not held off (`--network-lock skip`).
+    pub network_unlocked: bool,
 }
 
 // ---------------------------------------------------------------- dump
@@ -411,6 +428,8 @@ pub struct DumpCx<'a> {
     pub made: Made,
     /// Shared objects whose contents are to be stored.
     pub sources: BTreeMap<ObjectId, ObjectSource>,
+    /// The tree's TCP connections, read before any file is dumped.
+    pub tcp: tcp::Gathered,
     objects: HashMap<ObjectKey, ObjectId>,
     files: HashMap<(i32, i32), FileId>,
     inodes: HashMap<(u64, u64), Vec<InodeFile>>,
@@ -439,6 +458,7 @@ impl<'a> DumpCx<'a> {
             locks: Locks::default(),
             made: Made::default(),
             sources: BTreeMap::new(),
+            tcp: tcp::Gathered::default(),
             objects: HashMap::new(),
             files: HashMap::new(),
             inodes: HashMap::new(),

@@ -17,6 +17,7 @@ pub static FILES: &[&dyn FileKind] = &[
     &file::pidfd::Pidfd,
     &file::pipe::Pipe,
     &file::fifo::Fifo,
+    &file::inet::tcp::Tcp,
     &file::unix::Unix,
     &file::memfd::Memfd,
     &file::device::Device,

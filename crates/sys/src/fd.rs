@@ -17,8 +17,8 @@ pub mod terminal;
 pub use attributes::{Attribute, attributes, set_attribute, set_times};
 pub use pipe::{peek_pipe, pipe_pair, splice, tee};
 pub use socket::{
-    Credentials, Message, attach_filter, getsockopt, getsockopt_i32, getsockopt_linger,
-    peek_messages, peek_queue, peek_stream, peer_address, recv_fds, send_fds, setsockopt,
+    Credentials, Message, attach_filter, getsockopt, getsockopt_i32, getsockopt_linger, new_socket,
+    peek_messages, peek_queue, peek_stream, peer_address, recv_fds, send_fds, send_to, setsockopt,
     setsockopt_i32, socket_address, socket_filter,
 };
 

@@ -20,6 +20,7 @@ pub mod ioprio;
 pub mod kcmp;
 pub mod mem;
 pub mod mmap;
+pub mod nft;
 pub mod pagemap;
 pub mod pidfd;
 pub mod probe;
@@ -29,6 +30,7 @@ pub mod ptrace;
 pub mod rlimit;
 pub mod robust_list;
 pub mod sched;
+pub mod tcp;
 pub mod unix_diag;
 pub mod userfaultfd;
 

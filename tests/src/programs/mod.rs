@@ -27,6 +27,7 @@ mod process;
 mod scale;
 mod signals;
 mod sockets;
+mod tcp;
 mod terminal;
 mod terminals;
 mod threads;
@@ -151,6 +152,11 @@ impl Program {
         self
     }
 
+    const fn network(mut self, args: &'static [&'static str]) -> Self {
+        self.dump_args = args;
+        self.restore_args = args;
+        self
+    }
     const fn sized(mut self) -> Self {
         self.sized = true;
         self
@@ -181,6 +187,7 @@ const FAMILIES: &[(&str, &[Program])] = &[
     ("events", events::PROGRAMS),
     ("sockets", sockets::PROGRAMS),
     ("unix", unix::PROGRAMS),
+    ("tcp", tcp::PROGRAMS),
     ("tree", tree::PROGRAMS),
     ("threads", threads::PROGRAMS),
     ("signals", signals::PROGRAMS),

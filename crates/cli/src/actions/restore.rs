@@ -50,6 +50,9 @@ pub(crate) fn run(line: &Line) -> Result<i32, Stop> {
             .leave_stopped(line.has("leave-stopped"))
             .shell_job(line.has("shell-job"))
             .file_locks(line.has("file-locks"))
+            .tcp_established(line.has("tcp-established"))
+            .tcp_close(line.has("tcp-close"))
+            .network_lock(line.value("network-lock").is_none_or(|m| m != "skip"))
             .events(ears.clone());
         for (name, fd) in inherit {
             restore = restore.inherit_raw_fd(name, fd);

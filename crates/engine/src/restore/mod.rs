@@ -21,6 +21,7 @@ use freezeframe_error::{Error, Kind, Phase, Result, ResultExt, Target};
 use freezeframe_inject::Batch;
 use freezeframe_inject::shell::{ForkOptions, Shells, SpawnOptions, TaskId};
 use freezeframe_inject::tracer::Tracer;
+use freezeframe_kinds::file::inet::tcp::Waking;
 use freezeframe_kinds::model::{Life, Process};
 use freezeframe_kinds::{Prepared, RestoreOptions};
 use freezeframe_pages::{Filler, PageReader, What};
@@ -111,10 +112,13 @@ fn restore(request: &RestoreRequest, events: &dyn Events) -> Result<RestoreRepor
         request,
         events,
     };
-    let (shells, finals, leftovers) = builder.build(&tracer, &steps, &mut report)?;
+    let mut waking = connections(&loaded, &request.options).in_phase(Phase::Load)?;
+    let (shells, finals, leftovers) = builder.build(&tracer, &steps, &mut waking, &mut report)?;
     drop(builder);
     events.step(Point::PreResume(report.pid))?;
     events.phase(Phase::Resume);
+    let image = loaded.image.header().image_id.to_string();
+    waking.wake(&image).in_phase(Phase::Resume)?;
     remove(&leftovers, &mut report.warnings);
     shells.resume_all(finals).map_err(|e| match e.target() {
         // In the last switch, when the first tasks already run.
@@ -159,6 +163,15 @@ fn remove(leftovers: &BTreeMap<PathBuf, (u64, u64)>, warnings: &mut Vec<String>)
             warnings.push(format!("{path} cannot be removed: {e}"));
         }
     }
+}
+
+/// The image's TCP connections, their packets held off.
+fn connections(loaded: &Loaded, options: &RestoreOptions) -> Result<Waking> {
+    let mut files = Vec::new();
+    for (id, common) in &loaded.files {
+        files.push((*id, common, loaded.file_record(*id)?));
+    }
+    Waking::of_image(files.into_iter(), options)
 }
 
 /// Refuses by name what this host cannot give.
@@ -278,6 +291,7 @@ impl<'a> Builder<'a> {
         &mut self,
         tracer: &'t Tracer,
         steps: &[Step],
+        waking: &mut Waking,
         report: &mut RestoreReport,
     ) -> Result<Built<'t>> {
         let options = &self.request.options;
@@ -340,6 +354,14 @@ impl<'a> Builder<'a> {
         .in_phase(Phase::Rebuild)?;
         // What nobody of the tree has open is closed now, as it was.
         drop(prepared);
+        waking
+            .take(|id| {
+                let (pid, fd) = self.loaded.holder(id)?;
+                let task = tasks.get(&pid).copied();
+                let task = task.ok_or_else(|| Error::bug("a holder that is not there"))?;
+                shells.get_fd(task, fd)
+            })
+            .in_phase(Phase::Rebuild)?;
         for building in buildings {
             if self.events.cancelled() {
                 return Err(crate::freeze::cancelled());

@@ -5,6 +5,7 @@ pub mod epoll;
 pub mod eventfd;
 pub mod fanotify;
 pub mod fifo;
+pub mod inet;
 pub mod inotify;
 pub mod memfd;
 pub mod pidfd;

@@ -61,6 +61,8 @@ pub const TIOCGPKT: u64 = 0x8004_5438;
 pub const TIOCGEXCL: u64 = 0x8004_5440;
 /// Sets exclusive mode (no argument).
 pub const TIOCEXCL: u64 = 0x540c;
+/// Bytes of a TCP socket never sent (`int *`).
+pub const SIOCOUTQNSD: u64 = 0x894b;
 /// Opens the other end of a pty by its master (argument: open flags).
 pub const TIOCGPTPEER: u64 = 0x5441;
 
@@ -72,6 +74,11 @@ pub fn readable_bytes(fd: impl AsFd) -> Result<usize> {
 /// What is in the way to the other side of a socket: bytes (TCP), or memory (unix).
 pub fn unsent_bytes(fd: impl AsFd) -> Result<usize> {
     get_int(fd.as_fd(), SIOCOUTQ, "ioctl(SIOCOUTQ)").map(|n| n.max(0) as usize)
+}
+
+/// Of what was written to a TCP socket, how much has never been sent (SIOCOUTQNSD).
+pub fn never_sent_bytes(fd: impl AsFd) -> Result<usize> {
+    get_int(fd.as_fd(), SIOCOUTQNSD, "ioctl(SIOCOUTQNSD)").map(|n| n.max(0) as usize)
 }
 
 /// Foreground process group of a terminal, 0 if it is none we can see.

@@ -14,6 +14,37 @@ const SCM_PIDFD: i32 = 4;
 /// Longest socket address (`sockaddr_storage`).
 const MAX_ADDRESS: usize = 128;
 
+/// socket(2), close-on-exec, of any family and protocol.
+pub fn new_socket(domain: i32, kind: i32, protocol: i32) -> Result<OwnedFd> {
+    // SAFETY: takes numbers only.
+    let fd = unsafe { libc::socket(domain, kind | libc::SOCK_CLOEXEC, protocol) };
+    if fd < 0 {
+        return Err(Error::last_os("socket").on(format!("family {domain}, protocol {protocol}")));
+    }
+    // SAFETY: the kernel has just given us this descriptor; nobody else has it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Sends one message to a `sockaddr`.
+pub fn send_to(socket: impl AsFd, bytes: &[u8], to: &[u8]) -> Result<usize> {
+    let flags = libc::MSG_NOSIGNAL;
+    // SAFETY: the kernel reads `bytes` and `to`, of the lengths stated.
+    let sent = unsafe {
+        libc::sendto(
+            socket.as_fd().as_raw_fd(),
+            bytes.as_ptr().cast(),
+            bytes.len(),
+            flags,
+            to.as_ptr().cast(),
+            to.len() as libc::socklen_t,
+        )
+    };
+    match sent {
+        0.. => Ok(sent as usize),
+        _ => Err(Error::last_os("sendto")),
+    }
+}
+
 /// Who sent a message, as the kernel vouches for it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Credentials {

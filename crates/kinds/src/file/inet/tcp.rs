@@ -1,0 +1,694 @@
+//! TCP over IPv4 and IPv6.
+//!
+//! What of a connection has no other way out is read and set in repair mode
+//! (TCP_REPAIR, tcp(7)); [`freezeframe_sys::tcp`] has how that is done without
+//! harm to a live socket. All connections of a tree are read together
+//! ([`gather`]), before any file is dumped, with their packets held off if the
+//! tree is to be killed ([`super::hold`]).
+//!
+//! On restore a connection is made in repair mode, which is silent: so a restore
+//! that fails tells the peer nothing. Only when everything else of the tree is
+//! there ([`Waking`]) are closing states made by the packets that led to them,
+//! the packets let through, repair mode left (with a probe that tells the peer
+//! where we are), and what had not been sent yet is written.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::net::SocketAddr;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use freezeframe_error::{Error, Kind, Result};
+use freezeframe_image::{RawRecord, Tag};
+use freezeframe_inject::Arg;
+use freezeframe_sys::fd::{self, setsockopt, setsockopt_i32};
+use freezeframe_sys::nft::Connection;
+use freezeframe_sys::tcp::{self, Seen, state};
+use nix::sys::socket::{MsgFlags, Shutdown, send, shutdown};
+use serde::{Deserialize, Serialize};
+
+use super::hold::Hold;
+use super::options::{self, set, set_int};
+use super::packet::Segment;
+use super::{Base, SOL, call_with, names, parse, what};
+use crate::about::{About, show};
+use crate::bytes::Bytes;
+use crate::cx::{DumpCx, FileItem, FileKind, FileView, RestoreFiles};
+use crate::file::pipe::dup_of;
+use crate::model::{FileId, OpenFile};
+
+/// See the module.
+#[derive(Debug)]
+pub struct Tcp;
+
+static ABOUT: About = About {
+    tag: Tag::new(*b"FTCP"),
+    version: 1,
+    name: "tcp",
+    title: "TCP sockets (IPv4 and IPv6)",
+    manual: "tcp(7), ip(7), ipv6(7)",
+    since: "6.0",
+    carried: "unbound, bound, listening (backlog); with `--tcp-established` connections in every state an open descriptor can show: sequence numbers, what is queued either way, MSS, window scales, SACK, timestamps, windows, half-closed and closing ones; with `--tcp-close` connections come back closed. Options (reuse, keepalive and its times, no delay, linger, buffer sizes, timeouts, TOS, IPv6 only, bound device, congestion control, classic BPF filter, ...). Packets are held off by nf_tables while the ends do not answer: by a table that goes with us, and between dump and restore by `inet freezeframe-IMAGE`, which the restore deletes, and which holds nothing any more after an hour",
+    refused: "connections without `--tcp-established` or `--tcp-close` (\"an established TCP connection\"), connections being made (\"a TCP connection that is being made (connect(2))\"), connections not accepted yet (\"have not been accepted\"; with `--skip-in-flight` they are reset), connections in flight (\"a TCP connection in flight\"), unread urgent data, unread data of a closed connection, MPTCP and kTLS, eBPF filters. Not carried: congestion window and round-trip times, ECN, BPF programs of a SO_REUSEPORT group, MD5 and AO keys, the error that a failed connection waits to tell",
+    programs: &[
+        "tcp::fresh",
+        "tcp::bound",
+        "tcp::listening",
+        "tcp::options",
+        "tcp::reuse_port",
+        "tcp::filter",
+        "tcp::established",
+        "tcp::established6",
+        "tcp::mapped",
+        "tcp::blocked",
+        "tcp::full",
+        "tcp::many",
+        "tcp::half_closed",
+        "tcp::closing",
+        "tcp::last_ack",
+        "tcp::read_end",
+        "tcp::connected_options",
+        "tcp::closed",
+        "tcp::without",
+        "tcp::waiting",
+        "tcp::urgent",
+    ],
+    show: show::<Record>,
+};
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Record {
+    base: Base,
+    life: Life,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+enum Life {
+    /// Neither listening nor connected, bound or not.
+    Idle,
+    /// With this backlog.
+    Listening(u32),
+    /// Was connected.
+    Closed,
+    /// Is connected.
+    Connected(Box<Connected>),
+    /// Given by the caller.
+    External,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Connected {
+    /// Of RFC 9293, as TCP_INFO numbers them.
+    state: u8,
+    peer: Bytes,
+    /// Behind everything written, a FIN included.
+    send_seq: u32,
+    /// Written, and not acknowledged.
+    send: Bytes,
+    /// How much at the end of that has never been sent.
+    unsent: u32,
+    /// Behind everything received, a FIN included.
+    receive_seq: u32,
+    /// Received, and not read.
+    receive: Bytes,
+    mss: u32,
+    /// The peer's and ours, if windows are scaled.
+    scales: Option<(u8, u8)>,
+    sack: bool,
+    timestamp: Option<u32>,
+    /// `struct tcp_repair_window`.
+    window: [u32; 5],
+    /// The program has said that it reads no more.
+    deaf: bool,
+}
+
+impl Connected {
+    fn sent_fin(&self) -> bool {
+        use state::{CLOSING, FIN_WAIT1, FIN_WAIT2, LAST_ACK};
+        matches!(self.state, FIN_WAIT1 | FIN_WAIT2 | CLOSING | LAST_ACK)
+    }
+    fn received_fin(&self) -> bool {
+        use state::{CLOSE_WAIT, CLOSING, LAST_ACK};
+        matches!(self.state, CLOSE_WAIT | CLOSING | LAST_ACK)
+    }
+    /// The first sequence numbers of the queues.
+    fn starts(&self) -> (u32, u32) {
+        let start = |seq: u32, fin: bool, queue: &[u8]| {
+            seq.wrapping_sub(u32::from(fin))
+                .wrapping_sub(queue.len() as u32)
+        };
+        (
+            start(self.send_seq, self.sent_fin(), &self.send),
+            start(self.receive_seq, self.received_fin(), &self.receive),
+        )
+    }
+}
+
+/// The connections of a tree, read and held off.
+#[derive(Debug, Default)]
+pub struct Gathered {
+    seen: HashMap<FileId, Seen>,
+    sockets: Vec<OwnedFd>,
+    hold: Option<Hold>,
+}
+
+impl Gathered {
+    /// To be called when the tree is dead: its connections end without a word
+    /// to their peers, and their packets are held off until `image` is restored.
+    pub fn outlive(self, image: &str) -> Result<()> {
+        if let Some(hold) = self.hold {
+            hold.stay(image)?;
+        }
+        // Ours are the last descriptors of these sockets.
+        self.sockets.into_iter().try_for_each(tcp::end_silently)
+    }
+}
+
+fn is_tcp(file: &FileView<'_>) -> bool {
+    matches!(what(file), Some((_, libc::SOCK_STREAM, libc::IPPROTO_TCP)))
+}
+
+fn is_connected(state: u8) -> bool {
+    use state::{CLOSE_WAIT, CLOSING, ESTABLISHED, FIN_WAIT1, FIN_WAIT2, LAST_ACK};
+    let connected = [
+        ESTABLISHED,
+        FIN_WAIT1,
+        FIN_WAIT2,
+        CLOSE_WAIT,
+        LAST_ACK,
+        CLOSING,
+    ];
+    connected.contains(&state)
+}
+
+/// Reads the connections of the tree, if they are to be carried. Before any file is dumped.
+pub fn gather(cx: &mut DumpCx<'_>, views: &[FileView<'_>]) -> Result<()> {
+    if !cx.options.tcp_established || cx.options.tcp_close {
+        return Ok(());
+    }
+    let mut ids = Vec::new();
+    let mut sockets = Vec::new();
+    let mut connections = Vec::new();
+    for file in views.iter().filter(|f| is_tcp(f)) {
+        let ours = file.ours()?;
+        let external = names(file.stat.ino).iter().any(|n| cx.is_external(n));
+        if external || !is_connected(tcp::info(ours).map_err(|e| file.blame(e))?.state) {
+            continue;
+        }
+        let address = |bytes: Result<Vec<u8>>| -> Result<SocketAddr> {
+            let bytes = bytes.map_err(|e| file.blame(e))?;
+            parse(&bytes).ok_or_else(|| file.blame(Error::bug("an address of no known form")))
+        };
+        connections.push(Connection {
+            local: address(fd::socket_address(ours))?,
+            peer: address(fd::peer_address(ours))?,
+        });
+        let dup = ours.try_clone_to_owned();
+        sockets.push(dup.map_err(|e| Error::io("dup", e))?);
+        ids.push(file.id);
+    }
+    if ids.is_empty() {
+        return Ok(());
+    }
+    // A tree that runs on goes on talking.
+    if cx.options.kills && !cx.options.network_unlocked {
+        cx.tcp.hold = Some(Hold::start(connections)?);
+    }
+    let seen = tcp::read(&sockets)
+        .map_err(|e| e.context("the TCP connections of the tree cannot be read"))?;
+    cx.tcp.seen = ids.into_iter().zip(seen).collect();
+    if cx.options.kills {
+        cx.tcp.sockets = sockets;
+    }
+    Ok(())
+}
+
+/// TCP_ULP, and the one that libc lacks.
+const TCP_ULP: i32 = 31;
+
+fn life(cx: &mut DumpCx<'_>, file: &FileView<'_>) -> Result<Life> {
+    let ours = file.ours()?;
+    let info = tcp::info(ours).map_err(|e| file.blame(e))?;
+    let (deaf, ..) = tcp::ends(ours).map_err(|e| file.blame(e))?;
+    let peer = || fd::peer_address(ours).map_err(|e| file.blame(e));
+    match info.state {
+        state::LISTEN => {
+            if info.waiting > 0 && !cx.options.skip_in_flight {
+                return Err(file.refuse(format!(
+                    "{} TCP connections have not been accepted: not supported (--skip-in-flight lets them be reset)",
+                    info.waiting
+                )));
+            }
+            Ok(Life::Listening(info.backlog))
+        }
+        state::CLOSE => {
+            let readable = fd::ioctl::readable_bytes(ours).unwrap_or(0);
+            if readable > 0 {
+                return Err(file.refuse("unread data of a closed TCP connection is not supported"));
+            }
+            Ok(if deaf { Life::Closed } else { Life::Idle })
+        }
+        state::SYN_SENT => {
+            // getpeername(2) does not tell whom a connection is still to reach.
+            Err(file
+                .refuse("a TCP connection that is being made (connect(2)) is not supported yet"))
+        }
+        now if is_connected(now) => {
+            if cx.options.tcp_close {
+                return Ok(Life::Closed);
+            }
+            let Some(seen) = cx.tcp.seen.remove(&file.id) else {
+                let peer = parse(&peer()?).map(|a| a.to_string()).unwrap_or_default();
+                return Err(file.refuse(format!(
+                    "an established TCP connection (with {peer}) needs --tcp-established, or --tcp-close"
+                )));
+            };
+            if file.is_in_flight() {
+                return Err(file.refuse(
+                    "a TCP connection in flight (in a message of a unix socket) is not supported",
+                ));
+            }
+            let ulp = fd::getsockopt(ours, libc::SOL_TCP, TCP_ULP, 16).unwrap_or_default();
+            if ulp.iter().any(|b| *b != 0) {
+                let name = String::from_utf8_lossy(&ulp)
+                    .trim_end_matches('\0')
+                    .to_string();
+                return Err(file.refuse(format!("a TCP socket with ULP {name} is not supported")));
+            }
+            let urgent = MsgFlags::MSG_OOB | MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+            if nix::sys::socket::recv(ours.as_raw_fd(), &mut [0], urgent).is_ok() {
+                return Err(file.refuse("unread urgent data of a TCP connection is not supported"));
+            }
+            const TIMESTAMPS: u8 = 1;
+            const SACK: u8 = 2;
+            const SCALES: u8 = 4;
+            let has = |option| info.options & option != 0;
+            let mut found = Connected {
+                state: now,
+                peer: Bytes(peer()?),
+                send_seq: seen.send_seq,
+                send: Bytes(seen.send),
+                unsent: 0,
+                receive_seq: seen.receive_seq,
+                receive: Bytes(seen.receive),
+                mss: seen.mss as u32,
+                scales: has(SCALES).then_some((info.send_scale, info.receive_scale)),
+                sack: has(SACK),
+                timestamp: has(TIMESTAMPS).then_some(seen.timestamp as u32),
+                window: seen.window,
+                deaf: false,
+            };
+            let never_sent = fd::ioctl::never_sent_bytes(ours).map_err(|e| file.blame(e))?;
+            let fin = usize::from(found.sent_fin());
+            found.unsent = never_sent.saturating_sub(fin).min(found.send.len()) as u32;
+            found.deaf = deaf && !found.received_fin();
+            Ok(Life::Connected(Box::new(found)))
+        }
+        other => Err(file.refuse(format!("TCP state {other} is not supported"))),
+    }
+}
+
+impl FileKind for Tcp {
+    fn about(&self) -> &'static About {
+        &ABOUT
+    }
+    fn claims(&self, file: &FileView<'_>) -> bool {
+        is_tcp(file)
+    }
+    fn external_name(&self, file: &FileView<'_>) -> Option<String> {
+        let [name, _] = names(file.stat.ino);
+        Some(name)
+    }
+    fn dump(&self, cx: &mut DumpCx<'_>, file: &FileView<'_>) -> Result<RawRecord> {
+        let what = what(file).ok_or_else(|| file.blame(Error::bug("not a socket of IP")))?;
+        let base = Base::of(file, what)?;
+        let life = if names(base.ino).iter().any(|n| cx.is_external(n)) {
+            Life::External
+        } else {
+            life(cx, file)?
+        };
+        ABOUT.record(file.subject(), &Record { base, life })
+    }
+    fn deps(&self, _item: &FileItem<'_>) -> Result<Vec<FileId>> {
+        Ok(Vec::new())
+    }
+    fn group(&self, item: &FileItem<'_>) -> Result<u64> {
+        Ok(item.id.0.into())
+    }
+    fn restore(&self, cx: &mut RestoreFiles<'_>, group: &[FileItem<'_>]) -> Result<()> {
+        for item in group {
+            let record: Record = ABOUT.decode(item.record)?;
+            if let Some(given) = names(record.base.ino).iter().find_map(|n| cx.inherited(n)) {
+                cx.provide_ours(item.id, dup_of(given)?);
+                continue;
+            }
+            let base = &record.base;
+            let args = [
+                base.domain.into(),
+                (libc::SOCK_STREAM | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK).into(),
+                libc::IPPROTO_TCP.into(),
+            ];
+            let made = cx.batch.call("socket(TCP)", libc::SYS_socket, args);
+            let socket = Arg::from(made);
+            match &record.life {
+                Life::Connected(_) if cx.options.tcp_close => close(cx, socket, base),
+                Life::Connected(connected) if cx.options.tcp_established => {
+                    connect(cx, socket, base, connected);
+                }
+                Life::Connected(_) => {
+                    return Err(Error::new(
+                        Kind::Usage,
+                        "the image has established TCP connections: restore it with --tcp-established, or --tcp-close",
+                    ));
+                }
+                Life::Closed => close(cx, socket, base),
+                Life::Idle | Life::Listening(_) => {
+                    bind(cx, socket, base);
+                    if let Life::Listening(backlog) = record.life {
+                        let args = [socket, backlog.into()];
+                        cx.batch.call("listen", libc::SYS_listen, args);
+                    }
+                    options::set_late(cx, socket, base);
+                }
+                Life::External => {
+                    let what = format!(
+                        "the socket was dumped as external: give it by --inherit-fd fd[N]:socket[{}]",
+                        base.ino
+                    );
+                    return Err(Error::new(Kind::Usage, what));
+                }
+            }
+            base.finish(cx, socket);
+            cx.provide_unseekable(item.id, socket);
+        }
+        Ok(())
+    }
+}
+
+/// Options and address. What was there before may not mind us: the port of a
+/// listening socket has connections, of which some wait for their end.
+fn bind(cx: &mut RestoreFiles<'_>, socket: Arg, base: &Base) {
+    options::set_early(cx, socket, base);
+    set_int(cx, socket, (SOL, libc::SO_REUSEADDR), 1);
+    if !base.local.is_empty() {
+        call_with(cx, ("bind", libc::SYS_bind), socket, &base.local);
+    }
+}
+
+/// A socket whose connection is over.
+fn close(cx: &mut RestoreFiles<'_>, socket: Arg, base: &Base) {
+    options::set_early(cx, socket, base);
+    options::set_late(cx, socket, base);
+    // It is not connected, which shutdown(2) says, having done what it is to do.
+    let args = [socket, libc::SHUT_RDWR.into()];
+    let op = cx.batch.call("shutdown", libc::SYS_shutdown, args);
+    cx.batch.may_fail(op);
+}
+
+/// Longest piece that repair mode takes in one call.
+const PIECE: usize = 64 << 10;
+/// A buffer size that lets anything through.
+const LARGE_BUFFER: i32 = 1 << 29;
+
+/// Makes a connection, in repair mode, in which it stays.
+fn connect(cx: &mut RestoreFiles<'_>, socket: Arg, base: &Base, found: &Connected) {
+    let tcp = |option| (libc::SOL_TCP, option);
+    let (send_start, receive_start) = found.starts();
+    set_int(cx, socket, tcp(libc::TCP_REPAIR), tcp::REPAIR_ON);
+    options::set_early(cx, socket, base);
+    for (queue, seq) in [
+        (tcp::SEND_QUEUE, send_start),
+        (tcp::RECEIVE_QUEUE, receive_start),
+    ] {
+        set_int(cx, socket, tcp(libc::TCP_REPAIR_QUEUE), queue);
+        set_int(cx, socket, tcp(libc::TCP_QUEUE_SEQ), seq as i32);
+    }
+    call_with(cx, ("bind", libc::SYS_bind), socket, &base.local);
+    call_with(cx, ("connect", libc::SYS_connect), socket, &found.peer);
+
+    const MSS: u32 = 2;
+    const SCALE: u32 = 3;
+    const SACK: u32 = 4;
+    const TIMESTAMP: u32 = 8;
+    let mut all = vec![(MSS, found.mss)];
+    if let Some((send, receive)) = found.scales {
+        all.push((SCALE, u32::from(send) | u32::from(receive) << 16));
+    }
+    if found.sack {
+        all.push((SACK, 0));
+    }
+    if found.timestamp.is_some() {
+        all.push((TIMESTAMP, 0));
+    }
+    let all: Vec<u8> = all
+        .iter()
+        .flat_map(|(code, value)| [code.to_ne_bytes(), value.to_ne_bytes()].concat())
+        .collect();
+    set(cx, socket, libc::SOL_TCP, libc::TCP_REPAIR_OPTIONS, &all);
+    if let Some(now) = found.timestamp {
+        set_int(cx, socket, tcp(libc::TCP_TIMESTAMP), now as i32);
+    }
+    for option in [libc::SO_SNDBUFFORCE, libc::SO_RCVBUFFORCE] {
+        set_int(cx, socket, (SOL, option), LARGE_BUFFER);
+    }
+    let sent = found.send.len() - (found.unsent as usize).min(found.send.len());
+    for (queue, bytes) in [
+        (tcp::RECEIVE_QUEUE, &found.receive[..]),
+        (tcp::SEND_QUEUE, &found.send[..sent]),
+    ] {
+        set_int(cx, socket, tcp(libc::TCP_REPAIR_QUEUE), queue);
+        for piece in bytes.chunks(PIECE) {
+            let data = cx.batch.data(piece);
+            let args = [
+                socket,
+                data.into(),
+                piece.len().into(),
+                (libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL).into(),
+                Arg::Imm(0),
+                Arg::Imm(0),
+            ];
+            let op = cx.batch.call("sendto(TCP)", libc::SYS_sendto, args);
+            cx.batch.expect(op, piece.len() as i64);
+        }
+    }
+    set_int(cx, socket, tcp(libc::TCP_REPAIR_QUEUE), tcp::NO_QUEUE);
+}
+
+// ---------------------------------------------------------------- waking
+
+/// Connections made on restore, which wait for the last moment.
+#[derive(Default)]
+pub struct Waking {
+    sleepers: Vec<Sleeper>,
+    hold: Option<Hold>,
+}
+
+struct Sleeper {
+    id: FileId,
+    record: Record,
+    socket: Option<OwnedFd>,
+}
+
+impl fmt::Debug for Waking {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} connections", self.sleepers.len())
+    }
+}
+
+/// How long the kernel may take for a packet from ourselves to ourselves.
+const DELIVERY: Duration = Duration::from_secs(5);
+
+impl Waking {
+    /// The connections of an image; their packets are held off from here on.
+    pub fn of_image<'a>(
+        files: impl Iterator<Item = (FileId, &'a OpenFile, &'a RawRecord)>,
+        options: &crate::cx::RestoreOptions,
+    ) -> Result<Waking> {
+        let mut waking = Waking::default();
+        if options.tcp_close || !options.tcp_established {
+            return Ok(waking);
+        }
+        for (id, _, record) in files.filter(|(_, common, _)| common.kind == ABOUT.tag) {
+            let record: Record = ABOUT.decode(record)?;
+            let given = names(record.base.ino)
+                .iter()
+                .any(|n| options.inherit.contains_key(n));
+            if matches!(record.life, Life::Connected(_)) && !given {
+                waking.sleepers.push(Sleeper {
+                    id,
+                    record,
+                    socket: None,
+                });
+            }
+        }
+        if !waking.sleepers.is_empty() && !options.network_unlocked {
+            let all = waking.sleepers.iter().map(Sleeper::connection);
+            waking.hold = Some(Hold::start(all.collect::<Result<_>>()?)?);
+        }
+        Ok(waking)
+    }
+
+    /// Takes our own descriptors for them, once they have their numbers.
+    pub fn take(&mut self, mut get: impl FnMut(FileId) -> Result<OwnedFd>) -> Result<()> {
+        for sleeper in &mut self.sleepers {
+            sleeper.socket = Some(get(sleeper.id)?);
+        }
+        Ok(())
+    }
+
+    /// Makes them live: right before the tree is.
+    pub fn wake(self, image: &str) -> Result<()> {
+        let blame = |sleeper: &Sleeper, e: Error| match sleeper.connection() {
+            Ok(c) => e.on(format!("TCP connection {} to {}", c.local, c.peer)),
+            Err(_) => e,
+        };
+        for sleeper in &self.sleepers {
+            sleeper.close_in().map_err(|e| blame(sleeper, e))?;
+        }
+        if let Some(hold) = self.hold {
+            hold.end(image)?;
+        }
+        for sleeper in &self.sleepers {
+            sleeper.open_up().map_err(|e| blame(sleeper, e))?;
+        }
+        Ok(())
+    }
+}
+
+impl Sleeper {
+    fn connection(&self) -> Result<Connection> {
+        let peer = parse(&self.connected()?.peer);
+        Ok(Connection {
+            local: self.record.base.address()?,
+            peer: peer.ok_or_else(|| Error::corrupt("a connection without its peer"))?,
+        })
+    }
+    fn connected(&self) -> Result<&Connected> {
+        match &self.record.life {
+            Life::Connected(connected) => Ok(connected),
+            _ => Err(Error::bug("a socket that is not connected is woken")),
+        }
+    }
+    fn socket(&self) -> Result<&OwnedFd> {
+        let socket = self.socket.as_ref();
+        socket.ok_or_else(|| Error::bug("a connection that nobody has taken"))
+    }
+    fn set(&self, option: i32, value: i32) -> Result<()> {
+        setsockopt_i32(self.socket()?, libc::SOL_TCP, option, value)
+    }
+
+    /// Brings it into the state it was in, by the packets that led there, and
+    /// sets the window, which those change.
+    fn close_in(&self) -> Result<()> {
+        let found = self.connected()?;
+        let Connection { local, peer } = self.connection()?;
+        let (send_start, _) = found.starts();
+        let scale = found.scales.map_or(0, |(send, _)| send);
+        let window = u16::try_from(found.window[1] >> scale).unwrap_or(u16::MAX);
+        // Where the next byte of the peer's would be, before its FIN.
+        let next = found.receive_seq - u32::from(found.received_fin());
+        if found.state != state::ESTABLISHED {
+            self.window([
+                next.wrapping_sub(1),
+                found.window[1],
+                found.window[2],
+                PIECE as u32,
+                next,
+            ])?;
+        }
+        let segment = |fin, seq, ack| Segment {
+            from: peer,
+            to: local,
+            seq,
+            ack,
+            fin,
+            window,
+        };
+        // With unsent bytes our FIN has not been sent either: it comes after them.
+        if found.sent_fin() && found.state != state::LAST_ACK && found.unsent == 0 {
+            self.shut()?;
+        }
+        if found.received_fin() {
+            segment(true, next, send_start).deliver()?;
+            self.reaches(|now| !matches!(now, state::ESTABLISHED | state::FIN_WAIT1))?;
+        }
+        match found.state {
+            state::LAST_ACK if found.unsent == 0 => self.shut()?,
+            state::FIN_WAIT2 => {
+                segment(false, next, found.send_seq).deliver()?;
+                self.reaches(|now| now == state::FIN_WAIT2)?;
+            }
+            _ => {}
+        }
+        self.window(found.window)
+    }
+
+    fn window(&self, window: [u32; 5]) -> Result<()> {
+        let bytes: Vec<u8> = window.iter().flat_map(|w| w.to_ne_bytes()).collect();
+        let socket = self.socket()?;
+        setsockopt(socket, libc::SOL_TCP, tcp::TCP_REPAIR_WINDOW, &bytes)
+    }
+
+    /// Sends our FIN, to nobody.
+    fn shut(&self) -> Result<()> {
+        self.set(libc::TCP_REPAIR_QUEUE, tcp::SEND_QUEUE)?;
+        self.shutdown(Shutdown::Write)?;
+        self.set(libc::TCP_REPAIR_QUEUE, tcp::NO_QUEUE)
+    }
+
+    fn shutdown(&self, how: Shutdown) -> Result<()> {
+        shutdown(self.socket()?.as_raw_fd(), how)
+            .map_err(|e| Error::syscall("shutdown(TCP)", e as i32))
+    }
+
+    fn reaches(&self, there: impl Fn(u8) -> bool) -> Result<()> {
+        let until = Instant::now() + DELIVERY;
+        loop {
+            let now = tcp::info(self.socket()?)?.state;
+            if there(now) {
+                return Ok(());
+            }
+            if Instant::now() > until {
+                let what = format!("a packet made for it did not arrive (it is in state {now})");
+                return Err(Error::new(Kind::Timeout, what));
+            }
+            std::thread::sleep(Duration::from_micros(50));
+        }
+    }
+
+    /// Lets it talk again.
+    fn open_up(&self) -> Result<()> {
+        let found = self.connected()?;
+        let base = &self.record.base;
+        let socket = self.socket()?;
+        // With a probe: the peer's answer tells what it has.
+        self.set(libc::TCP_REPAIR, tcp::REPAIR_OFF)?;
+        for (level, option, value) in base
+            .options
+            .iter()
+            .filter(|(l, o, _)| options::is_late(*l, *o))
+        {
+            setsockopt(socket, *level, *option, value)?;
+        }
+        let unsent = found.send.len() - (found.unsent as usize).min(found.send.len());
+        let mut rest = &found.send[unsent..];
+        while !rest.is_empty() {
+            let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+            match send(socket.as_raw_fd(), rest, flags) {
+                Ok(n) => rest = &rest[n..],
+                Err(e) => return Err(Error::syscall("send(TCP)", e as i32)),
+            }
+        }
+        if found.sent_fin() && found.unsent > 0 {
+            self.shutdown(Shutdown::Write)?;
+        }
+        if found.deaf {
+            self.shutdown(Shutdown::Read)?;
+        }
+        for (option, value) in options::sizes(base) {
+            setsockopt_i32(socket, SOL, option, value)?;
+        }
+        setsockopt_i32(socket, SOL, libc::SO_REUSEADDR, base.reuse)?;
+        Ok(())
+    }
+}
