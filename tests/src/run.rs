@@ -1,7 +1,7 @@
 //! The harness: starts a program, takes it through a mode and asks it whether everything is as it was.
 
 use crate::compare::differences;
-use crate::programs::{Expect, Program};
+use crate::programs::{Expect, Program, os};
 use crate::snapshot::{Snapshot, children, state_of, tree};
 use crate::tool::{Outcome, freezeframe, freezeframe_with};
 use nix::sys::signal::{Signal, kill};
@@ -68,6 +68,9 @@ pub fn carry(program: &Program, mode: Mode) -> Result<(), String> {
     }
     if program.family == "terminals" {
         own_terminals()?;
+    }
+    if program.family == "tcp" {
+        own_network()?;
     }
     let scene = Scene::new()?;
     let words = [program.full_name(), scene.dir_text()];
@@ -140,6 +143,21 @@ pub fn own_terminals() -> Result<(), String> {
         options,
     )
     .map_err(|e| format!("mount of /dev/pts: {e}"))
+}
+
+/// Gives this thread and what it starts a network of their own, which has a loopback interface: a restore needs the
+/// ports there were, and other tests take ports too. What is left in nf_tables is ours.
+pub fn own_network() -> Result<(), String> {
+    nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET)
+        .map_err(|e| format!("unshare: {e}"))?;
+    os::loopback_up().map_err(|e| format!("lo: {e}"))
+}
+
+/// What holds packets off in this thread's network.
+pub fn rules() -> Result<Vec<String>, String> {
+    freezeframe_sys::nft::Nft::open()
+        .and_then(|mut nft| nft.tables())
+        .map_err(|e| e.to_string())
 }
 
 /// Runs the same test once more as the leader of a session that has a terminal of its own.
@@ -513,6 +531,12 @@ impl Scene {
             && let Err(e) = self.nothing_left()
         {
             faults.push(e);
+        }
+        if program.family == "tcp" {
+            let rules = rules()?;
+            if !rules.is_empty() {
+                faults.push(format!("rules left behind: {rules:?}"));
+            }
         }
         if faults.is_empty() {
             Ok(())

@@ -10,7 +10,7 @@
 )]
 
 mod cx;
-mod os;
+pub(crate) mod os;
 
 mod basic;
 mod beyond;

@@ -42,6 +42,27 @@ pub(crate) fn errno<T>(result: &Result<T>) -> i32 {
         .unwrap_or(0)
 }
 
+/// Makes the loopback interface of this thread's network ready, with its addresses.
+pub(crate) fn loopback_up() -> Result<()> {
+    const UP: u16 = 1;
+    const SIOCSIFFLAGS: usize = 0x8914;
+    let any = [
+        libc::AF_INET as usize,
+        libc::SOCK_DGRAM as usize,
+        0,
+        0,
+        0,
+        0,
+    ];
+    let socket = fd_from(libc::SYS_socket, any)?;
+    // struct ifreq: the name, then the flags.
+    let mut request = [0u8; 40];
+    request[..2].copy_from_slice(b"lo");
+    request[16..18].copy_from_slice(&UP.to_ne_bytes());
+    let args = [raw(&socket), SIOCSIFFLAGS, at(&request), 0, 0, 0];
+    syscall(libc::SYS_ioctl, args).map(drop)
+}
+
 // Processes.
 
 pub(crate) fn getpid() -> i32 {

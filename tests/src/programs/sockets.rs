@@ -400,7 +400,7 @@ fn peer_credentials(cx: &Cx) {
     cx.same("pid, uid, gid", (peer(&a), peer(&b)), spoilt.get());
 }
 
-fn send_fd(by: &OwnedFd, fd: &impl AsRawFd) {
+pub(super) fn send_fd(by: &OwnedFd, fd: &impl AsRawFd) {
     let fds = [fd.as_raw_fd()];
     let message = [nix::sys::socket::ControlMessage::ScmRights(&fds)];
     let data = [std::io::IoSlice::new(b"here")];
@@ -408,7 +408,7 @@ fn send_fd(by: &OwnedFd, fd: &impl AsRawFd) {
     nix::sys::socket::sendmsg::<()>(by.as_raw_fd(), &data, &message, none, None).unwrap();
 }
 
-fn receive_fd(by: &OwnedFd) -> Option<OwnedFd> {
+pub(super) fn receive_fd(by: &OwnedFd) -> Option<OwnedFd> {
     use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
     let mut data = [0u8; 16];
     let mut parts = [std::io::IoSliceMut::new(&mut data)];

@@ -1,6 +1,7 @@
 //! TCP sockets of IPv4 and IPv6.
 
 use super::os;
+use super::sockets::{receive_fd, send_fd};
 use super::{Cx, Program};
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
@@ -75,6 +76,12 @@ pub(super) const PROGRAMS: &[Program] = &[
         "read_end",
         "a connection of which one side reads no more",
         read_end,
+    )
+    .network(ESTABLISHED),
+    Program::new(
+        "in_flight",
+        "one end of a connection, and a listening socket, in messages nobody has received",
+        in_flight,
     )
     .network(ESTABLISHED),
     Program::new(
@@ -718,6 +725,31 @@ fn read_end(cx: &Cx) {
     cx.same("a read", read_for(&mut one, 1), Vec::new());
     cx.check(one.write_all(b"still").is_ok(), || "write".to_owned());
     cx.same("the other way", read_for(&mut other, 5), b"still".to_vec());
+}
+
+fn in_flight(cx: &Cx) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    let mut one = TcpStream::connect(address).unwrap();
+    let other = listener.accept().unwrap().0;
+    one.write_all(b"on the way").unwrap();
+    let (a, b) = os::socketpair(libc::SOCK_SEQPACKET);
+    send_fd(&a, &other);
+    drop(other);
+    send_fd(&a, &listener);
+    drop(listener);
+    cx.ready(|| receive_fd(&b));
+    let (Some(other), Some(listener)) = (receive_fd(&b), receive_fd(&b)) else {
+        return cx.fault("a socket is not there any more".to_owned());
+    };
+    let mut other = TcpStream::from(other);
+    cx.same("queued", read_for(&mut other, 10), b"on the way".to_vec());
+    talk(cx, "later", &mut one, &mut other);
+    let again = TcpStream::connect(address);
+    let accepted = TcpListener::from(listener).accept();
+    cx.check(again.is_ok() && accepted.is_ok(), || {
+        "the listener".to_owned()
+    });
 }
 
 fn closed(cx: &Cx) {

@@ -14,6 +14,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use freezeframe_error::{Error, Result, ResultExt};
 use freezeframe_inject::shell::{Shells, TaskId};
 use freezeframe_inject::{Arg, Batch, OpRef, Replies};
+use freezeframe_kinds::file::inet::tcp::Waking;
 use freezeframe_kinds::model::{FdTable, FileId, ObjectId, OpenFile, Process};
 use freezeframe_kinds::{
     FileItem, Late, PrepareFiles, Prepared, Provided, RestoreFiles, RestoreOptions, Settle, World,
@@ -138,6 +139,7 @@ pub(super) fn restore(
     options: &RestoreOptions,
     objects: &HashMap<ObjectId, OwnedFd>,
     prepared: &Prepared,
+    waking: &mut Waking,
     warnings: &mut Vec<String>,
     elapsed_ns: u64,
 ) -> Result<Late> {
@@ -229,6 +231,7 @@ pub(super) fn restore(
             files.shells.run(task, &batch).on_task(pid)?;
         }
     }
+    waking.take(|id| files.file(id))?;
     Ok(files.late)
 }
 

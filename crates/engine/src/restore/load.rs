@@ -94,16 +94,6 @@ impl Loaded {
             .and_then(|i| self.image.records().get(*i))
     }
 
-    /// A process that holds a file, and a number it has there.
-    pub fn holder(&self, id: FileId) -> Result<(i32, i32)> {
-        let mut all = self.tables.iter().flat_map(|(pid, table)| {
-            let of = table.fds.iter().filter(|e| e.file == id);
-            of.map(|e| (*pid, e.fd))
-        });
-        all.next()
-            .ok_or_else(|| Error::corrupt(format!("file {} is held by nobody", id.0)))
-    }
-
     /// The record of a file's kind.
     pub fn file_record(&self, id: FileId) -> Result<&RawRecord> {
         self.files

@@ -348,20 +348,13 @@ impl<'a> Builder<'a> {
             options,
             &objects,
             &prepared,
+            waking,
             &mut report.warnings,
             elapsed_ns,
         )
         .in_phase(Phase::Rebuild)?;
         // What nobody of the tree has open is closed now, as it was.
         drop(prepared);
-        waking
-            .take(|id| {
-                let (pid, fd) = self.loaded.holder(id)?;
-                let task = tasks.get(&pid).copied();
-                let task = task.ok_or_else(|| Error::bug("a holder that is not there"))?;
-                shells.get_fd(task, fd)
-            })
-            .in_phase(Phase::Rebuild)?;
         for building in buildings {
             if self.events.cancelled() {
                 return Err(crate::freeze::cancelled());

@@ -49,7 +49,7 @@ static ABOUT: About = About {
     manual: "tcp(7), ip(7), ipv6(7)",
     since: "6.0",
     carried: "unbound, bound, listening (backlog); with `--tcp-established` connections in every state an open descriptor can show: sequence numbers, what is queued either way, MSS, window scales, SACK, timestamps, windows, half-closed and closing ones; with `--tcp-close` connections come back closed. Options (reuse, keepalive and its times, no delay, linger, buffer sizes, timeouts, TOS, IPv6 only, bound device, congestion control, classic BPF filter, ...). Packets are held off by nf_tables while the ends do not answer: by a table that goes with us, and between dump and restore by `inet freezeframe-IMAGE`, which the restore deletes, and which holds nothing any more after an hour",
-    refused: "connections without `--tcp-established` or `--tcp-close` (\"an established TCP connection\"), connections being made (\"a TCP connection that is being made (connect(2))\"), connections not accepted yet (\"have not been accepted\"; with `--skip-in-flight` they are reset), connections in flight (\"a TCP connection in flight\"), unread urgent data, unread data of a closed connection, MPTCP and kTLS, eBPF filters. Not carried: congestion window and round-trip times, ECN, BPF programs of a SO_REUSEPORT group, MD5 and AO keys, the error that a failed connection waits to tell",
+    refused: "connections without `--tcp-established` or `--tcp-close` (\"an established TCP connection\"), connections being made (\"a TCP connection that is being made (connect(2))\"), connections not accepted yet (\"have not been accepted\"; with `--skip-in-flight` they are reset), unread urgent data, unread data of a closed connection, MPTCP and kTLS, eBPF filters. Not carried: congestion window and round-trip times, ECN, BPF programs of a SO_REUSEPORT group, MD5 and AO keys, the error that a failed connection waits to tell",
     programs: &[
         "tcp::fresh",
         "tcp::bound",
@@ -67,6 +67,7 @@ static ABOUT: About = About {
         "tcp::closing",
         "tcp::last_ack",
         "tcp::read_end",
+        "tcp::in_flight",
         "tcp::connected_options",
         "tcp::closed",
         "tcp::without",
@@ -263,11 +264,6 @@ fn life(cx: &mut DumpCx<'_>, file: &FileView<'_>) -> Result<Life> {
                     "an established TCP connection (with {peer}) needs --tcp-established, or --tcp-close"
                 )));
             };
-            if file.is_in_flight() {
-                return Err(file.refuse(
-                    "a TCP connection in flight (in a message of a unix socket) is not supported",
-                ));
-            }
             let ulp = fd::getsockopt(ours, libc::SOL_TCP, TCP_ULP, 16).unwrap_or_default();
             if ulp.iter().any(|b| *b != 0) {
                 let name = String::from_utf8_lossy(&ulp)
