@@ -162,11 +162,12 @@ pub fn run(request: &DumpRequest, events: &dyn Events) -> Result<DumpReport> {
                 return Err(release_after(e, frozen));
             }
             events.phase(Phase::Thaw);
+            let ended = tcp.end(&image, &frozen.procs);
             frozen
                 .kill()
                 .in_phase(Phase::Thaw)
                 .map_err(|e| e.leaving(Target::Unknown))?;
-            tcp.outlive(&image)
+            ended
                 .in_phase(Phase::Thaw)
                 .map_err(|e| e.leaving(Target::Killed))?;
             report.frozen = started.elapsed();

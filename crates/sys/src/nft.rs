@@ -11,7 +11,7 @@
 //! that the kernel drops after a time.
 
 use std::net::{IpAddr, SocketAddr};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use freezeframe_error::{Error, Kind, Result, SysExt};
 use nix::errno::Errno;
@@ -316,12 +316,26 @@ impl Nft {
         connections: &[Connection],
         instead_of: &[&str],
     ) -> Result<()> {
+        self.hold_by(name, note, keep, connections, instead_of, plainly)
+    }
+
+    /// The same, the one call that does it being the caller's: it sends the bytes
+    /// by the channel, wherever that is done, and may do more.
+    pub fn hold_by(
+        &mut self,
+        name: &str,
+        note: &str,
+        keep: Keep,
+        connections: &[Connection],
+        instead_of: &[&str],
+        by: impl FnOnce(BorrowedFd<'_>, &[u8]) -> Result<()>,
+    ) -> Result<()> {
         let mut batch = Batch::new(self.sequence);
         for old in instead_of {
             batch.delete(old);
         }
         batch.table(name, note, keep, connections);
-        self.commit(batch, "nf_tables(new table)")
+        self.commit_by(batch, "nf_tables(new table)", by)
     }
 
     /// Deletes a table. `ENOENT`: there is none.
@@ -373,12 +387,21 @@ impl Nft {
         Ok(!any)
     }
 
-    fn commit(&mut self, mut batch: Batch, what: &'static str) -> Result<()> {
+    fn commit(&mut self, batch: Batch, what: &'static str) -> Result<()> {
+        self.commit_by(batch, what, plainly)
+    }
+
+    fn commit_by(
+        &mut self,
+        mut batch: Batch,
+        what: &'static str,
+        by: impl FnOnce(BorrowedFd<'_>, &[u8]) -> Result<()>,
+    ) -> Result<()> {
         let (first, last) = (self.sequence, batch.sequence - 1);
         batch.message(BATCH_END, 0, 0, SUBSYSTEM, &[]);
         self.sequence = batch.sequence;
-        let fd = self.socket.as_raw_fd();
-        send(fd, &batch.bytes, MsgFlags::empty()).map_err(|e| failed(what, e))?;
+        by(self.socket.as_fd(), &batch.bytes)
+            .map_err(|e| failed(what, Errno::from_raw(e.errno().unwrap_or(0))))?;
         let mut failure = None;
         let mut buf = vec![0u8; 64 << 10];
         loop {
@@ -436,6 +459,12 @@ impl Nft {
             }
         }
     }
+}
+
+/// Sends it, and does no more.
+fn plainly(channel: BorrowedFd<'_>, bytes: &[u8]) -> Result<()> {
+    send(channel.as_raw_fd(), bytes, MsgFlags::empty()).sys("send(NETLINK_NETFILTER)")?;
+    Ok(())
 }
 
 /// What a failure means.

@@ -8,12 +8,12 @@
 //! takes the sockets out of repair mode; if it is killed, we do so.
 #![allow(unsafe_code)]
 
-use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 use freezeframe_error::{Error, Kind, Result, SysExt};
 use nix::errno::Errno;
 
-use crate::fd::{getsockopt, getsockopt_i32, ioctl, setsockopt_i32};
+use crate::fd::{getsockopt, getsockopt_i32, ioctl};
 
 const TCP: i32 = libc::IPPROTO_TCP;
 /// TCP_REPAIR: off, and without a probe to the peer (-1).
@@ -330,10 +330,72 @@ where
     }
 }
 
-/// Ends a connection without a word to the peer once the last descriptor is closed.
-/// For sockets whose program is dead.
-pub fn end_silently(socket: OwnedFd) -> Result<()> {
-    setsockopt_i32(&socket, TCP, libc::TCP_REPAIR, REPAIR_ON)
+/// A tree to be ended, its connections, and what is to be said once it is dead.
+struct Ending<'a> {
+    processes: Vec<RawFd>,
+    sockets: Vec<RawFd>,
+    message: Option<(RawFd, &'a [u8])>,
+    /// The first call that failed.
+    failed: Option<Failed>,
+    done: bool,
+}
+
+/// Kills processes by their pidfds and makes their connections end without a word to
+/// the peers, when the last descriptor of each (`sockets`) is closed; then sends a
+/// message. That is done by a process that goes on if we are killed: then all of
+/// it happens or nothing.
+pub fn end_silently(
+    processes: &[BorrowedFd<'_>],
+    sockets: &[OwnedFd],
+    message: Option<(BorrowedFd<'_>, &[u8])>,
+) -> Result<()> {
+    let mut ending = Ending {
+        processes: processes.iter().map(AsRawFd::as_raw_fd).collect(),
+        sockets: sockets.iter().map(AsRawFd::as_raw_fd).collect(),
+        message: message.map(|(fd, bytes)| (fd.as_raw_fd(), bytes)),
+        failed: None,
+        done: false,
+    };
+    in_a_process(&mut ending, end_all)?;
+    if !ending.done {
+        // It was killed: nobody minds if a part is done twice.
+        end_all(&mut ending);
+    }
+    match ending.failed {
+        Some((call, errno)) => Err(Error::syscall(call, errno)),
+        None => Ok(()),
+    }
+}
+
+/// What the process does: nothing here allocates, locks or panics.
+fn end_all(ending: &mut Ending<'_>) {
+    ending.failed = None;
+    for process in &ending.processes {
+        let args = (*process, libc::SIGKILL, 0, 0);
+        // SAFETY: takes numbers, and no siginfo.
+        let done =
+            unsafe { libc::syscall(libc::SYS_pidfd_send_signal, args.0, args.1, args.2, args.3) };
+        if done != 0 && Errno::last_raw() != libc::ESRCH {
+            ending
+                .failed
+                .get_or_insert(("pidfd_send_signal", Errno::last_raw()));
+        }
+    }
+    for socket in &ending.sockets {
+        if let Err(failed) = set(*socket, libc::TCP_REPAIR, REPAIR_ON) {
+            ending.failed.get_or_insert(failed);
+        }
+    }
+    if let Some((channel, bytes)) = ending.message {
+        // SAFETY: the kernel reads `bytes`, of the length stated.
+        let sent = unsafe { libc::send(channel, bytes.as_ptr().cast(), bytes.len(), 0) };
+        if sent < 0 {
+            ending
+                .failed
+                .get_or_insert(("send(NETLINK_NETFILTER)", Errno::last_raw()));
+        }
+    }
+    ending.done = true;
 }
 
 #[cfg(test)]

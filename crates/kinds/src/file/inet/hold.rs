@@ -10,6 +10,8 @@
 //! after an hour: by then peers that had something to say have given up. What is
 //! empty then is deleted by the next dump or restore.
 
+use std::os::fd::BorrowedFd;
+
 use freezeframe_error::{Kind, Result};
 use freezeframe_sys::nft::{Connection, Keep, Nft};
 
@@ -56,13 +58,18 @@ impl Hold {
         })
     }
 
-    /// Goes on without us, until the image is restored.
-    pub fn stay(mut self, image: &str) -> Result<()> {
+    /// Goes on without us, until the image is restored: from when `by` has sent
+    /// the bytes it is given.
+    pub fn stay(
+        mut self,
+        image: &str,
+        by: impl FnOnce(BorrowedFd<'_>, &[u8]) -> Result<()>,
+    ) -> Result<()> {
         let name = format!("{PREFIX}{image}");
         let note = format!("held off until image {image} is restored, or an hour is over");
         let keep = Keep::Seconds(SECONDS);
         self.nft
-            .hold(&name, &note, keep, &self.connections, &[&self.name])
+            .hold_by(&name, &note, keep, &self.connections, &[&self.name], by)
     }
 
     /// Ends, and what was held off for the image too. Other images of the same

@@ -15,7 +15,7 @@
 use std::collections::HashMap;
 use std::fmt;
 use std::net::SocketAddr;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use freezeframe_error::{Error, Kind, Result};
@@ -33,7 +33,7 @@ use super::packet::Segment;
 use super::{Base, SOL, call_with, names, parse, what};
 use crate::about::{About, show};
 use crate::bytes::Bytes;
-use crate::cx::{DumpCx, FileItem, FileKind, FileView, RestoreFiles};
+use crate::cx::{DumpCx, FileItem, FileKind, FileView, ProcView, RestoreFiles};
 use crate::file::pipe::dup_of;
 use crate::model::{FileId, OpenFile};
 
@@ -154,14 +154,24 @@ pub struct Gathered {
 }
 
 impl Gathered {
-    /// To be called when the tree is dead: its connections end without a word
-    /// to their peers, and their packets are held off until `image` is restored.
-    pub fn outlive(self, image: &str) -> Result<()> {
-        if let Some(hold) = self.hold {
-            hold.stay(image)?;
+    /// Kills the tree, whose image is complete, if it has connections: they end
+    /// without a word to their peers, and their packets are held off until `image`
+    /// is restored. All of it or nothing, even if we are killed.
+    ///
+    /// Gives descriptors of the sockets, to be closed when the tree is dead.
+    pub fn end(self, image: &str, tree: &[ProcView]) -> Result<Vec<OwnedFd>> {
+        if self.sockets.is_empty() {
+            return Ok(self.sockets);
         }
-        // Ours are the last descriptors of these sockets.
-        self.sockets.into_iter().try_for_each(tcp::end_silently)
+        let alive = tree.iter().rev().filter(|p| !p.tids.is_empty());
+        let alive: Vec<BorrowedFd<'_>> = alive.map(|p| p.pidfd.as_fd()).collect();
+        match self.hold {
+            Some(hold) => hold.stay(image, |channel, bytes| {
+                tcp::end_silently(&alive, &self.sockets, Some((channel, bytes)))
+            })?,
+            None => tcp::end_silently(&alive, &self.sockets, None)?,
+        }
+        Ok(self.sockets)
     }
 }
 
