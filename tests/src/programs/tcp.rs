@@ -702,7 +702,9 @@ fn both_shut(cx: &Cx) {
         }
     }
     one.shutdown(Shutdown::Write).unwrap();
-    cx.check(cx.until(|| state(&other) == 8), || "CLOSE_WAIT".to_owned());
+    cx.check(cx.until(|| (state(&one), state(&other)) == (5, 8)), || {
+        "CLOSE_WAIT".to_owned()
+    });
     other.shutdown(Shutdown::Write).unwrap();
     cx.ready(|| one.read(&mut [0; 1]));
     cx.same("state", state(&one), 5);
