@@ -364,16 +364,10 @@ fn own_mounts(place: &Path) {
     .unwrap();
 }
 
-#[test]
-fn files_on_an_overlay_and_behind_a_bind_mount() {
-    let scene = Scene::new().unwrap();
-    let place = scene.path("mounts");
-    own_mounts(&place);
-    for name in ["lower", "upper", "work", "merged", "bound"] {
+/// An overlay at `place/merged`, over `place/lower`.
+fn overlay(place: &Path) {
+    for name in ["upper", "work", "merged"] {
         fs::create_dir(place.join(name)).unwrap();
-    }
-    for name in ["read", "written", "deleted", "copied"] {
-        fs::write(place.join("lower").join(name), format!("{name:x<10}")).unwrap();
     }
     let at = |name: &str| place.join(name).to_string_lossy().into_owned();
     let layers = format!(
@@ -382,15 +376,29 @@ fn files_on_an_overlay_and_behind_a_bind_mount() {
         at("upper"),
         at("work")
     );
-    let merged = at("merged");
     mount(
         Some("overlay"),
-        merged.as_str(),
+        at("merged").as_str(),
         Some("overlay"),
         MsFlags::empty(),
         Some(layers.as_str()),
     )
     .unwrap();
+}
+
+#[test]
+fn files_on_an_overlay_and_behind_a_bind_mount() {
+    let scene = Scene::new().unwrap();
+    let place = scene.path("mounts");
+    own_mounts(&place);
+    for name in ["lower", "bound"] {
+        fs::create_dir(place.join(name)).unwrap();
+    }
+    for name in ["read", "written", "deleted", "copied"] {
+        fs::write(place.join("lower").join(name), format!("{name:x<10}")).unwrap();
+    }
+    overlay(&place);
+    let at = |name: &str| place.join(name).to_string_lossy().into_owned();
     let (lower, bound) = (at("lower"), at("bound"));
     mount(
         Some(lower.as_str()),
@@ -465,5 +473,124 @@ fn a_path_under_a_mount_is_refused_by_name() {
         text(&scene, "result"),
         format!("{path} 0123456789 0123456789\n")
     );
+    finish(&scene, &target);
+}
+
+/// A word for `watches.py`.
+fn watch(mask: u32, path: &Path) -> String {
+    format!("{mask}:{}", path.to_string_lossy())
+}
+
+/// Starts `watches.py` and waits until it watches.
+fn start_watching(scene: &Scene, watches: &[String]) -> Target {
+    let words: Vec<&str> = watches.iter().map(String::as_str).collect();
+    let target = start(scene, "watches.py", &words);
+    await_file(scene, "ready", &target);
+    target
+}
+
+/// Ends it, and gives how many events there were of each.
+fn told(scene: &Scene, target: &Target) -> Vec<u32> {
+    say(scene, "stop");
+    scene
+        .await_exit(target)
+        .unwrap_or_else(|e| panic!("{e}\n{}", scene.complaints()));
+    let counts = text(scene, "result");
+    counts.split(' ').map(|n| n.parse().unwrap()).collect()
+}
+
+#[test]
+fn a_search_for_what_is_watched_is_one_and_tells_the_tree_nothing() {
+    let (scene, outside) = (Scene::new().unwrap(), Scene::new().unwrap());
+    let place = scene.path("mounts");
+    own_mounts(&place);
+    let within = place.join("lower/told/within");
+    fs::create_dir_all(&within).unwrap();
+    fs::write(within.join("file"), "").unwrap();
+    for n in 0..20 {
+        let directory = place.join(format!("lower/d{n}"));
+        fs::create_dir(&directory).unwrap();
+        fs::write(directory.join("file"), "").unwrap();
+    }
+    // It knows no file handles.
+    overlay(&place);
+    let merged = place.join("merged");
+    let (told_of, within) = (merged.join("told"), merged.join("told/within"));
+    let directories: Vec<PathBuf> = (0..20).map(|n| merged.join(format!("d{n}"))).collect();
+    let files = directories.iter().map(|d| d.join("file"));
+    let mut watches: Vec<String> = files.map(|f| watch(libc::IN_MODIFY, &f)).collect();
+    watches.push(watch(libc::IN_ALL_EVENTS, &told_of));
+    let target = start_watching(&scene, &watches);
+
+    let all = [
+        &[merged][..],
+        &directories,
+        &[told_of.clone(), within.clone()],
+    ]
+    .concat();
+    let opens: Vec<String> = all.iter().map(|d| watch(libc::IN_OPEN, d)).collect();
+    let watcher = start_watching(&outside, &opens);
+    leave_running(&scene, &target, &[]);
+    let opened = told(&outside, &watcher);
+    assert!(opened.iter().all(|n| *n <= 1), "{opened:?}");
+    assert!(opened.iter().sum::<u32>() > 15, "{opened:?}");
+    assert_eq!(opened[21..], [0, 0]);
+    let target = cycle(&scene, &target, &[]);
+    assert_eq!(told(&scene, &target), [0; 21]);
+
+    // What can only be found where the tree would be told is refused.
+    for name in ["ready", "stop"] {
+        fs::remove_file(scene.path(name)).unwrap();
+    }
+    let watches = [
+        watch(libc::IN_ALL_EVENTS, &told_of),
+        watch(libc::IN_MODIFY, &within.join("file")),
+    ];
+    let target = start_watching(&scene, &watches);
+    let refused = scene.dump_pid(target.pid, "no", &[]).unwrap();
+    let refused = refused.must_exit(1).unwrap();
+    let words = "the path of inotify watch 2 cannot be found";
+    assert!(refused.stderr.contains(words), "{}", refused.stderr);
+    assert_eq!(told(&scene, &target), [0, 0]);
+    scene.nothing_left().unwrap();
+}
+
+#[test]
+fn a_watch_on_a_file_that_only_others_keep_is_refused_by_name() {
+    let scene = Scene::new().unwrap();
+    let path = scene.path("file");
+    let kept = File::create(&path).unwrap();
+    let target = start_watching(&scene, &[watch(libc::IN_MODIFY, &path)]);
+    fs::remove_file(&path).unwrap();
+    let refused = scene.dump_pid(target.pid, "no", &[]).unwrap();
+    let refused = refused.must_exit(1).unwrap();
+    let words = "inotify watch 1 is on a deleted file that the tree does not have open";
+    assert!(refused.stderr.contains(words), "{}", refused.stderr);
+    drop(kept);
+    finish(&scene, &target);
+}
+
+#[test]
+fn a_working_directory_under_a_mount_is_refused_by_name() {
+    let scene = Scene::new().unwrap();
+    let place = scene.path("mounts");
+    own_mounts(&place);
+    let below = place.join("below");
+    fs::create_dir(&below).unwrap();
+    let path = below.to_string_lossy().into_owned();
+    let script = "import os, sys, time\n\
+        os.chdir(sys.argv[2])\n\
+        open(sys.argv[1] + '/ready', 'w').close()\n\
+        while not os.path.exists(sys.argv[1] + '/stop'):\n    time.sleep(0.002)\n";
+    let words = [PYTHON, "-c", script, &scene.dir_text(), &path];
+    let target = scene.start_other(&words).unwrap();
+    await_file(&scene, "ready", &target);
+    let tmpfs = Some("tmpfs");
+    mount(tmpfs, &below, tmpfs, MsFlags::empty(), NOTHING).unwrap();
+    let refused = scene.dump_pid(target.pid, "no", &[]).unwrap();
+    let refused = refused.must_exit(1).unwrap();
+    for words in ["it is not what its path leads to", &path] {
+        assert!(refused.stderr.contains(words), "{}", refused.stderr);
+    }
     finish(&scene, &target);
 }

@@ -16,6 +16,7 @@ use nix::fcntl::OFlag;
 
 use crate::about::About;
 use crate::file::inet::tcp;
+use crate::file::search::Searches;
 use crate::file::terminal::Ptys;
 use crate::model::{self, FileId, ObjectId};
 
@@ -436,6 +437,7 @@ pub struct DumpCx<'a> {
     devices: HashMap<u64, Vec<InodeFile>>,
     ptys: Option<Ptys>,
     waiting: HashMap<FileId, Vec<Waiting>>,
+    pub(crate) searches: Searches,
 }
 
 /// What waits in a file that other files can wait in, too (the queue of a unix socket).
@@ -465,6 +467,7 @@ impl<'a> DumpCx<'a> {
             devices: HashMap::new(),
             ptys: None,
             waiting: HashMap::new(),
+            searches: Searches::default(),
         }
     }
 
@@ -516,6 +519,7 @@ impl<'a> DumpCx<'a> {
     /// For the engine: makes a file known by its inode. Called for every file,
     /// in the order of their ids, before any is dumped.
     pub fn see(&mut self, file: &FileView<'_>) {
+        self.searches.see(file);
         let seen = InodeFile {
             id: file.id,
             flags: file.info.flags,

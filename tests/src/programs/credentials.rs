@@ -218,7 +218,7 @@ fn threads_differ(cx: &Cx) {
 }
 
 /// capset(2) of the calling thread: effective, permitted, inheritable.
-fn set_caps(effective: u64, permitted: u64, inheritable: u64) {
+pub(super) fn set_caps(effective: u64, permitted: u64, inheritable: u64) {
     let header = [0x2008_0522u32, 0];
     let low = |v: u64| v as u32;
     let high = |v: u64| (v >> 32) as u32;

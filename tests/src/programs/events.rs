@@ -1,7 +1,7 @@
 //! Descriptors that tell of events: eventfd, epoll, signalfd, timerfd, inotify, pidfd.
 
 use super::os::{self, errno};
-use super::{Cx, Program};
+use super::{Cx, Program, credentials};
 use std::fs;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
@@ -131,6 +131,12 @@ pub(super) const PROGRAMS: &[Program] = &[
         fanotify_permission,
     )
     .refused("permission"),
+    Program::new(
+        "fanotify_unprivileged",
+        "a fanotify group of a process without CAP_SYS_ADMIN",
+        fanotify_unprivileged,
+    )
+    .refused("fanotify without CAP_SYS_ADMIN"),
     Program::new(
         "pidfd",
         "a pidfd of a child, of the parent and of the process itself",
@@ -1065,6 +1071,15 @@ fn fanotify_queued(cx: &Cx) {
 
 fn fanotify_permission(cx: &Cx) {
     let fd = new_fanotify(4);
+    cx.ready(|| os::fcntl(&fd, libc::F_SETFD, 0));
+    cx.check(os::cloexec(&fd), || "close-on-exec".to_owned());
+}
+
+fn fanotify_unprivileged(cx: &Cx) {
+    let fd = new_fanotify(0);
+    let caps = |name| u64::from_str_radix(&os::status_line("self", name), 16).unwrap();
+    let sys_admin = 1 << 21;
+    credentials::set_caps(caps("CapEff") & !sys_admin, caps("CapPrm"), caps("CapInh"));
     cx.ready(|| os::fcntl(&fd, libc::F_SETFD, 0));
     cx.check(os::cloexec(&fd), || "close-on-exec".to_owned());
 }

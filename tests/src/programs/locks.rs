@@ -39,6 +39,20 @@ pub(super) const PROGRAMS: &[Program] = &[
         deleted_file,
     )
     .file_locks(),
+    Program::new(
+        "lease_being_broken",
+        "a lease that somebody waits for",
+        lease_being_broken,
+    )
+    .file_locks()
+    .refused("a lease that is being broken"),
+    Program::new(
+        "lease_of_deleted_file",
+        "a lease on a file whose name is gone",
+        lease_of_deleted_file,
+    )
+    .file_locks()
+    .refused("a lease on a file without a name"),
     Program::new("many", "300 record locks, on files and a FIFO", many).file_locks(),
 ];
 
@@ -249,6 +263,37 @@ fn lease(cx: &Cx) {
         libc::EWOULDBLOCK,
     );
     os::fcntl(&read, F_SETLEASE, libc::F_UNLCK as usize).unwrap();
+}
+
+fn lease_being_broken(cx: &Cx) {
+    let path = cx.path("file");
+    fs::write(&path, "x").unwrap();
+    let file = os::open(&path, libc::O_RDWR).unwrap();
+    // SIGIO would end it.
+    let mask = 1u64 << (libc::SIGIO - 1);
+    let args = [libc::SIG_BLOCK as usize, os::at(&mask), 0, 8, 0, 0];
+    os::syscall(libc::SYS_rt_sigprocmask, args).unwrap();
+    os::fcntl(&file, F_SETLEASE, libc::F_WRLCK as usize).unwrap();
+    let opened = os::open(&path, libc::O_RDONLY | libc::O_NONBLOCK);
+    assert_eq!(errno(&opened), libc::EWOULDBLOCK);
+    cx.ready(|| os::fcntl(&file, F_SETLEASE, libc::F_UNLCK as usize));
+    let opened = os::open(&path, libc::O_RDONLY | libc::O_NONBLOCK);
+    cx.same("errno of an open", errno(&opened), libc::EWOULDBLOCK);
+    drop(os::fcntl(&file, F_SETLEASE, libc::F_UNLCK as usize));
+    cx.check(os::open(&path, libc::O_RDONLY).is_ok(), || {
+        "it cannot be opened".to_owned()
+    });
+}
+
+fn lease_of_deleted_file(cx: &Cx) {
+    let path = cx.path("file");
+    fs::write(&path, "x").unwrap();
+    let file = os::open(&path, libc::O_RDONLY).unwrap();
+    fs::remove_file(&path).unwrap();
+    os::fcntl(&file, F_SETLEASE, libc::F_RDLCK as usize).unwrap();
+    cx.ready(|| os::fcntl(&file, F_SETLEASE, libc::F_UNLCK as usize));
+    let lease = os::fcntl(&file, F_GETLEASE, 0).unwrap() as i32;
+    cx.same("the lease", lease, libc::F_RDLCK);
 }
 
 fn shared_with_child(cx: &Cx) {

@@ -35,6 +35,7 @@ static ABOUT: About = About {
         "events::fanotify_mount",
         "events::fanotify_queued",
         "events::fanotify_permission",
+        "events::fanotify_unprivileged",
         "unix::fanotify_in_flight",
     ],
     show: show::<Record>,
@@ -81,7 +82,7 @@ fn group_line(line: &str) -> Option<(u32, u32)> {
 
 /// A mark of a line of fdinfo.
 fn mark(
-    cx: &DumpCx<'_>,
+    cx: &mut DumpCx<'_>,
     file: &FileView<'_>,
     mounts: &[Mount],
     line: &str,

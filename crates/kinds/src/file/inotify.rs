@@ -26,7 +26,7 @@ static ABOUT: About = About {
     manual: "inotify(7)",
     since: "",
     carried: "watches with their numbers and masks, on files by their paths, wherever those are now, and on files without a name that the tree has open",
-    refused: "events not yet read (\"inotify events that were not read yet are not supported\"), a watch on a file whose name is gone, open nowhere in the tree (\"inotify watch 3 is on a deleted file that the tree does not have open\"), one whose path cannot be found again (\"the path of inotify watch 3 cannot be found\")",
+    refused: "events not yet read (\"inotify events that were not read yet are not supported\"), a watch on a file whose name is gone, open nowhere in the tree (\"inotify watch 3 is on a deleted file that the tree does not have open\"), one whose path cannot be found again: on file systems without file handles (overlay) by a search of 50000 names or 1 s at most, of no directory that the tree is told of being opened (\"the path of inotify watch 3 cannot be found\")",
     programs: &[
         "events::inotify",
         "events::inotify_queued",

@@ -11,6 +11,7 @@ pub mod memfd;
 pub mod pidfd;
 pub mod pipe;
 pub mod regular;
+pub(crate) mod search;
 pub mod signalfd;
 pub mod terminal;
 pub mod timerfd;

@@ -38,7 +38,7 @@ static ABOUT: About = About {
     manual: "unlink(2), rmdir(2), open(2) O_TMPFILE",
     since: "",
     carried: "regular files up to `--ghost-limit` (1 MiB by default, holes not counted): contents with holes, mode, owner, times, extended attributes, flags and position; directories; O_PATH descriptors of both; also where the directories above are gone; with `--link-remap` a file that has other names",
-    refused: "a larger one (\"a deleted file of 5 bytes is larger than --ghost-limit\"), one that has other names (\"a deleted file that has other names is not supported without --link-remap\"), one with a lease",
+    refused: "a larger one (\"a deleted file of 5 bytes is larger than --ghost-limit\"), one that has other names (\"a deleted file that has other names is not supported without --link-remap\"), one with a lease (\"a lease on a file without a name is not supported\")",
     programs: &[
         "files::deleted",
         "files::tmpfile",
@@ -54,6 +54,7 @@ static ABOUT: About = About {
         "ghosts::tmpfile_linked_later",
         "ghosts::other_names",
         "ghosts::other_names_without_flag",
+        "locks::lease_of_deleted_file",
     ],
     show: show::<Record>,
 };

@@ -2,10 +2,9 @@
 //! file system and file handle, but no path.
 //!
 //! The path is found again through the handle, or, where the file system has
-//! none, by a search of it. A file whose name is gone is watched through a
+//! none, by a search of it (`super::search`). A file whose name is gone is watched through a
 //! descriptor that the tree has for it.
 
-use std::collections::VecDeque;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -66,14 +65,11 @@ pub(super) fn is_on(sdev: u32, mount: &Mount) -> bool {
     (mount.dev_major, mount.dev_minor) == (sdev >> 20, sdev & 0xf_ffff)
 }
 
-/// How many names are looked at in search of a file without a handle.
-const MOST_SEARCHED: usize = 50_000;
-
 impl Inode {
     /// Finds a way to it. `what` is who watches, for the refusal: `inotify watch 3`.
     pub(super) fn find(
         &self,
-        cx: &DumpCx<'_>,
+        cx: &mut DumpCx<'_>,
         file: &FileView<'_>,
         mounts: &[Mount],
         what: &str,
@@ -103,13 +99,10 @@ impl Inode {
                 "{what} is on a deleted file that the tree does not have open"
             )));
         }
-        for mount in mounts {
-            let point = Path::new(std::ffi::OsStr::from_bytes(&mount.mount_point));
-            if let Some(path) = self.by_search(point) {
-                return Ok(Target::Path(path.as_os_str().as_bytes().to_vec()));
-            }
+        match cx.searches.find(self, &mounts) {
+            Some(path) => Ok(Target::Path(path.as_os_str().as_bytes().to_vec())),
+            None => Err(file.refuse(format!("the path of {what} cannot be found"))),
         }
-        Err(file.refuse(format!("the path of {what} cannot be found")))
     }
 
     /// The path the kernel shows for it, and what it is.
@@ -123,36 +116,6 @@ impl Inode {
     /// Whether the path leads to it.
     fn is_at(&self, path: &Path) -> bool {
         path.symlink_metadata().is_ok_and(|s| s.ino() == self.ino)
-    }
-
-    fn by_search(&self, point: &Path) -> Option<PathBuf> {
-        let dev = point.symlink_metadata().ok()?.dev();
-        if self.is_at(point) {
-            return Some(point.to_path_buf());
-        }
-        let mut dirs = VecDeque::from([point.to_path_buf()]);
-        let mut looked = 0;
-        while let Some(dir) = dirs.pop_front() {
-            for entry in std::fs::read_dir(&dir).into_iter().flatten().flatten() {
-                looked += 1;
-                if looked > MOST_SEARCHED {
-                    return None;
-                }
-                let Ok(stat) = entry.path().symlink_metadata() else {
-                    continue;
-                };
-                if stat.dev() != dev {
-                    continue;
-                }
-                if stat.ino() == self.ino {
-                    return Some(entry.path());
-                }
-                if stat.is_dir() {
-                    dirs.push_back(entry.path());
-                }
-            }
-        }
-        None
     }
 }
 

@@ -42,6 +42,7 @@ static ABOUT: About = About {
         "locks::waiting",
         "locks::without_flag",
         "locks::deleted_file",
+        "locks::lease_being_broken",
         "locks::many",
     ],
     show: show::<Record>,
