@@ -11,14 +11,17 @@ use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
-use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use freezeframe_image::{Header, ImageWriter};
+use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
+use freezeframe_image::{Header, Image, ImageWriter};
 use freezeframe_pages::{
-    Compression, Compressor, PAGE, PageDumper, PageOptions, Range, Source, is_zero,
+    Compression, Compressor, Destination, Filler, PAGE, PageDumper, PageOptions, PageReader, Range,
+    Source, Use, is_zero,
 };
 use freezeframe_sys::Pid;
 use freezeframe_sys::mem::vm_readv;
+use freezeframe_sys::mmap::Buffer;
 use freezeframe_sys::pagemap::Categories;
+use tempfile::TempDir;
 use xxhash_rust::xxh3::xxh3_64;
 
 /// What stays in a core's second-level cache.
@@ -144,14 +147,19 @@ fn compress(c: &mut Criterion) {
 
 /// One dump of memory of ours into a directory of tmpfs.
 fn dump(range: &Range, options: &PageOptions) -> u64 {
-    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    dump_into(&tempfile::tempdir_in("/dev/shm").unwrap(), range, options)
+}
+
+fn dump_into(dir: &TempDir, range: &Range, options: &PageOptions) -> u64 {
     let mut writer = ImageWriter::create(dir.path(), Header::new()).unwrap();
     let mut dumper = PageDumper::new(&mut writer, options.clone()).unwrap();
     let source = Arc::new(Source::open(Pid::this()).unwrap());
     let ranges = std::slice::from_ref(range);
     dumper.add_private(source, 1, ranges, None).unwrap();
     dumper.capture(&mut writer, false, &mut |_| Ok(())).unwrap();
-    dumper.finish(&mut writer).unwrap().written
+    let written = dumper.finish(&mut writer).unwrap().written;
+    writer.commit(false).unwrap();
+    written
 }
 
 fn transfer(c: &mut Criterion) {
@@ -208,6 +216,65 @@ fn transfer(c: &mut Criterion) {
     group.finish();
 }
 
+/// The parts of an image of `from`, moved to as much memory at `to`.
+fn moved(reader: &PageReader, from: &Range, to: u64) -> Vec<Use> {
+    let mut uses = reader.uses(1, from.clone()).unwrap();
+    for part in uses.iter_mut().flat_map(|one| &mut one.to) {
+        part.addr = part.addr - from.start + to;
+    }
+    uses
+}
+
+fn restore(c: &mut Criterion) {
+    let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
+    let mut group = c.benchmark_group("restore");
+    group.sample_size(10);
+    for (what, memory) in [("noise", noise(LARGE)), ("text", text(LARGE))] {
+        let range = pages_of(&memory);
+        let len = (range.end - range.start) as usize;
+        group.throughput(Throughput::Bytes(len as u64));
+        let fresh = || Buffer::new(len).unwrap();
+        let hows: &[&str] = match what {
+            "noise" => &["none"],
+            _ => &["lz4", "zstd"],
+        };
+        for how in hows {
+            let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+            let options = PageOptions {
+                compression: how.parse().unwrap(),
+                ..PageOptions::default()
+            };
+            dump_into(&dir, &range, &options);
+            let reader = Arc::new(PageReader::open(&Image::open(dir.path()).unwrap()).unwrap());
+            let into = Destination::Vm(Pid::this());
+            for threads in [1, cores] {
+                let mut filler = Filler::new(Arc::clone(&reader), threads);
+                group.bench_function(format!("{what}, {how}, threads: {threads}"), |b| {
+                    let fill = |to: Buffer| {
+                        let uses = moved(&reader, &range, to.as_ptr() as u64);
+                        filler.fill_now(&into, uses, false).unwrap();
+                        to
+                    };
+                    b.iter_batched(fresh, fill, BatchSize::PerIteration);
+                });
+            }
+            group.bench_function(format!("{what}, {how}, checksums alone"), |b| {
+                b.iter(|| reader.verify_all(cores).unwrap());
+            });
+        }
+        if what == "noise" {
+            group.bench_function("limit: memcpy into fresh memory", |b| {
+                let copy = |mut to: Buffer| {
+                    to.copy_from_slice(&memory[..len]);
+                    to
+                };
+                b.iter_batched(fresh, copy, BatchSize::PerIteration);
+            });
+        }
+    }
+    group.finish();
+}
+
 /// Enough for a table that tells a regression from noise; `BENCH_SHORT` for CI.
 fn limits() -> Criterion {
     let short = std::env::var_os("BENCH_SHORT").is_some();
@@ -222,6 +289,6 @@ fn limits() -> Criterion {
 criterion_group! {
     name = pages;
     config = limits();
-    targets = scan, classify, checksum, compress, transfer
+    targets = scan, classify, checksum, compress, transfer, restore
 }
 criterion_main!(pages);

@@ -168,6 +168,7 @@ pub(crate) static OPTIONS: &[Opt] = &[
     opt("feature", "Check for this one feature; 'list' lists them").takes("NAME").on(&[Check]).repeats(),
     opt("extra", "Check also what only some programs need").on(&[Check]),
     opt("experimental", "Check also what is not used yet").on(&[Check]),
+    opt("svg", "Draw what the image is made of and the address spaces into this file (-: stdout), instead of printing").takes("FILE").on(&[Inspect]),
     opt("all", "Everything: every feature, every VMA and attribute").on(&[Check, Inspect]),
     opt("ms", "Skip checks of features that are not in mainline").on(&[Check]).moot("only features of the mainline kernel are used"),
     // support

@@ -583,6 +583,17 @@ fn inspect_shows_the_tree_to_people_and_machines() {
     }
     let all = text(&freezeframe(&["inspect", &image, "--all"]).stdout);
     assert!(all.contains("[vdso]") && all.contains("sigaction"), "{all}");
+    let drawn = freezeframe(&["inspect", &image, "--svg", "-"]);
+    let drawn = text(&drawn.stdout);
+    let head = format!("{} python3: ", victim.pid());
+    for what in ["<svg ", &head, "[heap]", "zeros", "</svg>"] {
+        assert!(drawn.contains(what), "{what}: {drawn}");
+    }
+    let path = format!("{image}/drawing.svg");
+    let written = freezeframe(&["inspect", &image, "--svg", &path]);
+    assert!(written.status.success() && written.stdout.is_empty());
+    assert_eq!(std::fs::read_to_string(&path).unwrap(), drawn);
+    std::fs::remove_file(path).unwrap();
     let v = json(&freezeframe(&["inspect", "--json", &image]));
     let process = &v["processes"][0];
     assert_eq!(process["pid"].to_string(), victim.pid());

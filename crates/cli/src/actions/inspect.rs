@@ -1,7 +1,8 @@
-//! `inspect`: what is in an image, as a tree for people or JSON for machines.
+//! `inspect`: what is in an image, as a tree or a drawing for people or JSON for machines.
 //! Reads only; an image from anybody may be looked at.
 
 mod composition;
+mod drawing;
 mod json;
 mod tree;
 
@@ -26,7 +27,9 @@ pub(crate) fn run(line: &Line) -> Result<i32, Stop> {
     super::say_ignored(line, &log);
     let as_json = line.has("json");
     let shown = Shown::open(&line.images_dir()).and_then(|shown| {
-        if as_json {
+        if let Some(path) = line.value("svg") {
+            drawing::write(&shown, Path::new(path), line.has("all"))?;
+        } else if as_json {
             outcome::print(&json::value(&shown)?);
         } else {
             tree::print(&shown, line.has("all"))?;

@@ -21,8 +21,17 @@ pub(super) enum Class {
 }
 
 impl Class {
+    /// Each of them, in the order they are shown in.
+    pub(super) const ALL: [Class; 5] = [
+        Class::Heap,
+        Class::Stack,
+        Class::Anonymous,
+        Class::File,
+        Class::Object,
+    ];
+
     /// `None` for one of which nothing is ever stored.
-    fn of(vma: &Vma) -> Option<Class> {
+    pub(super) fn of(vma: &Vma) -> Option<Class> {
         match vma.contents {
             Contents::Elsewhere => None,
             Contents::Object => Some(Class::Object),
@@ -35,7 +44,16 @@ impl Class {
         }
     }
 
-    fn name(self) -> &'static str {
+    /// One word.
+    pub(super) fn short(self) -> &'static str {
+        match self {
+            Class::File => "file",
+            Class::Object => "object",
+            other => other.name(),
+        }
+    }
+
+    pub(super) fn name(self) -> &'static str {
         match self {
             Class::Heap => "heap",
             Class::Stack => "stack",
@@ -50,9 +68,9 @@ impl Class {
 pub(super) struct Part {
     pid: i32,
     comm: String,
-    class: Class,
+    pub(super) class: Class,
     vmas: u64,
-    stats: PageStats,
+    pub(super) stats: PageStats,
 }
 
 /// All parts, in the order of the processes. What several processes map is the
