@@ -11,9 +11,11 @@ use freezeframe_tests::run::{Scene, Target, program_binary};
 use freezeframe_tests::snapshot::Snapshot;
 use freezeframe_tests::tool::{Outcome, freezeframe};
 use nix::sys::signal::{Signal, kill};
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+use nix::sys::socket::{
+    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, listen, socket, socketpair,
+};
 use nix::unistd::Pid;
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
@@ -222,8 +224,64 @@ fn a_datagram_socket_connected_to_the_outside_needs_a_word() {
         refused.stderr
     );
     echo("two");
-    dump(&scene, &mut child, &["--ext-unix-sk"]);
+    // Of the sockets with these numbers alone.
+    let number = fs::read_link(format!("/proc/{pid}/fd/0")).unwrap();
+    let number = number.to_str().unwrap().trim_start_matches("socket:");
+    let number = number.trim_matches(['[', ']']).parse::<u64>().unwrap();
+    let others = format!("--ext-unix-sk={}", number + 1);
+    let refused = scene.dump_pid(pid, "no", &[&others]).unwrap();
+    let refused = refused.must_exit(1).unwrap();
+    assert!(refused.stderr.contains("without --ext-unix-sk"));
+    let its = format!("--ext-unix-sk={},{number}", number + 1);
+    dump(&scene, &mut child, &[&its]);
     let (target, _) = scene.restore_pid(pid, "img", &["--ext-unix-sk"]).unwrap();
     echo("three");
+    kill(Pid::from_raw(target.pid), Signal::SIGKILL).unwrap();
+}
+
+#[test]
+fn connections_from_outside_that_wait_are_left_out_on_a_word() {
+    let scene = Scene::new().unwrap();
+    let new = || {
+        let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
+        socket(AddressFamily::Unix, SockType::Stream, flags, None).unwrap()
+    };
+    let name = UnixAddr::new(&scene.path("s")).unwrap();
+    let listener = new();
+    bind(listener.as_raw_fd(), &name).unwrap();
+    // One may wait.
+    listen(&listener, Backlog::new(0).unwrap()).unwrap();
+    let number = inode(&listener);
+    let mut command = Command::new(program_binary());
+    command
+        .args(["exec", "/bin/sleep", "1000"])
+        .stdin(listener)
+        .stdout(Stdio::null())
+        .stderr(Stdio::null());
+    let mut child = command.current_dir("/").spawn().unwrap();
+    drop(command);
+    let one_may_connect = || {
+        let waits = new();
+        connect(waits.as_raw_fd(), &name).unwrap();
+        let another = connect(new().as_raw_fd(), &name);
+        assert_eq!(another, Err(nix::errno::Errno::EAGAIN));
+        waits
+    };
+    let waits = one_may_connect();
+    let pid = child.id() as i32;
+    let others = format!("--ext-unix-sk={}", number + 1);
+    for more in [&[][..], &[&*others]] {
+        let refused = scene.dump_pid(pid, "no", more).unwrap();
+        let refused = refused.must_exit(1).unwrap();
+        let words = "a connection from outside the tree waits to be accepted: not supported without --ext-unix-sk";
+        assert!(refused.stderr.contains(words), "{}", refused.stderr);
+    }
+    let its = format!("--ext-unix-sk={number}");
+    let outcome = dump(&scene, &mut child, &[&its]);
+    let words = "a connection from outside the tree that waits to be accepted is left out";
+    assert!(outcome.stderr.contains(words), "{}", outcome.stderr);
+    drop(waits);
+    let (target, _) = scene.restore_pid(pid, "img", &[]).unwrap();
+    one_may_connect();
     kill(Pid::from_raw(target.pid), Signal::SIGKILL).unwrap();
 }

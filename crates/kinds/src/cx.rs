@@ -2,8 +2,10 @@
 
 use std::cell::OnceCell;
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::ffi::CString;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use freezeframe_error::{Error, Result};
 use freezeframe_image::RawRecord;
@@ -744,6 +746,52 @@ pub struct Late {
     pub leftovers: BTreeMap<PathBuf, (u64, u64)>,
     /// Positions of files whose contents are made when they are sought (/proc).
     pub positions: Vec<(FileId, u64)>,
+    /// Files that stay only if the tree runs.
+    pub placed: Vec<Placed>,
+}
+
+impl Late {
+    /// The tree runs: what has been put into its place stays there.
+    pub fn keep(self) {
+        self.placed.into_iter().for_each(Placed::keep);
+    }
+}
+
+/// A file that a restore has put into its place, where programs find it. Removed
+/// again when dropped, for a restore that fails.
+#[derive(Debug)]
+pub struct Placed {
+    directory: Arc<OwnedFd>,
+    name: CString,
+    inode: FileStat,
+    stays: bool,
+}
+
+impl Placed {
+    /// Of the file `name` in a directory, with what the kernel tells of it.
+    pub fn new(directory: Arc<OwnedFd>, name: CString, inode: FileStat) -> Placed {
+        Placed {
+            directory,
+            name,
+            inode,
+            stays: false,
+        }
+    }
+    /// It stays.
+    pub fn keep(mut self) {
+        self.stays = true;
+    }
+}
+
+impl Drop for Placed {
+    fn drop(&mut self) {
+        use nix::unistd::{UnlinkatFlags, unlinkat};
+        let (directory, name) = (&*self.directory, self.name.as_c_str());
+        let there = || freezeframe_sys::fd::stat_at(directory, name, false);
+        if !self.stays && there().is_ok_and(|there| there.same_file(&self.inode)) {
+            let _ = unlinkat(directory, name, UnlinkatFlags::NoRemoveDir);
+        }
+    }
 }
 
 /// A file a kind has made.
@@ -930,6 +978,8 @@ pub trait Settle {
 pub trait World {
     /// Options.
     fn options(&self) -> &RestoreOptions;
+    /// The image's tree.
+    fn tree(&self) -> &model::Tree;
     /// The image's processes.
     fn processes(&self) -> &[model::Process];
     /// The processes that hold a file; none if it is in flight.
@@ -946,6 +996,8 @@ pub trait World {
     /// A duplicate, of ours, of any file made: of its own kind at once, of
     /// others when settling.
     fn file(&mut self, id: FileId) -> Result<OwnedFd>;
+    /// What is to be done at the very end.
+    fn late(&mut self) -> &mut Late;
     /// Something the caller should know.
     fn warn(&mut self, text: String);
 }

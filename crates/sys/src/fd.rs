@@ -273,6 +273,18 @@ pub fn start_writeback(fd: impl AsFd, offset: u64, len: u64) -> Result<()> {
     }
 }
 
+/// Takes the lock of an open file for writing (flock(2)) until it is closed everywhere;
+/// false if another open file has one. An error where the file system has none.
+pub fn try_flock(fd: impl AsFd) -> Result<bool> {
+    // SAFETY: flock touches no memory.
+    let done = unsafe { libc::flock(fd.as_fd().as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) };
+    match done {
+        0 => Ok(true),
+        _ if nix::errno::Errno::last() == nix::errno::Errno::EWOULDBLOCK => Ok(false),
+        _ => Err(Error::last_os("flock")),
+    }
+}
+
 /// Capacity of a pipe in bytes.
 pub fn pipe_size(fd: impl AsFd) -> Result<usize> {
     let size = nix::fcntl::fcntl(fd, FcntlArg::F_GETPIPE_SZ).sys("fcntl(F_GETPIPE_SZ)")?;

@@ -50,8 +50,7 @@ pub(super) const PROGRAMS: &[Program] = &[
         "rights_in_flight",
         "descriptors on their way in a message",
         rights_in_flight,
-    )
-    .carried_or_refused("SCM_RIGHTS"),
+    ),
     Program::new(
         "peek_offset",
         "SO_PEEK_OFF, as set by the program",

@@ -128,6 +128,11 @@ pub(super) const PROGRAMS: &[Program] = &[
         credentials,
     ),
     Program::new(
+        "credentials_of_strangers",
+        "SCM_CREDENTIALS of a process outside the tree, and of one that has ended",
+        credentials_of_strangers,
+    ),
+    Program::new(
         "options",
         "options of sockets with names, a filter",
         options,
@@ -1118,6 +1123,33 @@ fn credentials(cx: &Cx) {
     os::write(&a, b"x").unwrap();
     cx.same("name of the sender", own(&a), Vec::new());
     cx.join("sender", child);
+}
+
+fn credentials_of_strangers(cx: &Cx) {
+    let (a, b) = os::socketpair(libc::SOCK_DGRAM);
+    set_option(&b, libc::SO_PASSCRED, 1);
+    let send = |pid, uid, gid, data: &str| {
+        let who = UnixCredentials::from(libc::ucred { pid, uid, gid });
+        let message = [ControlMessage::ScmCredentials(&who)];
+        let data = [IoSlice::new(data.as_bytes())];
+        sendmsg::<UnixAddr>(a.as_raw_fd(), &data, &message, MsgFlags::empty(), None).unwrap();
+    };
+    let (me, outside) = (os::getpid(), os::getppid());
+    send(outside, 1000, 1001, "outside");
+    let ended = os::fork_run(|| {
+        send(os::getpid(), 1002, 1003, "ended");
+        0
+    });
+    os::waitpid(ended, 0).unwrap();
+    cx.ready(|| receive(&b));
+    let (data, _, who) = receive(&b);
+    let wanted = ("outside".to_owned(), Some([outside, 1000, 1001]));
+    cx.same("1", (data, who), wanted);
+    // No kernel knows the PID of a process that has ended: the receiver's stands for it.
+    let (data, _, who) = receive(&b);
+    let who = who.map(|[pid, uid, gid]| ([ended, me].contains(&pid), uid, gid));
+    let wanted = ("ended".to_owned(), Some((true, 1002, 1003)));
+    cx.same("2", (data, who), wanted);
 }
 
 fn options(cx: &Cx) {

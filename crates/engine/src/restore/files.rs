@@ -15,7 +15,7 @@ use freezeframe_error::{Error, Result, ResultExt};
 use freezeframe_inject::shell::{Shells, TaskId};
 use freezeframe_inject::{Arg, Batch, OpRef, Replies};
 use freezeframe_kinds::file::inet::tcp::Waking;
-use freezeframe_kinds::model::{FdTable, FileId, ObjectId, OpenFile, Process};
+use freezeframe_kinds::model::{FdTable, FileId, ObjectId, OpenFile, Process, Tree};
 use freezeframe_kinds::{
     FileItem, Late, PrepareFiles, Prepared, Provided, RestoreFiles, RestoreOptions, Settle, World,
     registry,
@@ -529,6 +529,9 @@ impl World for Files<'_, '_, '_> {
     fn options(&self) -> &RestoreOptions {
         self.options
     }
+    fn tree(&self) -> &Tree {
+        &self.loaded.tree
+    }
     fn processes(&self) -> &[Process] {
         &self.loaded.procs
     }
@@ -562,6 +565,9 @@ impl World for Files<'_, '_, '_> {
         let (pid, number) =
             placed.ok_or_else(|| Error::corrupt(format!("no file {} in the tree", id.0)))?;
         self.get_fd(pid, number)
+    }
+    fn late(&mut self) -> &mut Late {
+        &mut self.late
     }
     fn warn(&mut self, text: String) {
         self.warnings.push(text);

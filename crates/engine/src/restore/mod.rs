@@ -23,7 +23,7 @@ use freezeframe_inject::shell::{ForkOptions, Shells, SpawnOptions, TaskId};
 use freezeframe_inject::tracer::Tracer;
 use freezeframe_kinds::file::inet::tcp::Waking;
 use freezeframe_kinds::model::{Life, Process};
-use freezeframe_kinds::{Prepared, RestoreOptions};
+use freezeframe_kinds::{Late, Prepared, RestoreOptions};
 use freezeframe_pages::{Filler, PageReader, What};
 use freezeframe_sys::ids::Pid;
 use freezeframe_sys::proc::ProcDir;
@@ -113,18 +113,23 @@ fn restore(request: &RestoreRequest, events: &dyn Events) -> Result<RestoreRepor
         events,
     };
     let mut waking = connections(&loaded, &request.options).in_phase(Phase::Load)?;
-    let (shells, finals, leftovers) = builder.build(&tracer, &steps, &mut waking, &mut report)?;
+    let (shells, finals, late) = builder.build(&tracer, &steps, &mut waking, &mut report)?;
     drop(builder);
     events.step(Point::PreResume(report.pid))?;
     events.phase(Phase::Resume);
     let image = loaded.image.header().image_id.to_string();
     waking.wake(&image).in_phase(Phase::Resume)?;
-    remove(&leftovers, &mut report.warnings);
-    shells.resume_all(finals).map_err(|e| match e.target() {
+    remove(&late.leftovers, &mut report.warnings);
+    let resumed = shells.resume_all(finals).map_err(|e| match e.target() {
         // In the last switch, when the first tasks already run.
         Target::Running => e.left_behind("the restored tree, which runs"),
         _ => e,
-    })?;
+    });
+    match &resumed {
+        Err(e) if e.target() != Target::Running => drop(late),
+        _ => late.keep(),
+    }
+    resumed?;
     for p in &loaded.procs {
         let stopped = matches!(p.life, Life::Stopped(_)) || request.leave_stopped;
         if stopped
@@ -280,11 +285,7 @@ const NO_USERFAULTFD: &str = "FREEZEFRAME_NO_USERFAULTFD";
 
 /// A tree that waits for the last switch, what that sets, and the files of the
 /// dump that go before.
-type Built<'t> = (
-    Shells<'t>,
-    Vec<freezeframe_inject::shell::Final>,
-    BTreeMap<PathBuf, (u64, u64)>,
-);
+type Built<'t> = (Shells<'t>, Vec<freezeframe_inject::shell::Final>, Late);
 
 impl<'a> Builder<'a> {
     fn build<'t>(
@@ -376,7 +377,7 @@ impl<'a> Builder<'a> {
         .in_phase(Phase::Rebuild)?;
         files::late_positions(self.loaded, &mut shells, &tasks, &late).in_phase(Phase::Rebuild)?;
         self.events.step(Point::PostRestore(report.pid))?;
-        Ok((shells, finals, late.leftovers))
+        Ok((shells, finals, late))
     }
 
     /// How far absolute monotonic times of the image are behind; 0 in another boot.

@@ -1,12 +1,14 @@
 //! Learning what a unix socket is: sock_diag(7) for its peer and state,
 //! getsockname(2) and SIOCUNIXFILE for its name, peeks for its queue.
 
+use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::ffi::OsStrExt;
 
 use freezeframe_error::{Error, Kind, Result};
 use freezeframe_sys::fd::{self, getsockopt, getsockopt_i32, ioctl};
+use freezeframe_sys::ids::Pid;
 use freezeframe_sys::proc::strip_deleted;
 use freezeframe_sys::unix_diag::{UnixDiag, UnixSocket};
 use nix::poll::{PollFd, PollFlags, PollTimeout};
@@ -72,6 +74,7 @@ pub(super) fn record(cx: &mut DumpCx<'_>, file: &FileView<'_>) -> Result<Record>
         return Err(file.refuse("an out-of-band byte (MSG_OOB) in a unix socket is not supported"));
     }
     record.queue = queue(cx, file.id);
+    warn_of_strangers(cx, file, &record);
     record.options = options(ours).map_err(blame)?;
     record.filter = match fd::socket_filter(ours) {
         Err(e) if e.errno() == Some(libc::EACCES) => {
@@ -244,6 +247,22 @@ fn queue(cx: &DumpCx<'_>, id: FileId) -> Vec<Message> {
             from: after_family(&w.message.from),
         })
         .collect()
+}
+
+/// Says that a PID will be known to the kernel only while its process lives.
+fn warn_of_strangers(cx: &mut DumpCx<'_>, file: &FileView<'_>, record: &Record) {
+    let credentials = record.queue.iter().filter_map(|m| m.credentials);
+    let pids: BTreeSet<i32> = credentials.map(|(pid, ..)| pid).collect();
+    for pid in pids {
+        if cx.proc(Pid(pid)).is_none() {
+            cx.warn(format!(
+                "fd {} ({}) of process {}: messages wait in it that process {pid} sent, which is not of the tree: a restore gives its PID with them only if it is there then",
+                file.fd,
+                file.name(),
+                file.proc.pid.0
+            ));
+        }
+    }
 }
 
 /// Whether an error waits to be reported (found without taking it).

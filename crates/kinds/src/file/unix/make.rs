@@ -12,6 +12,7 @@ use freezeframe_sys::unix_diag::UnixDiag;
 use super::external_names;
 use super::name::{Bound, bind, check_places, sockaddr};
 use super::record::{Name, Peer, Record, SocketFile};
+use super::scratch::Places;
 use crate::bytes::Bytes;
 use crate::cx::{FileItem, Settle, World};
 use crate::file::pipe::dup_of;
@@ -37,6 +38,8 @@ pub(super) struct Made<'a> {
     pub(super) temporary: HashMap<usize, OwnedFd>,
     /// Files not in their places yet.
     pub(super) bound: Vec<Bound>,
+    /// Where those are.
+    pub(super) places: Places,
 }
 
 /// Something made in a round.
@@ -180,6 +183,7 @@ pub(super) fn make<'a>(
         by_id,
         temporary: HashMap::new(),
         bound: Vec::new(),
+        places: Places::default(),
     };
     made.check()?;
     made.make_all(world)?;
@@ -269,7 +273,7 @@ impl Made<'_> {
             let own = !accepted.contains(&Key::Socket(i));
             s.record.name.as_ref().filter(|_| own)
         });
-        check_places(names.filter_map(|n| n.file.as_ref()))?;
+        check_places(&self.places, names.filter_map(|n| n.file.as_ref()))?;
         for i in 0..self.sockets.len() {
             let key = Key::Socket(i);
             if linked.contains(&key) || listening.contains(&key) {
@@ -285,7 +289,7 @@ impl Made<'_> {
             }
         }
         for listener in &listeners {
-            let bound = listener.make(&mut round)?;
+            let bound = listener.make(&self.places, &mut round)?;
             self.bound.extend(bound);
         }
         round.run(world, &mut done)?;
@@ -293,7 +297,7 @@ impl Made<'_> {
             bound.open_to_all()?;
         }
         for listener in listeners {
-            listener.connect(world, &mut done, &mut self.bound)?;
+            listener.connect(world, &self.places, &mut done, &mut self.bound)?;
         }
         for (key, fd) in done {
             match key {
@@ -344,7 +348,8 @@ impl Made<'_> {
             if let Key::Socket(i) = key {
                 self.sockets[i].paired = true;
                 if let Some(name) = &self.sockets[i].record.name {
-                    let bound = bind(round.batch(caller.pid), Arg::Load32(place), name)?;
+                    let batch = round.batch(caller.pid);
+                    let bound = bind(&self.places, batch, Arg::Load32(place), name)?;
                     self.bound.extend(bound);
                 }
             }
@@ -358,7 +363,8 @@ impl Made<'_> {
         let batch = round.batch(s.holder);
         let made = socket(batch, s.record.kind);
         if let Some(name) = &s.record.name {
-            self.bound.extend(bind(batch, made.into(), name)?);
+            let bound = bind(&self.places, batch, made.into(), name)?;
+            self.bound.extend(bound);
         }
         round.makes(s.holder, Key::Socket(i), Place::Op(made));
         Ok(())
@@ -556,11 +562,11 @@ fn as_caller(batch: &mut Batch, who: &Caller, calls: impl FnOnce(&mut Batch)) {
 }
 
 impl Listener {
-    fn make(&self, round: &mut Round) -> Result<Option<Bound>> {
+    fn make(&self, places: &Places, round: &mut Round) -> Result<Option<Bound>> {
         let pid = self.caller.pid;
         let batch = round.batch(pid);
         let made = socket(batch, self.kind);
-        let bound = bind(batch, made.into(), &self.name)?;
+        let bound = bind(places, batch, made.into(), &self.name)?;
         as_caller(batch, &self.caller, |batch| {
             let args = [made.into(), self.backlog.into()];
             batch.call("listen", libc::SYS_listen, args);
@@ -573,6 +579,7 @@ impl Listener {
     fn connect(
         self,
         world: &mut dyn World,
+        places: &Places,
         done: &mut HashMap<Key, OwnedFd>,
         bound: &mut Vec<Bound>,
     ) -> Result<()> {
@@ -602,7 +609,7 @@ impl Listener {
                 .count();
             let now = &links[at..at + count];
             at += count;
-            self.connect_some(world, done, bound, file.as_ref(), now)?;
+            self.connect_some(world, places, done, bound, file.as_ref(), now)?;
             for link in now {
                 let (Some(server), Some(client)) = (link.server, done.get(&link.client)) else {
                     continue;
@@ -617,6 +624,7 @@ impl Listener {
     fn connect_some(
         &self,
         world: &mut dyn World,
+        places: &Places,
         done: &mut HashMap<Key, OwnedFd>,
         bound: &mut Vec<Bound>,
         file: Option<&OwnedFd>,
@@ -639,7 +647,7 @@ impl Listener {
             let batch = round.batch(pid);
             let made = socket(batch, link.kind);
             if let Some(name) = &link.client_name {
-                bound.extend(bind(batch, made.into(), name)?);
+                bound.extend(bind(places, batch, made.into(), name)?);
             }
             let data = batch.data(&address);
             as_caller(batch, &link.caller, |batch| {

@@ -10,7 +10,8 @@
 //! - The file of a socket is bound under the very name it had (relative, or long
 //!   since renamed) inside a directory of ours, in which the process is
 //!   rooted for the moment, and then moved to where it is now; a file of the same
-//!   socket that still lies there is replaced.
+//!   socket that still lies there is replaced. A restore that fails takes it away
+//!   again. (It is there before watches are: inotify(7) does not report it.)
 //! - When all files of the tree are there, queues are filled, message by message,
 //!   each from the socket it came from; then options, shutdowns and the rest.
 //!
@@ -22,6 +23,7 @@ mod family;
 mod make;
 mod name;
 mod record;
+mod scratch;
 mod settle;
 
 use freezeframe_error::{Error, Result};
@@ -45,8 +47,8 @@ static ABOUT: About = About {
     title: "Unix sockets",
     manual: "unix(7), socketpair(2)",
     since: "",
-    carried: "stream, datagram and seqpacket sockets: pairs, bound ones (files, also renamed or deleted ones, abstract and autobound names), listening ones with the connections that wait to be accepted, connected ones with names and SO_PEERCRED of both sides, closed and half-closed ones; what is queued in them (messages as messages, their senders' addresses, and credentials where asked for), descriptors in flight, sockets with further descriptors in flight among them; options; with `--ext-unix-sk`, datagram sockets connected to a name outside the tree; one that is `--external unix[INO]` is given again by `--inherit-fd fd[N]:unix[INO]`",
-    refused: "a connection to a process outside the tree (\"a unix socket whose peer is outside the tree is not supported\"), data in a connection that is not accepted yet (\"a connection that waits to be accepted and has data in it is not supported\", and the same of one whose other end is closed), an out-of-band byte (\"an out-of-band byte (MSG_OOB) in a unix socket is not supported\"), eBPF filters (\"a BPF program on a unix socket is not supported\"), an epoll instance, or an inotify or fanotify group, in flight (\"an epoll instance in flight is not supported\"), a file with locks in flight, and sockets of other families (\"UDP sockets are not supported yet\", netlink, packet, vsock, ...)",
+    carried: "stream, datagram and seqpacket sockets: pairs, bound ones (files, also renamed or deleted ones, abstract and autobound names), listening ones with the connections that wait to be accepted, connected ones with names and SO_PEERCRED of both sides (user and groups alone of a process that is not of the tree: the PID is a holder's then), closed and half-closed ones; what is queued in them (messages as messages, their senders' addresses, and credentials where asked for: of a process that is not there any more, user and group, with a PID of the receiver's), descriptors in flight, sockets with further descriptors in flight among them; options; with `--ext-unix-sk`, datagram sockets connected to a name outside the tree, and listening ones without the connections from outside that wait to be accepted; one that is `--external unix[INO]` is given again by `--inherit-fd fd[N]:unix[INO]`",
+    refused: "a socket file of which the directory has been replaced by a symbolic link, a connection to a process outside the tree (\"a unix socket whose peer is outside the tree is not supported\"), data in a connection that is not accepted yet (\"a connection that waits to be accepted and has data in it is not supported\", and the same of one whose other end is closed), an out-of-band byte (\"an out-of-band byte (MSG_OOB) in a unix socket is not supported\"), eBPF filters (\"a BPF program on a unix socket is not supported\"), an epoll instance, or an inotify or fanotify group, in flight (\"an epoll instance in flight is not supported\"), a file with locks in flight, and sockets of other families (\"UDP sockets are not supported yet\", netlink, packet, vsock, ...)",
     programs: &[
         "sockets::stream",
         "sockets::dgram",
@@ -84,6 +86,7 @@ static ABOUT: About = About {
         "unix::sockets_in_flight",
         "unix::datagram_files",
         "unix::credentials",
+        "unix::credentials_of_strangers",
         "unix::options",
         "unix::many",
         "unix::urgent",

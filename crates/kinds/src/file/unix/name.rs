@@ -1,80 +1,102 @@
 //! Binding a socket to a name: the very bytes it had, whatever has become of the file.
 
-use std::ffi::OsStr;
+use std::ffi::{CString, OsStr};
 use std::fs;
-use std::io::ErrorKind;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::Arc;
 
-use freezeframe_error::{Error, Kind, Result};
+use freezeframe_error::{Error, Kind, Result, SysExt};
 use freezeframe_inject::{Arg, Batch};
+use freezeframe_sys::fd::{fstat, stat_at};
 use freezeframe_sys::unix_diag::UnixDiag;
+use nix::errno::Errno;
+use nix::fcntl::{AtFlags, OFlag, OpenHow, ResolveFlag, openat2, renameat};
+use nix::sys::stat::{Mode, mkdirat};
+use nix::unistd::{Gid, Uid, fchownat};
 
 use super::record::{Name, SocketFile};
-
-/// A directory of ours in which a socket is bound, removed with all in it when dropped.
-#[derive(Debug)]
-struct Scratch(PathBuf);
-
-impl Scratch {
-    fn new(parent: &Path) -> Result<Scratch> {
-        static NEXT: AtomicU32 = AtomicU32::new(0);
-        loop {
-            let number = NEXT.fetch_add(1, Ordering::Relaxed);
-            let path = parent.join(format!(".freezeframe-{}-{number}", std::process::id()));
-            match fs::DirBuilder::new().mode(0o700).create(&path) {
-                Ok(()) => return Ok(Scratch(path)),
-                Err(e) if e.kind() == ErrorKind::AlreadyExists => {}
-                Err(e) => {
-                    return Err(Error::io("mkdir", e).on(path.display().to_string()));
-                }
-            }
-        }
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
-    }
-}
+use super::scratch::{Places, Scratch};
+use crate::cx::Placed;
 
 /// A socket's file on its way to its place.
 #[derive(Debug)]
 pub(super) struct Bound {
     scratch: Scratch,
-    /// Where bind(2) makes it.
+    /// Where bind(2) makes it, below the directory.
     made: PathBuf,
     /// What is to become of it; none if it goes with the directory.
     keep: Option<SocketFile>,
 }
 
 impl Bound {
-    /// Lets any user connect to it (through a descriptor: nobody else sees it).
-    pub(super) fn open_to_all(&self) -> Result<()> {
-        chmod(&self.made, 0o777)
+    /// The file, as bind(2) has made it.
+    fn file(&self) -> Result<OwnedFd> {
+        let resolve = ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS;
+        let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+        let how = OpenHow::new().flags(flags).resolve(resolve);
+        let file = openat2(&self.scratch.dir, &self.made, how)
+            .sys("openat2(socket)")
+            .map_err(|e| e.on(self.made.display()))?;
+        if fstat(&file)?.file_type() != libc::S_IFSOCK {
+            let what = "something else lies where the socket was bound";
+            return Err(Error::new(Kind::FileChanged, what).on(self.made.display()));
+        }
+        Ok(file)
     }
 
-    /// Moves it to its place, with owner and mode.
-    pub(super) fn place(self) -> Result<()> {
-        let Some(file) = &self.keep else {
-            return Ok(());
+    /// Lets any user connect to it (through a descriptor: nobody else sees it).
+    pub(super) fn open_to_all(&self) -> Result<()> {
+        chmod(&self.file()?, 0o777)
+    }
+
+    /// Moves it to its place, with owner and mode; nothing if it is to have none.
+    pub(super) fn place(self) -> Result<Option<Placed>> {
+        let Some(keep) = &self.keep else {
+            return Ok(None);
         };
-        std::os::unix::fs::lchown(&self.made, Some(file.owner.0), Some(file.owner.1))
-            .map_err(|e| Error::io("chown", e).on(shown(&file.path)))?;
-        chmod(&self.made, file.mode)?;
-        fs::rename(&self.made, path_of(&file.path))
-            .map_err(|e| Error::io("rename", e).on(shown(&file.path)))?;
-        drop(self.scratch);
-        Ok(())
+        let file = self.file()?;
+        let (uid, gid) = (Uid::from_raw(keep.owner.0), Gid::from_raw(keep.owner.1));
+        fchownat(&file, "", Some(uid), Some(gid), AtFlags::AT_EMPTY_PATH)
+            .sys("fchownat(socket)")
+            .and_then(|()| chmod(&file, keep.mode))
+            .map_err(|e| e.on(shown(&keep.path)))?;
+        let name = name_of(keep)?;
+        renameat(
+            &self.scratch.dir,
+            &self.made,
+            &*self.scratch.place,
+            name.as_c_str(),
+        )
+        .sys("renameat(socket)")
+        .map_err(|e| e.on(shown(&keep.path)))?;
+        let stat = fstat(&file)?;
+        let place = Arc::clone(&self.scratch.place);
+        Ok(Some(Placed::new(place, name, stat)))
     }
 }
 
-fn chmod(path: &Path, mode: u32) -> Result<()> {
+/// Sets the mode of a file open as O_PATH.
+fn chmod(file: &OwnedFd, mode: u32) -> Result<()> {
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
     fs::set_permissions(path, fs::Permissions::from_mode(mode))
-        .map_err(|e| Error::io("chmod", e).on(path.display().to_string()))
+        .map_err(|e| Error::io("chmod(socket)", e))
+}
+
+/// The directory it is in.
+fn directory_of(file: &SocketFile) -> Result<&Path> {
+    path_of(&file.path)
+        .parent()
+        .ok_or_else(|| Error::corrupt("a socket file without a directory"))
+}
+
+/// Its name there.
+fn name_of(file: &SocketFile) -> Result<CString> {
+    let name = path_of(&file.path).file_name();
+    name.and_then(|n| CString::new(n.as_bytes()).ok())
+        .ok_or_else(|| Error::corrupt("a socket file without a name"))
 }
 
 fn path_of(bytes: &[u8]) -> &Path {
@@ -148,7 +170,12 @@ pub(super) fn sockaddr(address: &[u8]) -> Result<Vec<u8>> {
 
 /// Appends the calls that bind `socket`, in whichever process. A file is not in
 /// its place yet: [`Bound::place`] puts it there.
-pub(super) fn bind(batch: &mut Batch, socket: Arg, name: &Name) -> Result<Option<Bound>> {
+pub(super) fn bind(
+    places: &Places,
+    batch: &mut Batch,
+    socket: Arg,
+    name: &Name,
+) -> Result<Option<Bound>> {
     let address = sockaddr(&name.address)?;
     let label = format!("bind({})", readable(&name.address));
     let data = batch.data(&address);
@@ -158,21 +185,15 @@ pub(super) fn bind(batch: &mut Batch, socket: Arg, name: &Name) -> Result<Option
         return Ok(None);
     }
     let keep = name.file.as_ref().filter(|f| !f.deleted);
-    let parent = match keep {
-        Some(file) => path_of(&file.path)
-            .parent()
-            .ok_or_else(|| Error::corrupt("a socket file without a directory"))?
-            .to_owned(),
-        None => std::env::temp_dir(),
-    };
-    let scratch = Scratch::new(&parent)?;
+    let scratch = Scratch::new(match keep {
+        Some(file) => places.open(directory_of(file)?)?,
+        None => places.temporary()?,
+    })?;
     let layout = layout(sun_path(&name.address))?;
     for dir in &layout.dirs {
-        match fs::create_dir(scratch.0.join(dir)) {
-            Err(e) if e.kind() != ErrorKind::AlreadyExists => {
-                return Err(Error::io("mkdir", e).on(parent.display().to_string()));
-            }
-            _ => {}
+        match mkdirat(&scratch.dir, dir, Mode::S_IRWXU) {
+            Ok(()) | Err(Errno::EEXIST) => {}
+            other => other.sys("mkdir")?,
         }
     }
     let flags = libc::O_PATH | libc::O_DIRECTORY | libc::O_CLOEXEC;
@@ -187,8 +208,8 @@ pub(super) fn bind(batch: &mut Batch, socket: Arg, name: &Name) -> Result<Option
         batch.call(label, nr, [path.into()]);
     };
     let (root, cwd) = (open(batch, b"/"), open(batch, b"."));
-    let inside = scratch.0.as_os_str().as_bytes();
-    change(batch, "chroot", libc::SYS_chroot, inside);
+    let inside = scratch.path();
+    change(batch, "chroot", libc::SYS_chroot, inside.as_bytes());
     change(
         batch,
         "chdir",
@@ -203,8 +224,8 @@ pub(super) fn bind(batch: &mut Batch, socket: Arg, name: &Name) -> Result<Option
         batch.call("close", libc::SYS_close, [fd.into()]);
     }
     Ok(Some(Bound {
-        made: scratch.0.join(&layout.socket),
         scratch,
+        made: layout.socket,
         keep: keep.cloned(),
     }))
 }
@@ -218,15 +239,19 @@ pub(super) fn readable(address: &[u8]) -> String {
 }
 
 /// Refuses to replace what is not a socket file left over from before.
-pub(super) fn check_places<'a>(files: impl Iterator<Item = &'a SocketFile>) -> Result<()> {
+pub(super) fn check_places<'a>(
+    places: &Places,
+    files: impl Iterator<Item = &'a SocketFile>,
+) -> Result<()> {
     let mut in_use = None;
     for file in files.filter(|f| !f.deleted) {
-        let found = match fs::symlink_metadata(path_of(&file.path)) {
+        let place = places.open(directory_of(file)?)?;
+        let found = match stat_at(&*place, &name_of(file)?, false) {
             Ok(found) => found,
-            Err(e) if e.kind() == ErrorKind::NotFound => continue,
-            Err(e) => return Err(Error::io("lstat", e).on(shown(&file.path))),
+            Err(e) if e.errno() == Some(libc::ENOENT) => continue,
+            Err(e) => return Err(e),
         };
-        if !found.file_type().is_socket() {
+        if found.file_type() != libc::S_IFSOCK {
             let what = "something else lies where the socket file was";
             return Err(Error::new(Kind::FileChanged, what).on(shown(&file.path)));
         }
@@ -234,8 +259,8 @@ pub(super) fn check_places<'a>(files: impl Iterator<Item = &'a SocketFile>) -> R
             Some(known) => known,
             none => none.insert(bound_files()?),
         };
-        let dev = (nix::sys::stat::major(found.dev()) << 20) | nix::sys::stat::minor(found.dev());
-        if in_use.contains(&(found.ino(), dev)) {
+        let dev = (nix::sys::stat::major(found.dev) << 20) | nix::sys::stat::minor(found.dev);
+        if in_use.contains(&(found.ino, dev)) {
             let what = "another socket is bound to the file";
             return Err(Error::new(Kind::ResourceInUse, what).on(shown(&file.path)));
         }
@@ -270,6 +295,72 @@ mod tests {
         assert_eq!(layout(b"s").unwrap().socket, Path::new("s"));
         for bad in [&b"/"[..], b"..", b"a/", b""] {
             assert!(layout(bad).is_err());
+        }
+    }
+
+    #[test]
+    fn what_another_puts_in_its_way_is_not_touched() {
+        let at = tempfile::tempdir().unwrap();
+        let at = at.path().canonicalize().unwrap();
+        let mode = |path: &Path| fs::symlink_metadata(path).unwrap().permissions().mode() & 0o7777;
+        fs::write(at.join("victim"), "").unwrap();
+        chmod_path(&at.join("victim"), 0o600);
+        let scratch = Scratch::new(Places::default().open(&at).unwrap()).unwrap();
+        let inside = PathBuf::from(scratch.path());
+        fs::create_dir(inside.join("run")).unwrap();
+        std::os::unix::net::UnixListener::bind(inside.join("run/s")).unwrap();
+        let real = fs::read_link(&inside).unwrap();
+        fs::rename(&real, at.join("moved")).unwrap();
+        fs::create_dir_all(real.join("run")).unwrap();
+        std::os::unix::fs::symlink(at.join("victim"), real.join("run/s")).unwrap();
+        let stat = fstat(&scratch.dir).unwrap();
+        let bound = Bound {
+            scratch,
+            made: "run/s".into(),
+            keep: Some(SocketFile {
+                path: at.join("s").as_os_str().as_bytes().to_vec().into(),
+                deleted: false,
+                dev: 0,
+                ino: 0,
+                mode: 0o751,
+                owner: (stat.uid, stat.gid),
+            }),
+        };
+        bound.open_to_all().unwrap();
+        assert_eq!(mode(&at.join("moved/run/s")), 0o777);
+        let placed = bound.place().unwrap();
+        assert_eq!(mode(&at.join("s")), 0o751);
+        assert_eq!(mode(&at.join("victim")), 0o600);
+        // A restore that fails takes away what it has made, and nothing else.
+        drop(placed);
+        assert!(!at.join("s").exists());
+        assert!(real.join("run/s").exists());
+        assert!(!at.join("moved/run").exists());
+    }
+
+    fn chmod_path(path: &Path, mode: u32) {
+        fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+    }
+
+    #[test]
+    fn nothing_but_a_socket_is_given_away() {
+        let at = tempfile::tempdir().unwrap();
+        let at = at.path().canonicalize().unwrap();
+        let bound = |scratch, made: &str| Bound {
+            scratch,
+            made: made.into(),
+            keep: None,
+        };
+        fs::write(at.join("file"), "").unwrap();
+        for made in ["link", "file", "../file"] {
+            let scratch = Scratch::new(Places::default().open(&at).unwrap()).unwrap();
+            let inside = PathBuf::from(scratch.path());
+            fs::write(inside.join("file"), "").unwrap();
+            std::os::unix::fs::symlink("file", inside.join("link")).unwrap();
+            let bound = bound(scratch, made);
+            assert!(bound.open_to_all().is_err(), "{made}");
+            fs::remove_file(inside.join("file")).unwrap();
+            fs::remove_file(inside.join("link")).unwrap();
         }
     }
 

@@ -1,13 +1,16 @@
 //! What comes when every file of the tree is there: queues, datagram
 //! connections, options, shutdowns.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::io::IoSlice;
 use std::os::fd::{AsRawFd, OwnedFd};
 
 use freezeframe_error::{Error, Result, SysExt};
 use freezeframe_inject::Batch;
+use freezeframe_sys::clock::boot_id;
 use freezeframe_sys::fd::{self, fstat, getsockopt, ioctl, setsockopt, setsockopt_i32};
+use freezeframe_sys::ids::Pid;
+use freezeframe_sys::proc::ProcDir;
 use nix::fcntl::OFlag;
 use nix::sys::socket::{
     ControlMessage, MsgFlags, Shutdown, UnixAddr, UnixCredentials, connect, sendmsg, shutdown,
@@ -15,17 +18,22 @@ use nix::sys::socket::{
 use nix::unistd::{Gid, Uid};
 
 use super::SOL;
-use super::make::{Made, gone, socket};
+use super::make::{Made, Socket, gone, socket};
 use super::name::bind;
 use super::record::{Message, Peer, Record};
 use crate::bytes::Bytes;
 use crate::cx::{Settle, World};
 
+/// The kernel shows 100 ticks a second (USER_HZ).
+const NS_PER_TICK: u64 = 10_000_000;
 /// A buffer size that lets anything through while the queue is filled again.
 const LARGE_BUFFER: i32 = 1 << 30;
 
 impl Settle for Made<'_> {
     fn settle(mut self: Box<Self>, world: &mut dyn World) -> Result<()> {
+        for s in &self.sockets {
+            warn_of_strangers(world, s);
+        }
         let mut senders = Senders::default();
         // What a socket got before it was connected to the one it has now, then the rest.
         for i in 0..self.sockets.len() {
@@ -53,7 +61,7 @@ impl Settle for Made<'_> {
                 .map_err(|e| e.on(&self.sockets[i].item.common.name))?;
         }
         for bound in self.bound {
-            bound.place()?;
+            world.late().placed.extend(bound.place()?);
         }
         Ok(())
     }
@@ -160,7 +168,7 @@ impl Made<'_> {
                 true => None,
                 false => Some(Address::of(&ours)?),
             };
-            send(world, from, to.as_ref(), message).map_err(|e| e.on(&s.item.common.name))?;
+            send(world, s, from, to.as_ref(), message).map_err(|e| e.on(&s.item.common.name))?;
         }
         Ok(())
     }
@@ -176,7 +184,7 @@ impl Made<'_> {
         let mut batch = Batch::new();
         let made = socket(&mut batch, libc::SOCK_DGRAM);
         let bound = match name {
-            Some(name) => bind(&mut batch, made.into(), &gone(name))?,
+            Some(name) => bind(&self.places, &mut batch, made.into(), &gone(name))?,
             None => None,
         };
         let number = world.run(pid, &batch)?.raw(made) as i32;
@@ -237,7 +245,7 @@ impl Made<'_> {
         };
         let from = large(from)?;
         for message in &s.record.queue {
-            send(world, &from, None, message).map_err(|e| e.on(&s.item.common.name))?;
+            send(world, s, &from, None, message).map_err(|e| e.on(&s.item.common.name))?;
         }
         Ok(())
     }
@@ -367,9 +375,37 @@ impl Address {
     }
 }
 
+/// Whether a process is there that can have sent a message by this PID: one of the
+/// tree, or one that was there already when the tree was dumped.
+fn is_there(world: &dyn World, pid: i32) -> bool {
+    if world.processes().iter().any(|p| p.pid() == pid) {
+        return true;
+    }
+    let tree = world.tree();
+    let same_boot = boot_id().is_ok_and(|id| id == tree.boot_id);
+    let stat = || ProcDir::open(Pid(pid)).and_then(|dir| dir.stat());
+    let ticks = tree.boottime_ns / NS_PER_TICK;
+    same_boot && pid > 0 && stat().is_ok_and(|stat| stat.start_time <= ticks)
+}
+
+/// The kernel lets us give any user and group, but only the PID of a process that is there.
+fn warn_of_strangers(world: &mut dyn World, s: &Socket<'_>) {
+    let credentials = s.record.queue.iter().filter_map(|m| m.credentials);
+    let pids: BTreeSet<i32> = credentials.map(|(pid, ..)| pid).collect();
+    for pid in pids {
+        if !is_there(world, pid) {
+            world.warn(format!(
+                "{}: messages wait in it that process {pid} sent, which is not there: their credentials name process {} now",
+                s.item.common.name, s.holder
+            ));
+        }
+    }
+}
+
 /// Sends one message, with its sender's credentials and the files in it.
 fn send(
     world: &mut dyn World,
+    receiver: &Socket<'_>,
     from: &OwnedFd,
     to: Option<&Address>,
     message: &Message,
@@ -380,11 +416,13 @@ fn send(
         .map(|id| world.file(*id))
         .collect::<Result<_>>()?;
     let numbers: Vec<i32> = files.iter().map(|f| f.as_raw_fd()).collect();
-    let known = |pid: i32| world.processes().iter().any(|p| p.pid() == pid);
-    let credentials = message
-        .credentials
-        .filter(|(pid, ..)| known(*pid))
-        .map(|(pid, uid, gid)| UnixCredentials::from(libc::ucred { pid, uid, gid }));
+    let credentials = message.credentials.map(|(pid, uid, gid)| {
+        let pid = match is_there(world, pid) {
+            true => pid,
+            false => receiver.holder,
+        };
+        UnixCredentials::from(libc::ucred { pid, uid, gid })
+    });
     let mut control = Vec::new();
     if !numbers.is_empty() {
         control.push(ControlMessage::ScmRights(&numbers));
