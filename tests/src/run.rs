@@ -72,6 +72,9 @@ pub fn carry(program: &Program, mode: Mode) -> Result<(), String> {
     if program.family == "tcp" {
         own_network()?;
     }
+    if program.family == "ipc" {
+        own_ipc()?;
+    }
     let scene = Scene::new()?;
     let words = [program.full_name(), scene.dir_text()];
     let mut command = Command::new(program_binary());
@@ -151,6 +154,11 @@ pub fn own_network() -> Result<(), String> {
     nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET)
         .map_err(|e| format!("unshare: {e}"))?;
     os::loopback_up().map_err(|e| format!("lo: {e}"))
+}
+
+/// Gives this thread and what it starts an IPC namespace of their own: what is left there goes with it.
+pub fn own_ipc() -> Result<(), String> {
+    nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWIPC).map_err(|e| format!("unshare: {e}"))
 }
 
 /// What holds packets off in this thread's network.

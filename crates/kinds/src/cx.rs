@@ -888,6 +888,8 @@ pub enum Backing {
     File(Arg),
     /// mmap of the tree-wide object.
     Object,
+    /// shmat of the whole System V segment with this number.
+    Segment(i32),
     /// Not mapped by mmap: the engine puts the kernel's own there (vDSO, vvar).
     Kernel,
 }

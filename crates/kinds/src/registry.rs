@@ -40,6 +40,7 @@ pub static MEMORY: &[&dyn MemKind] = &[
     &mem::shared_anonymous::SharedAnonymous,
     &mem::dev_zero::DevZero,
     &mem::memfd::Memfd,
+    &mem::sysv::SysvSegment,
     &mem::unsupported::Unsupported,
     &mem::ghost::Ghost,
     &mem::file::MappedFile,

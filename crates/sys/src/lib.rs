@@ -17,6 +17,7 @@ pub mod fd;
 pub mod handle;
 pub mod ids;
 pub mod ioprio;
+pub mod ipc;
 pub mod kcmp;
 pub mod mem;
 pub mod mmap;

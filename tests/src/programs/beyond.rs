@@ -44,7 +44,6 @@ pub(super) const PROGRAMS: &[Program] = &[
     .carried_or_refused("socket"),
     Program::new("message_queue", "a POSIX message queue", message_queue)
         .carried_or_refused("mqueue"),
-    Program::new("sysv_shm", "System V shared memory", sysv_shm).carried_or_refused("SYSV"),
     Program::new(
         "pseudo_terminal",
         "both ends of a pseudo-terminal",
@@ -337,20 +336,6 @@ fn message_queue(cx: &Cx) {
         [os::raw(&fd), os::at_mut(&mut buffer), 8192, 0, 0, 0],
     );
     cx.same("bytes", got.ok(), Some(6));
-}
-
-fn sysv_shm(cx: &Cx) {
-    let id = os::syscall(libc::SYS_shmget, [0, 4 * PAGE, 0o1600, 0, 0, 0]).unwrap() as usize;
-    let address = os::syscall(libc::SYS_shmat, [id, 0, 0, 0, 0, 0]).unwrap() as usize;
-    // Gone with its last user.
-    os::syscall(libc::SYS_shmctl, [id, 0, 0, 0, 0, 0]).unwrap();
-    let region = Region {
-        addr: address,
-        len: 4 * PAGE,
-    };
-    region.fill(1);
-    cx.ready(|| region.set(0, !region.get(0)));
-    cx.try_part("contents", || region.verify(1));
 }
 
 fn pseudo_terminal(cx: &Cx) {

@@ -18,6 +18,7 @@ mod credentials;
 mod events;
 mod files;
 mod ghosts;
+mod ipc;
 mod live;
 mod locks;
 mod mappings;
@@ -188,6 +189,7 @@ const FAMILIES: &[(&str, &[Program])] = &[
     ("sockets", sockets::PROGRAMS),
     ("unix", unix::PROGRAMS),
     ("tcp", tcp::PROGRAMS),
+    ("ipc", ipc::PROGRAMS),
     ("tree", tree::PROGRAMS),
     ("threads", threads::PROGRAMS),
     ("signals", signals::PROGRAMS),

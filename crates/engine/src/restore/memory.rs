@@ -27,6 +27,7 @@ use freezeframe_error::{Error, Result, ResultExt};
 use freezeframe_image::Tag;
 use freezeframe_inject::shell::{Shells, TaskId};
 use freezeframe_inject::{Arg, Batch, Replies};
+use freezeframe_kinds::mem::sysv;
 use freezeframe_kinds::model::{Contents, Mm, OBJECT_INDEX, ObjectId, Process, Vma};
 use freezeframe_kinds::{Backing, MakeMapping, MakeObject, RestoreOptions, Sharing, registry};
 use freezeframe_pages::{
@@ -461,6 +462,16 @@ impl<'a> Memory<'a> {
                             .get(&(vma.object, is_read_only(vma)))
                             .ok_or_else(|| Error::bug("an object was not made"))?;
                         (Some(Arg::from(*number)), 0)
+                    }
+                    Backing::Segment(id) => {
+                        let flags = sysv::attach_flags(VmFlags::from_bits(vma.flags), vma.prot);
+                        batch.call(
+                            format!("shmat({id}, {:x})", vma.start),
+                            libc::SYS_shmat,
+                            [id.into(), Arg::Imm(vma.start), flags.into()],
+                        );
+                        mprotect(batch, vma, vma.prot);
+                        continue;
                     }
                     Backing::Kernel => {
                         if vma.end <= TASK_SIZE {

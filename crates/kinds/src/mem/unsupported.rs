@@ -20,14 +20,13 @@ static ABOUT: About = About {
     manual: "proc_pid_maps(5)",
     since: "",
     carried: "nothing",
-    refused: "System V shared memory, AIO rings, secret memory, hugetlb, io_uring and perf rings, packet rings, dma-buf, uprobes (each as \"... is not supported\")",
-    programs: &["memory::secret", "memory::hugetlb", "refused::sysv_shm"],
+    refused: "AIO rings, secret memory, hugetlb, io_uring and perf rings, packet rings, dma-buf, uprobes (each as \"... is not supported\")",
+    programs: &["memory::secret", "memory::hugetlb"],
     show: show::<()>,
 };
 
 /// Beginnings of paths in maps, and what they are in words.
-const NAMES: [(&[u8], &str); 9] = [
-    (b"/SYSV", "System V shared memory is not supported yet"),
+const NAMES: [(&[u8], &str); 8] = [
     (b"/[aio]", "an AIO ring (io_setup) is not supported"),
     (
         b"/secretmem",
@@ -93,10 +92,6 @@ mod tests {
 
     #[test]
     fn each_is_called_by_its_name() {
-        assert_eq!(
-            what(b"/SYSV00000000 (deleted)"),
-            "System V shared memory is not supported yet"
-        );
         assert_eq!(
             what(b"/[aio] (deleted)"),
             "an AIO ring (io_setup) is not supported"
