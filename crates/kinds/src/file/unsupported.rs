@@ -65,7 +65,7 @@ impl FileKind for Unsupported {
 }
 
 /// Anonymous inodes known by name: as in the link, and in words.
-const ANONYMOUS: [(&str, &str); 15] = [
+const ANONYMOUS: [(&str, &str); 14] = [
     ("[io_uring]", "io_uring"),
     ("[userfaultfd]", "userfaultfd"),
     ("[perf_event]", "a perf event"),
@@ -80,7 +80,6 @@ const ANONYMOUS: [(&str, &str); 15] = [
     ("[landlock-ruleset]", "a Landlock ruleset"),
     ("seccomp notify", "a seccomp listener"),
     ("[secretmem]", "secret memory (memfd_secret)"),
-    ("inotify", "inotify"),
 ];
 
 /// File systems whose files are not what a path can give again, by their magic
