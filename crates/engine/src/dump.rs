@@ -13,10 +13,8 @@ use std::time::{Duration, Instant};
 use freezeframe_error::{Error, Kind, Phase, Result, ResultExt, Target};
 use freezeframe_image::{Header, ImageWriter, RawRecord};
 use freezeframe_inject::fork::Fork;
-use freezeframe_kinds::file::inet::tcp::Gathered as Gathering;
-use freezeframe_kinds::file::terminal;
 use freezeframe_kinds::model::{self, FdTable, Life, Mm, Process, Thread, Tree};
-use freezeframe_kinds::{DumpCx, DumpOptions, Made};
+use freezeframe_kinds::{DumpCx, DumpOptions, Held, Made, registry};
 use freezeframe_pages::{PageDumper, PageOptions};
 use freezeframe_sys::ids::Pid;
 use freezeframe_sys::proc::Status;
@@ -149,7 +147,7 @@ pub fn run(request: &DumpRequest, events: &dyn Events) -> Result<DumpReport> {
             // The tree stays stopped until the image is safe: then there is
             // always one of the two.
             let mut gathered = gathered;
-            let tcp = std::mem::take(&mut gathered.tcp);
+            let held = std::mem::take(&mut gathered.held);
             let image = writer.id().to_string();
             if let Err(e) = commit(
                 gathered,
@@ -162,7 +160,10 @@ pub fn run(request: &DumpRequest, events: &dyn Events) -> Result<DumpReport> {
                 return Err(release_after(e, frozen));
             }
             events.phase(Phase::Thaw);
-            let ended = tcp.end(&image, &frozen.procs);
+            let ended: Result<Vec<_>> = held
+                .into_iter()
+                .map(|held| held.end(&image, &frozen.procs))
+                .collect();
             frozen
                 .kill()
                 .in_phase(Phase::Thaw)
@@ -268,8 +269,8 @@ struct Gathered {
     records: Vec<RawRecord>,
     /// Goes again with what was gathered, unless the image is complete.
     made: Made,
-    /// Connections that are held off.
-    tcp: Gathering,
+    /// What is held outside the tree.
+    held: Vec<Box<dyn Held>>,
 }
 
 /// Asks the stopped tree everything, and stores its pages.
@@ -320,7 +321,9 @@ fn gather(
     if !blockers.is_empty() {
         return Err(all_of(blockers));
     }
-    terminal::look_at_queues(&mut cx).in_phase(Phase::Collect)?;
+    for kind in registry::LOOKED_AT_LAST {
+        kind.look_last(&mut cx).in_phase(Phase::Collect)?;
+    }
 
     let forks = if request.live {
         fork(&mut cx, frozen)?
@@ -369,7 +372,7 @@ fn gather(
         tables,
         records: cx.records,
         made: cx.made,
-        tcp: cx.tcp,
+        held: cx.held,
     })
 }
 

@@ -431,8 +431,9 @@ pub struct DumpCx<'a> {
     pub made: Made,
     /// Shared objects whose contents are to be stored.
     pub sources: BTreeMap<ObjectId, ObjectSource>,
-    /// The tree's TCP connections, read before any file is dumped.
-    pub tcp: tcp::Gathered,
+    /// What has been taken hold of outside the tree, until it is dead or runs again.
+    pub held: Vec<Box<dyn Held>>,
+    pub(crate) tcp: tcp::Gathered,
     objects: HashMap<ObjectKey, ObjectId>,
     files: HashMap<(i32, i32), FileId>,
     inodes: HashMap<(u64, u64), Vec<InodeFile>>,
@@ -462,6 +463,7 @@ impl<'a> DumpCx<'a> {
             locks: Locks::default(),
             made: Made::default(),
             sources: BTreeMap::new(),
+            held: Vec::new(),
             tcp: tcp::Gathered::default(),
             objects: HashMap::new(),
             files: HashMap::new(),
@@ -952,6 +954,40 @@ pub trait FileKind: Sync + std::fmt::Debug {
 pub trait BeforeTree: FileKind {
     /// Makes them. Called once with all files of this kind, where there are any.
     fn prepare(&self, cx: &mut PrepareFiles<'_>, files: &[FileItem<'_>]) -> Result<()>;
+}
+
+/// A kind of open file that others talk to who are not stopped: TCP connections.
+pub trait Talking: FileKind {
+    /// Reads all of the tree together, before any file is dumped. What has to be
+    /// taken hold of for that goes to [`DumpCx::held`].
+    fn gather(&self, cx: &mut DumpCx<'_>, files: &[FileView<'_>]) -> Result<()>;
+    /// Those of an image that are to talk again. From here on, while nothing is there to
+    /// answer them, the others are held off.
+    fn sleepers(&self, files: &[FileItem<'_>], options: &RestoreOptions)
+    -> Result<Box<dyn Waking>>;
+}
+
+/// What a dump holds; dropped, all is as before.
+pub trait Held: std::fmt::Debug {
+    /// Kills the tree, whose image is complete, if that has to be done so that
+    /// nobody outside is told. All of it or nothing, even if we are killed.
+    ///
+    /// Gives descriptors to be closed when the tree is dead.
+    fn end(self: Box<Self>, image: &str, tree: &[ProcView]) -> Result<Vec<OwnedFd>>;
+}
+
+/// Files of a restore that are silent until all else of the tree is there.
+pub trait Waking: std::fmt::Debug {
+    /// Takes descriptors of ours for them, once they have their numbers.
+    fn take(&mut self, get: &mut dyn FnMut(FileId) -> Result<OwnedFd>) -> Result<()>;
+    /// Makes them live, right before the tree is; `image` is the image's id.
+    fn wake(self: Box<Self>, image: &str) -> Result<()>;
+}
+
+/// A kind of open file that cannot be looked at whole without touching it: terminals.
+pub trait LookedAtLast: FileKind {
+    /// Adds to the records what is looked at only when nothing can refuse the dump any more.
+    fn look_last(&self, cx: &mut DumpCx<'_>) -> Result<()>;
 }
 
 /// A file kind whose files are connected with each other across processes and

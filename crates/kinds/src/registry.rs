@@ -3,7 +3,7 @@
 use freezeframe_image::{RawRecord, Tag};
 
 use crate::about::{About, Family};
-use crate::cx::{BeforeTree, FileKind, Linked, MemKind, TaskKind};
+use crate::cx::{BeforeTree, FileKind, Linked, LookedAtLast, MemKind, Talking, TaskKind};
 use crate::{file, mem, task};
 
 /// What a descriptor can refer to. The first that claims a file has it.
@@ -32,6 +32,12 @@ pub static BEFORE_TREE: &[&dyn BeforeTree] = &[&file::terminal::Terminal];
 
 /// Of those, the ones that are made all at once.
 pub static LINKED: &[&dyn Linked] = &[&file::unix::Unix];
+
+/// Of the first, those that others talk to who are not stopped.
+pub static TALKING: &[&dyn Talking] = &[&file::inet::tcp::Tcp];
+
+/// And those that are touched only when nothing can refuse the dump any more.
+pub static LOOKED_AT_LAST: &[&dyn LookedAtLast] = &[&file::terminal::Terminal];
 
 /// What a VMA can map. The first that claims a VMA has it.
 pub static MEMORY: &[&dyn MemKind] = &[

@@ -6,7 +6,6 @@ use std::ffi::CString;
 use std::os::fd::AsRawFd;
 
 use freezeframe_error::{Error, Kind, Result, ResultExt};
-use freezeframe_kinds::file::inet;
 use freezeframe_kinds::model::{self, FdEntry, FdTable, FileId, OpenFile};
 use freezeframe_kinds::{DumpCx, FileKind, FileView, ProcView, SeenLock, Waiting, registry};
 use freezeframe_sys::fd::{self, Message, Owner, Stat};
@@ -114,7 +113,9 @@ pub(super) fn collect(
         };
         cx.set_waiting_in(ids[at], messages.into_iter().map(of).collect());
     }
-    inet::tcp::gather(cx, &views)?;
+    for kind in registry::TALKING {
+        kind.gather(cx, &views)?;
+    }
     for view in &views {
         let carrier = seen[first[&view.id]].carrier;
         if let Err(e) = dump_file(cx, view, carrier) {

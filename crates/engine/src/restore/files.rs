@@ -14,11 +14,10 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use freezeframe_error::{Error, Result, ResultExt};
 use freezeframe_inject::shell::{Shells, TaskId};
 use freezeframe_inject::{Arg, Batch, OpRef, Replies};
-use freezeframe_kinds::file::inet::tcp::Waking;
 use freezeframe_kinds::model::{FdTable, FileId, ObjectId, OpenFile, Process, Tree};
 use freezeframe_kinds::{
-    FileItem, Late, PrepareFiles, Prepared, Provided, RestoreFiles, RestoreOptions, Settle, World,
-    registry,
+    FileItem, Late, PrepareFiles, Prepared, Provided, RestoreFiles, RestoreOptions, Settle, Waking,
+    World, registry,
 };
 use freezeframe_sys::ids::Pid;
 use freezeframe_sys::rlimit;
@@ -114,9 +113,7 @@ pub(super) fn prepare(
 ) -> Result<Prepared> {
     let mut prepared = Prepared::default();
     for kind in registry::BEFORE_TREE {
-        let of_kind = |(_, file): &(&FileId, &OpenFile)| file.kind == kind.about().tag;
-        let ids = loaded.files.iter().filter(of_kind).map(|(id, _)| *id);
-        let items: Vec<FileItem<'_>> = ids.map(|id| item(loaded, id)).collect::<Result<_>>()?;
+        let items = items_of(loaded, kind.about().tag)?;
         if !items.is_empty() {
             let mut cx = PrepareFiles {
                 options,
@@ -139,7 +136,7 @@ pub(super) fn restore(
     options: &RestoreOptions,
     objects: &HashMap<ObjectId, OwnedFd>,
     prepared: &Prepared,
-    waking: &mut Waking,
+    waking: &mut [Box<dyn Waking>],
     warnings: &mut Vec<String>,
     elapsed_ns: u64,
 ) -> Result<Late> {
@@ -231,7 +228,9 @@ pub(super) fn restore(
             files.shells.run(task, &batch).on_task(pid)?;
         }
     }
-    waking.take(|id| files.file(id))?;
+    for sleepers in waking {
+        sleepers.take(&mut |id| files.file(id))?;
+    }
     Ok(files.late)
 }
 
@@ -258,6 +257,23 @@ pub(super) fn late_positions(
             .on_task(pid)?;
     }
     Ok(())
+}
+
+/// What is to sleep until all else is there.
+pub(super) fn sleepers(loaded: &Loaded, options: &RestoreOptions) -> Result<Vec<Box<dyn Waking>>> {
+    let mut all = Vec::new();
+    for kind in registry::TALKING {
+        let items = items_of(loaded, kind.about().tag)?;
+        if !items.is_empty() {
+            all.push(kind.sleepers(&items, options)?);
+        }
+    }
+    Ok(all)
+}
+
+fn items_of(loaded: &Loaded, kind: freezeframe_image::Tag) -> Result<Vec<FileItem<'_>>> {
+    let ids = loaded.files.iter().filter(|(_, f)| f.kind == kind);
+    ids.map(|(id, _)| item(loaded, *id)).collect()
 }
 
 fn item(loaded: &Loaded, id: FileId) -> Result<FileItem<'_>> {

@@ -21,9 +21,8 @@ use freezeframe_error::{Error, Kind, Phase, Result, ResultExt, Target};
 use freezeframe_inject::Batch;
 use freezeframe_inject::shell::{ForkOptions, Shells, SpawnOptions, TaskId};
 use freezeframe_inject::tracer::Tracer;
-use freezeframe_kinds::file::inet::tcp::Waking;
 use freezeframe_kinds::model::{Life, Process};
-use freezeframe_kinds::{Late, Prepared, RestoreOptions};
+use freezeframe_kinds::{Late, Prepared, RestoreOptions, Waking};
 use freezeframe_pages::{Filler, PageReader, What};
 use freezeframe_sys::ids::Pid;
 use freezeframe_sys::proc::ProcDir;
@@ -112,13 +111,15 @@ fn restore(request: &RestoreRequest, events: &dyn Events) -> Result<RestoreRepor
         request,
         events,
     };
-    let mut waking = connections(&loaded, &request.options).in_phase(Phase::Load)?;
+    let mut waking = files::sleepers(&loaded, &request.options).in_phase(Phase::Load)?;
     let (shells, finals, late) = builder.build(&tracer, &steps, &mut waking, &mut report)?;
     drop(builder);
     events.step(Point::PreResume(report.pid))?;
     events.phase(Phase::Resume);
     let image = loaded.image.header().image_id.to_string();
-    waking.wake(&image).in_phase(Phase::Resume)?;
+    for sleepers in waking {
+        sleepers.wake(&image).in_phase(Phase::Resume)?;
+    }
     remove(&late.leftovers, &mut report.warnings);
     let resumed = shells.resume_all(finals).map_err(|e| match e.target() {
         // In the last switch, when the first tasks already run.
@@ -168,15 +169,6 @@ fn remove(leftovers: &BTreeMap<PathBuf, (u64, u64)>, warnings: &mut Vec<String>)
             warnings.push(format!("{path} cannot be removed: {e}"));
         }
     }
-}
-
-/// The image's TCP connections, their packets held off.
-fn connections(loaded: &Loaded, options: &RestoreOptions) -> Result<Waking> {
-    let mut files = Vec::new();
-    for (id, common) in &loaded.files {
-        files.push((*id, common, loaded.file_record(*id)?));
-    }
-    Waking::of_image(files.into_iter(), options)
 }
 
 /// Refuses by name what this host cannot give.
@@ -292,7 +284,7 @@ impl<'a> Builder<'a> {
         &mut self,
         tracer: &'t Tracer,
         steps: &[Step],
-        waking: &mut Waking,
+        waking: &mut [Box<dyn Waking>],
         report: &mut RestoreReport,
     ) -> Result<Built<'t>> {
         let options = &self.request.options;

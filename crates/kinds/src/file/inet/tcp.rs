@@ -8,7 +8,7 @@
 //!
 //! On restore a connection is made in repair mode, which is silent: so a restore
 //! that fails tells the peer nothing. Only when everything else of the tree is
-//! there ([`Waking`]) are closing states made by the packets that led to them,
+//! there ([`Connections`]) are closing states made by the packets that led to them,
 //! the packets let through, repair mode left (with a probe that tells the peer
 //! where we are), and what had not been sent yet is written.
 
@@ -33,9 +33,12 @@ use super::packet::Segment;
 use super::{Base, SOL, call_with, names, parse, what};
 use crate::about::{About, show};
 use crate::bytes::Bytes;
-use crate::cx::{DumpCx, FileItem, FileKind, FileView, ProcView, RestoreFiles};
+use crate::cx::{
+    DumpCx, FileItem, FileKind, FileView, Held, ProcView, RestoreFiles, RestoreOptions, Talking,
+    Waking,
+};
 use crate::file::pipe::dup_of;
-use crate::model::{FileId, OpenFile};
+use crate::model::FileId;
 
 /// See the module.
 #[derive(Debug)]
@@ -145,24 +148,24 @@ impl Connected {
     }
 }
 
-/// The connections of a tree, read and held off.
+/// The connections of a tree as they were read.
 #[derive(Debug, Default)]
-pub struct Gathered {
+pub(crate) struct Gathered {
     seen: HashMap<FileId, Seen>,
+}
+
+/// The connections of a tree that is to be killed.
+#[derive(Debug)]
+struct Ending {
     sockets: Vec<OwnedFd>,
+    /// Their packets are held off.
     hold: Option<Hold>,
 }
 
-impl Gathered {
-    /// Kills the tree, whose image is complete, if it has connections: they end
-    /// without a word to their peers, and their packets are held off until `image`
-    /// is restored. All of it or nothing, even if we are killed.
-    ///
-    /// Gives descriptors of the sockets, to be closed when the tree is dead.
-    pub fn end(self, image: &str, tree: &[ProcView]) -> Result<Vec<OwnedFd>> {
-        if self.sockets.is_empty() {
-            return Ok(self.sockets);
-        }
+impl Held for Ending {
+    /// They end without a word to their peers, and their packets are held off until
+    /// `image` is restored.
+    fn end(self: Box<Self>, image: &str, tree: &[ProcView]) -> Result<Vec<OwnedFd>> {
         let alive = tree.iter().rev().filter(|p| !p.tids.is_empty());
         let alive: Vec<BorrowedFd<'_>> = alive.map(|p| p.pidfd.as_fd()).collect();
         match self.hold {
@@ -192,46 +195,79 @@ fn is_connected(state: u8) -> bool {
     connected.contains(&state)
 }
 
-/// Reads the connections of the tree, if they are to be carried. Before any file is dumped.
-pub fn gather(cx: &mut DumpCx<'_>, views: &[FileView<'_>]) -> Result<()> {
-    if !cx.options.tcp_established || cx.options.tcp_close {
-        return Ok(());
-    }
-    let mut ids = Vec::new();
-    let mut sockets = Vec::new();
-    let mut connections = Vec::new();
-    for file in views.iter().filter(|f| is_tcp(f)) {
-        let ours = file.ours()?;
-        let external = names(file.stat.ino).iter().any(|n| cx.is_external(n));
-        if external || !is_connected(tcp::info(ours).map_err(|e| file.blame(e))?.state) {
-            continue;
+impl Talking for Tcp {
+    /// If connections are to be carried.
+    fn gather(&self, cx: &mut DumpCx<'_>, views: &[FileView<'_>]) -> Result<()> {
+        if !cx.options.tcp_established || cx.options.tcp_close {
+            return Ok(());
         }
-        let address = |bytes: Result<Vec<u8>>| -> Result<SocketAddr> {
-            let bytes = bytes.map_err(|e| file.blame(e))?;
-            parse(&bytes).ok_or_else(|| file.blame(Error::bug("an address of no known form")))
+        let mut ids = Vec::new();
+        let mut sockets = Vec::new();
+        let mut connections = Vec::new();
+        for file in views.iter().filter(|f| is_tcp(f)) {
+            let ours = file.ours()?;
+            let external = names(file.stat.ino).iter().any(|n| cx.is_external(n));
+            if external || !is_connected(tcp::info(ours).map_err(|e| file.blame(e))?.state) {
+                continue;
+            }
+            let address = |bytes: Result<Vec<u8>>| -> Result<SocketAddr> {
+                let bytes = bytes.map_err(|e| file.blame(e))?;
+                parse(&bytes).ok_or_else(|| file.blame(Error::bug("an address of no known form")))
+            };
+            connections.push(Connection {
+                local: address(fd::socket_address(ours))?,
+                peer: address(fd::peer_address(ours))?,
+            });
+            let dup = ours.try_clone_to_owned();
+            sockets.push(dup.map_err(|e| Error::io("dup", e))?);
+            ids.push(file.id);
+        }
+        if ids.is_empty() {
+            return Ok(());
+        }
+        // A tree that runs on goes on talking.
+        let kills = cx.options.kills;
+        let hold = match kills && !cx.options.network_unlocked {
+            true => Some(Hold::start(connections)?),
+            false => None,
         };
-        connections.push(Connection {
-            local: address(fd::socket_address(ours))?,
-            peer: address(fd::peer_address(ours))?,
-        });
-        let dup = ours.try_clone_to_owned();
-        sockets.push(dup.map_err(|e| Error::io("dup", e))?);
-        ids.push(file.id);
+        let seen = tcp::read(&sockets)
+            .map_err(|e| e.context("the TCP connections of the tree cannot be read"))?;
+        cx.tcp.seen = ids.into_iter().zip(seen).collect();
+        if kills {
+            cx.held.push(Box::new(Ending { sockets, hold }));
+        }
+        Ok(())
     }
-    if ids.is_empty() {
-        return Ok(());
+
+    fn sleepers(
+        &self,
+        files: &[FileItem<'_>],
+        options: &RestoreOptions,
+    ) -> Result<Box<dyn Waking>> {
+        let mut waking = Connections::default();
+        if options.tcp_close || !options.tcp_established {
+            return Ok(Box::new(waking));
+        }
+        for item in files {
+            let record: Record = ABOUT.decode(item.record)?;
+            let given = names(record.base.ino)
+                .iter()
+                .any(|n| options.inherit.contains_key(n));
+            if matches!(record.life, Life::Connected(_)) && !given {
+                waking.sleepers.push(Sleeper {
+                    id: item.id,
+                    record,
+                    socket: None,
+                });
+            }
+        }
+        if !waking.sleepers.is_empty() && !options.network_unlocked {
+            let all = waking.sleepers.iter().map(Sleeper::connection);
+            waking.hold = Some(Hold::start(all.collect::<Result<_>>()?)?);
+        }
+        Ok(Box::new(waking))
     }
-    // A tree that runs on goes on talking.
-    if cx.options.kills && !cx.options.network_unlocked {
-        cx.tcp.hold = Some(Hold::start(connections)?);
-    }
-    let seen = tcp::read(&sockets)
-        .map_err(|e| e.context("the TCP connections of the tree cannot be read"))?;
-    cx.tcp.seen = ids.into_iter().zip(seen).collect();
-    if cx.options.kills {
-        cx.tcp.sockets = sockets;
-    }
-    Ok(())
 }
 
 /// TCP_ULP, and the one that libc lacks.
@@ -484,7 +520,7 @@ fn connect(cx: &mut RestoreFiles<'_>, socket: Arg, base: &Base, found: &Connecte
 
 /// Connections made on restore, which wait for the last moment.
 #[derive(Default)]
-pub struct Waking {
+struct Connections {
     sleepers: Vec<Sleeper>,
     hold: Option<Hold>,
 }
@@ -495,7 +531,7 @@ struct Sleeper {
     socket: Option<OwnedFd>,
 }
 
-impl fmt::Debug for Waking {
+impl fmt::Debug for Connections {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} connections", self.sleepers.len())
     }
@@ -504,46 +540,15 @@ impl fmt::Debug for Waking {
 /// How long the kernel may take for a packet from ourselves to ourselves.
 const DELIVERY: Duration = Duration::from_secs(5);
 
-impl Waking {
-    /// The connections of an image; their packets are held off from here on.
-    pub fn of_image<'a>(
-        files: impl Iterator<Item = (FileId, &'a OpenFile, &'a RawRecord)>,
-        options: &crate::cx::RestoreOptions,
-    ) -> Result<Waking> {
-        let mut waking = Waking::default();
-        if options.tcp_close || !options.tcp_established {
-            return Ok(waking);
-        }
-        for (id, _, record) in files.filter(|(_, common, _)| common.kind == ABOUT.tag) {
-            let record: Record = ABOUT.decode(record)?;
-            let given = names(record.base.ino)
-                .iter()
-                .any(|n| options.inherit.contains_key(n));
-            if matches!(record.life, Life::Connected(_)) && !given {
-                waking.sleepers.push(Sleeper {
-                    id,
-                    record,
-                    socket: None,
-                });
-            }
-        }
-        if !waking.sleepers.is_empty() && !options.network_unlocked {
-            let all = waking.sleepers.iter().map(Sleeper::connection);
-            waking.hold = Some(Hold::start(all.collect::<Result<_>>()?)?);
-        }
-        Ok(waking)
-    }
-
-    /// Takes our own descriptors for them, once they have their numbers.
-    pub fn take(&mut self, mut get: impl FnMut(FileId) -> Result<OwnedFd>) -> Result<()> {
+impl Waking for Connections {
+    fn take(&mut self, get: &mut dyn FnMut(FileId) -> Result<OwnedFd>) -> Result<()> {
         for sleeper in &mut self.sleepers {
             sleeper.socket = Some(get(sleeper.id)?);
         }
         Ok(())
     }
 
-    /// Makes them live: right before the tree is.
-    pub fn wake(self, image: &str) -> Result<()> {
+    fn wake(self: Box<Self>, image: &str) -> Result<()> {
         let blame = |sleeper: &Sleeper, e: Error| match sleeper.connection() {
             Ok(c) => e.on(format!("TCP connection {} to {}", c.local, c.peer)),
             Err(_) => e,

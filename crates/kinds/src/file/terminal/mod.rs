@@ -26,7 +26,9 @@ use nix::fcntl::OFlag;
 use serde::{Deserialize, Serialize};
 
 use crate::about::{About, show};
-use crate::cx::{BeforeTree, DumpCx, FileItem, FileKind, FileView, PrepareFiles, RestoreFiles};
+use crate::cx::{
+    BeforeTree, DumpCx, FileItem, FileKind, FileView, LookedAtLast, PrepareFiles, RestoreFiles,
+};
 use crate::file::pipe::dup_of;
 use crate::file::{access, is_opath, provide_made, status_flags};
 use crate::model::FileId;
@@ -163,35 +165,36 @@ pub fn masters<'a>(cx: &'a mut DumpCx<'_>) -> Result<&'a BTreeMap<u64, FileId>> 
     cx.ptys(Ptys::look).map(|ptys| &ptys.masters)
 }
 
-/// Adds what waits in the pseudo-terminals of the tree to their records. To look
-/// is to take it out for a moment, so this comes last: nothing is touched if the
-/// dump is refused.
-pub fn look_at_queues(cx: &mut DumpCx<'_>) -> Result<()> {
-    for i in 0..cx.records.len() {
-        let subject = cx.records[i].subject;
-        if cx.records[i].tag != ABOUT.tag {
-            continue;
+impl LookedAtLast for Terminal {
+    /// Adds what waits in the pseudo-terminals of the tree: to look is to take it
+    /// out for a moment.
+    fn look_last(&self, cx: &mut DumpCx<'_>) -> Result<()> {
+        for i in 0..cx.records.len() {
+            let subject = cx.records[i].subject;
+            if cx.records[i].tag != ABOUT.tag {
+                continue;
+            }
+            let Record::Master(mut pty) = ABOUT.decode(&cx.records[i])? else {
+                continue;
+            };
+            let mut files = cx.files_of_device(device_of(PTMX)).iter();
+            let file = files.find(|f| u64::from(f.id.0) == subject);
+            let (pid, number) = file
+                .ok_or_else(|| Error::bug("a master that is no file"))?
+                .at;
+            let master = match cx.proc(pid) {
+                Some(proc) => pidfd_getfd(&proc.pidfd, number),
+                // In flight.
+                None => pidfd_open(pid).and_then(|ours| pidfd_getfd(&ours, number)),
+            };
+            master
+                .and_then(|master| pty.look_at_queues(master.as_fd()))
+                .on(format!("fd {number} ({})", name_of(pty.device)))
+                .on_task(pid.0)?;
+            cx.records[i] = ABOUT.record(subject, &Record::Master(pty))?;
         }
-        let Record::Master(mut pty) = ABOUT.decode(&cx.records[i])? else {
-            continue;
-        };
-        let mut files = cx.files_of_device(device_of(PTMX)).iter();
-        let file = files.find(|f| u64::from(f.id.0) == subject);
-        let (pid, number) = file
-            .ok_or_else(|| Error::bug("a master that is no file"))?
-            .at;
-        let master = match cx.proc(pid) {
-            Some(proc) => pidfd_getfd(&proc.pidfd, number),
-            // In flight.
-            None => pidfd_open(pid).and_then(|ours| pidfd_getfd(&ours, number)),
-        };
-        master
-            .and_then(|master| pty.look_at_queues(master.as_fd()))
-            .on(format!("fd {number} ({})", name_of(pty.device)))
-            .on_task(pid.0)?;
-        cx.records[i] = ABOUT.record(subject, &Record::Master(pty))?;
+        Ok(())
     }
-    Ok(())
 }
 
 impl Terminal {
