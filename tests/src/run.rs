@@ -72,9 +72,18 @@ pub fn carry(program: &Program, mode: Mode) -> Result<(), String> {
     if program.family == "tcp" {
         own_network()?;
     }
-    if program.family == "ipc" {
+    if program.family == "sysv" {
         own_ipc()?;
+        in_scene(program, mode)?;
+        return match ipc_left()?.as_slice() {
+            [] => Ok(()),
+            left => Err(format!("left behind: {left:?}")),
+        };
     }
+    in_scene(program, mode)
+}
+
+fn in_scene(program: &Program, mode: Mode) -> Result<(), String> {
     let scene = Scene::new()?;
     let words = [program.full_name(), scene.dir_text()];
     let mut command = Command::new(program_binary());
@@ -156,9 +165,20 @@ pub fn own_network() -> Result<(), String> {
     os::loopback_up().map_err(|e| format!("lo: {e}"))
 }
 
-/// Gives this thread and what it starts an IPC namespace of their own: what is left there goes with it.
+/// Gives this thread and what it starts an IPC namespace of their own: what is left there is ours, and goes with it.
 pub fn own_ipc() -> Result<(), String> {
     nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWIPC).map_err(|e| format!("unshare: {e}"))
+}
+
+/// The System V objects of this thread's IPC namespace, as /proc shows them.
+pub fn ipc_left() -> Result<Vec<String>, String> {
+    let mut left = Vec::new();
+    for what in ["shm", "sem", "msg"] {
+        let path = format!("/proc/sysvipc/{what}");
+        let text = fs::read_to_string(&path).map_err(|e| format!("{path}: {e}"))?;
+        left.extend(text.lines().skip(1).map(|line| format!("{what} {line}")));
+    }
+    Ok(left)
 }
 
 /// What holds packets off in this thread's network.

@@ -7,7 +7,7 @@
     reason = "a test that cannot set itself up has to fail on the spot"
 )]
 
-use freezeframe_tests::run::{Scene, Target, own_ipc, program_binary};
+use freezeframe_tests::run::{Scene, Target, program_binary};
 use freezeframe_tests::snapshot::Snapshot;
 use freezeframe_tests::tool::{Outcome, freezeframe};
 use nix::sys::signal::{Signal, kill};
@@ -284,65 +284,4 @@ fn connections_from_outside_that_wait_are_left_out_on_a_word() {
     let (target, _) = scene.restore_pid(pid, "img", &[]).unwrap();
     one_may_connect();
     kill(Pid::from_raw(target.pid), Signal::SIGKILL).unwrap();
-}
-
-/// Does something with the System V segment of `ipc::segment`, as another process.
-fn with_segment(what: &str) -> Child {
-    let script = format!(
-        "import ctypes, time\nlibc = ctypes.CDLL(None)\nid = libc.shmget(0x66727a66, 0, 0)\nassert id >= 0\n{what}"
-    );
-    Command::new("/usr/bin/python3")
-        .args(["-c", &script])
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .spawn()
-        .expect("this test needs /usr/bin/python3: apt-get install python3")
-}
-
-#[test]
-fn a_segment_that_others_use_is_refused_and_one_that_is_gone_too() {
-    own_ipc().unwrap();
-    let scene = Scene::new().unwrap();
-    let (_, target, before) = scene.start_program("ipc::segment").unwrap();
-    let attach = "libc.shmat.restype = ctypes.c_long\nassert libc.shmat(id, None, 0) != -1\nprint('.', flush=True)\ntime.sleep(300)";
-    let mut other = with_segment(attach);
-    other
-        .stdout
-        .as_mut()
-        .unwrap()
-        .read_exact(&mut [0; 1])
-        .unwrap();
-    let refused = scene.dump_pid(target.pid, "no", &[]).unwrap();
-    let refused = refused.must_exit(1).unwrap();
-    let why = "attached outside the tree";
-    assert!(refused.stderr.contains(why), "{}", refused.told());
-    other.kill().unwrap();
-    other.wait().unwrap();
-
-    scene
-        .dump_pid(target.pid, "img", &[])
-        .unwrap()
-        .must_exit(0)
-        .unwrap();
-    scene.await_gone(&before, Duration::from_secs(10)).unwrap();
-    let dir = scene.path("img").to_string_lossy().into_owned();
-    let restore = |says: &str| {
-        let outcome = freezeframe(&["restore", "-D", &dir, "-d"], Duration::from_secs(30));
-        let outcome = outcome.unwrap().must_exit(1).unwrap();
-        assert!(outcome.stderr.contains(says), "{}", outcome.told());
-    };
-    let mut other = with_segment(attach);
-    other
-        .stdout
-        .as_mut()
-        .unwrap()
-        .read_exact(&mut [0; 1])
-        .unwrap();
-    restore("attached by others");
-    other.kill().unwrap();
-    other.wait().unwrap();
-    let remove = "assert libc.shmctl(id, 0, None) == 0";
-    assert!(with_segment(remove).wait().unwrap().success());
-    restore("is not there any more");
-    scene.nothing_left().unwrap();
 }

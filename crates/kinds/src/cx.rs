@@ -20,6 +20,8 @@ use crate::about::About;
 use crate::file::inet::tcp;
 use crate::file::search::Searches;
 use crate::file::terminal::Ptys;
+use crate::mem::sysv_shm::Attached;
+pub use crate::mem::sysv_shm::Segments;
 use crate::model::{self, FileId, ObjectId};
 
 // ---------------------------------------------------------------- options
@@ -434,6 +436,8 @@ pub struct DumpCx<'a> {
     /// What has been taken hold of outside the tree, until it is dead or runs again.
     pub held: Vec<Box<dyn Held>>,
     pub(crate) tcp: tcp::Gathered,
+    /// The System V segments that the tree has attached.
+    pub segments: Attached,
     objects: HashMap<ObjectKey, ObjectId>,
     files: HashMap<(i32, i32), FileId>,
     inodes: HashMap<(u64, u64), Vec<InodeFile>>,
@@ -465,6 +469,7 @@ impl<'a> DumpCx<'a> {
             sources: BTreeMap::new(),
             held: Vec::new(),
             tcp: tcp::Gathered::default(),
+            segments: Attached::default(),
             objects: HashMap::new(),
             files: HashMap::new(),
             inodes: HashMap::new(),
@@ -879,6 +884,8 @@ pub trait MakeObject {
     fn run(&mut self, batch: &Batch) -> Result<Replies>;
     /// Brings one of its descriptors to us.
     fn get_fd(&mut self, fd: i32) -> Result<OwnedFd>;
+    /// The System V segments of this restore.
+    fn segments(&mut self) -> &mut Segments;
 }
 
 /// What is mapped.
@@ -890,8 +897,13 @@ pub enum Backing {
     File(Arg),
     /// mmap of the tree-wide object.
     Object,
-    /// shmat of the whole System V segment with this number.
-    Segment(i32),
+    /// shmat of the System V segment that the tree-wide object is.
+    Segment {
+        /// Its id.
+        id: i32,
+        /// Its length, of whole pages.
+        len: u64,
+    },
     /// Not mapped by mmap: the engine puts the kernel's own there (vDSO, vvar).
     Kernel,
 }

@@ -7,6 +7,7 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use freezeframe_error::{Error, Result, ResultExt, SysExt};
 use freezeframe_sys::Pid;
 use freezeframe_sys::mem::{Mem, vm_readv};
+use freezeframe_sys::mmap::MappedFile;
 use freezeframe_sys::pagemap::{Categories, Filter, Pagemap, Run, entry, has_pagemap_scan};
 use freezeframe_sys::proc::ProcDir;
 use nix::errno::Errno;
@@ -293,7 +294,26 @@ impl Object {
         Ok(ranges)
     }
 
-    /// Fills `buf` with the bytes of `pieces`; what is behind the end is zero.
+    /// Fills `buf` with what is behind the end of the object: bytes of its last page,
+    /// which those that map it can use, and zeros.
+    fn behind_the_end(&self, at: u64, buf: &mut [u8]) {
+        buf.fill(0);
+        let page = at / PAGE * PAGE;
+        let used = (at - page) as usize;
+        if used == 0 || at != self.size {
+            return;
+        }
+        // Read as another's memory would be: a file may become shorter meanwhile.
+        if let Ok(map) = MappedFile::range(&self.file, page, used) {
+            let rest = buf.len().min(PAGE as usize - used);
+            let from = map.as_ptr() as u64 + used as u64;
+            if vm_readv(Pid::this(), &[(from, rest)], &mut buf[..rest]).is_err() {
+                buf.fill(0);
+            }
+        }
+    }
+
+    /// Fills `buf` with the bytes of `pieces`; what is behind the last page is zero.
     pub(crate) fn read(&self, pieces: &[Piece], buf: &mut [u8]) -> Result<()> {
         let mut buf = buf;
         for &(offset, len) in pieces {
@@ -303,7 +323,7 @@ impl Object {
             while !now.is_empty() {
                 match self.file.read_at(now, at) {
                     Ok(0) => {
-                        now.fill(0);
+                        self.behind_the_end(at, now);
                         break;
                     }
                     Ok(n) => {

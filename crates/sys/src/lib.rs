@@ -6,7 +6,7 @@
 //! [`pagemap`]), tracing it ([`ptrace`]), its descriptors ([`fd`], [`pidfd`],
 //! [`kcmp`]), its attributes ([`sched`], [`ioprio`], [`rlimit`],
 //! [`robust_list`]), making new processes ([`clone`]), mappings of our own
-//! ([`mmap`]), pages put into place ([`userfaultfd`]), and the question what this kernel can do and what we may do
+//! ([`mmap`]), System V shared memory ([`sysv`]), pages put into place ([`userfaultfd`]), and the question what this kernel can do and what we may do
 //! ([`probe`]).
 //!
 //! `unsafe` lives in this crate, `freezeframe-stub` and `inject::arch` alone.
@@ -17,7 +17,6 @@ pub mod fd;
 pub mod handle;
 pub mod ids;
 pub mod ioprio;
-pub mod ipc;
 pub mod kcmp;
 pub mod mem;
 pub mod mmap;
@@ -31,6 +30,7 @@ pub mod ptrace;
 pub mod rlimit;
 pub mod robust_list;
 pub mod sched;
+pub mod sysv;
 pub mod tcp;
 pub mod unix_diag;
 pub mod userfaultfd;

@@ -50,7 +50,7 @@ pub(super) const PROGRAMS: &[Program] = &[
         pseudo_terminal,
     )
     .carried_or_refused("terminal"),
-    Program::new("aio", "an aio context", aio).carried_or_refused("aio"),
+    Program::new("aio", "an aio context", aio).refused("an AIO ring (io_setup) is not supported"),
     Program::new("kmsg", "/dev/kmsg", kmsg).carried_or_refused("kmsg"),
     Program::new(
         "host_name_space",

@@ -17,8 +17,8 @@ mod beyond;
 mod credentials;
 mod events;
 mod files;
+mod futexes;
 mod ghosts;
-mod ipc;
 mod live;
 mod locks;
 mod mappings;
@@ -28,6 +28,7 @@ mod process;
 mod scale;
 mod signals;
 mod sockets;
+mod sysv;
 mod tcp;
 mod terminal;
 mod terminals;
@@ -189,7 +190,6 @@ const FAMILIES: &[(&str, &[Program])] = &[
     ("sockets", sockets::PROGRAMS),
     ("unix", unix::PROGRAMS),
     ("tcp", tcp::PROGRAMS),
-    ("ipc", ipc::PROGRAMS),
     ("tree", tree::PROGRAMS),
     ("threads", threads::PROGRAMS),
     ("signals", signals::PROGRAMS),
@@ -203,6 +203,8 @@ const FAMILIES: &[(&str, &[Program])] = &[
     ("scale", scale::PROGRAMS),
     ("memory", memory::PROGRAMS),
     ("mappings", mappings::PROGRAMS),
+    ("sysv", sysv::PROGRAMS),
+    ("futexes", futexes::PROGRAMS),
 ];
 
 /// Every program, in the order of the table.

@@ -46,6 +46,7 @@ pub(super) fn collect(
         }
         spaces.insert(proc.pid.0 as u64, space);
     }
+    cx.segments.check(blockers);
     Ok(spaces)
 }
 

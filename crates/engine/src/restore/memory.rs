@@ -18,18 +18,19 @@
 //!   the kernel gives. The rest of such a VMA is filled before.
 //! - All else: process_vm_writev.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
-use freezeframe_error::{Error, Result, ResultExt};
+use freezeframe_error::{Error, Kind, Result, ResultExt};
 use freezeframe_image::Tag;
 use freezeframe_inject::shell::{Shells, TaskId};
 use freezeframe_inject::{Arg, Batch, Replies};
-use freezeframe_kinds::mem::sysv;
 use freezeframe_kinds::model::{Contents, Mm, OBJECT_INDEX, ObjectId, Process, Vma};
-use freezeframe_kinds::{Backing, MakeMapping, MakeObject, RestoreOptions, Sharing, registry};
+use freezeframe_kinds::{
+    Backing, MakeMapping, MakeObject, RestoreOptions, Segments, Sharing, registry,
+};
 use freezeframe_pages::{
     Delta, Destination, Filler, Filling, PAGE, PageReader, Piece, Place, Use, uses, zeros,
 };
@@ -85,6 +86,13 @@ struct Fresh<'a> {
     zeros: Vec<Range<u64>>,
 }
 
+/// What one shmat(2) has attached, as far as it is mapped afresh.
+struct Attachment<'a> {
+    id: i32,
+    len: u64,
+    vmas: Vec<&'a Vma>,
+}
+
 /// An address space that is mapped, its pages on their way.
 #[must_use = "it is not complete before finish()"]
 pub(super) struct Building<'a> {
@@ -124,6 +132,7 @@ pub(super) fn make_objects(
     filler: &mut Filler,
     shells: &mut Shells<'_>,
     root: TaskId,
+    segments: &mut Segments,
 ) -> Result<HashMap<ObjectId, OwnedFd>> {
     let mut objects = HashMap::new();
     for record in loaded.image.records() {
@@ -133,7 +142,14 @@ pub(super) fn make_objects(
         };
         let id = ObjectId(record.subject as u32);
         let fd = kind
-            .make(&mut Maker { shells, root }, record)
+            .make(
+                &mut Maker {
+                    shells,
+                    root,
+                    segments,
+                },
+                record,
+            )
             .on(format!("memory object {}", id.0))?;
         fill_object(filler, shells, root, &fd, OBJECT_INDEX | record.subject)
             .on(format!("memory object {}", id.0))?;
@@ -145,6 +161,7 @@ pub(super) fn make_objects(
 struct Maker<'a, 't> {
     shells: &'a mut Shells<'t>,
     root: TaskId,
+    segments: &'a mut Segments,
 }
 
 impl MakeObject for Maker<'_, '_> {
@@ -156,6 +173,9 @@ impl MakeObject for Maker<'_, '_> {
     }
     fn get_fd(&mut self, fd: i32) -> Result<OwnedFd> {
         self.shells.get_fd(self.root, fd)
+    }
+    fn segments(&mut self) -> &mut Segments {
+        self.segments
     }
 }
 
@@ -228,6 +248,7 @@ impl<'a> Memory<'a> {
         let numbers = self.send_objects(shells, task, &fresh)?;
         let mut batch = Batch::new();
         unmap_others(&mut batch, &kept, shells.region());
+        self.attach(&mut batch, pid, space, &fresh, shells.region())?;
         self.map_fresh(&mut batch, pid, &fresh, &numbers)?;
         let mut building = Building {
             task,
@@ -427,6 +448,80 @@ impl<'a> Memory<'a> {
             .map(|r| r.body.as_slice())
     }
 
+    /// Attaches System V segments, in place where all of one is there, else
+    /// elsewhere, from where the parts are moved to their places. What is one attachment
+    /// stays one, since shmdt(2) ends it as a whole.
+    fn attach(
+        &self,
+        batch: &mut Batch,
+        pid: Pid,
+        space: &Mm,
+        fresh: &[Fresh<'_>],
+        region: Range<u64>,
+    ) -> Result<()> {
+        let mut attachments: BTreeMap<_, Attachment<'_>> = BTreeMap::new();
+        for vma in fresh.iter().map(|f| f.vma) {
+            // Of the tree, and no file: nothing else has a batch to write to.
+            let kind = registry::memory(vma.kind).filter(|k| k.sharing() == Sharing::Tree);
+            let Some(kind) = kind else {
+                continue;
+            };
+            let mut cx = MakeMapping {
+                pid,
+                batch,
+                options: self.options,
+            };
+            let record = self.loaded.object_record(vma.kind, vma.object)?;
+            if let Backing::Segment { id, len } = kind.backing(&mut cx, record)? {
+                if vma
+                    .offset
+                    .checked_add(vma.len())
+                    .is_none_or(|end| end > len)
+                {
+                    return Err(Error::corrupt("a VMA is behind the end of its segment"));
+                }
+                let base = vma.start.wrapping_sub(vma.offset);
+                let key = (vma.object, base, is_read_only(vma));
+                let new = || Attachment {
+                    id,
+                    len,
+                    vmas: Vec::new(),
+                };
+                attachments.entry(key).or_insert_with(new).vmas.push(vma);
+            }
+        }
+        for ((_, base, read_only), Attachment { id, len, vmas }) in attachments {
+            let (flags, prot) = match read_only {
+                true => (libc::SHM_RDONLY, libc::PROT_READ as u32),
+                false => (0, filling_prot()),
+            };
+            let whole = vmas.iter().map(|v| v.len()).sum::<u64>() == len;
+            let at = match whole {
+                true => base,
+                false => gap(space, region.clone(), len)?,
+            };
+            let args = [id.into(), at.into(), flags.into()];
+            batch.call(format!("shmat({id}, {at:x})"), libc::SYS_shmat, args);
+            for vma in &vmas {
+                if !whole {
+                    let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+                    let (from, to) = (at + vma.offset, vma.start);
+                    let len = Arg::Imm(vma.len());
+                    let args = [from.into(), len, len, flags.into(), to.into()];
+                    batch.call(format!("mremap({to:x})"), libc::SYS_mremap, args);
+                }
+                if vma.prot != prot {
+                    mprotect(batch, vma, vma.prot);
+                }
+            }
+            if !whole {
+                let args = [at.into(), len.into()];
+                batch.call("munmap", libc::SYS_munmap, args);
+            }
+        }
+        Ok(())
+    }
+
     fn map_fresh(
         &self,
         batch: &mut Batch,
@@ -463,16 +558,8 @@ impl<'a> Memory<'a> {
                             .ok_or_else(|| Error::bug("an object was not made"))?;
                         (Some(Arg::from(*number)), 0)
                     }
-                    Backing::Segment(id) => {
-                        let flags = sysv::attach_flags(VmFlags::from_bits(vma.flags), vma.prot);
-                        batch.call(
-                            format!("shmat({id}, {:x})", vma.start),
-                            libc::SYS_shmat,
-                            [id.into(), Arg::Imm(vma.start), flags.into()],
-                        );
-                        mprotect(batch, vma, vma.prot);
-                        continue;
-                    }
+                    // By `attach`.
+                    Backing::Segment { .. } => continue,
                     Backing::Kernel => {
                         if vma.end <= TASK_SIZE {
                             kernel = Some(kernel.map_or(vma.start, |at| at.min(vma.start)));
@@ -543,6 +630,25 @@ fn map_flags(vma: &Vma) -> i32 {
         out |= libc::MAP_NORESERVE;
     }
     out
+}
+
+/// Room of `len` bytes that nothing of an address space takes.
+fn gap(space: &Mm, region: Range<u64>, len: u64) -> Result<u64> {
+    let mut taken: Vec<Range<u64>> = space.vmas.iter().map(|v| v.start..v.end).collect();
+    taken.push(region);
+    taken.push(TASK_SIZE..u64::MAX);
+    taken.sort_by_key(|r| r.start);
+    let mut at: u64 = 1 << 20;
+    for r in taken {
+        if at.checked_add(len).is_some_and(|end| end <= r.start) {
+            return Ok(at);
+        }
+        at = at.max(r.end);
+    }
+    Err(Error::new(
+        Kind::NoSpace,
+        "no room in the address space to attach a segment",
+    ))
 }
 
 /// Unmaps all of user space but the stub's region and what is kept.

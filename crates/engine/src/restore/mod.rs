@@ -22,7 +22,7 @@ use freezeframe_inject::Batch;
 use freezeframe_inject::shell::{ForkOptions, Shells, SpawnOptions, TaskId};
 use freezeframe_inject::tracer::Tracer;
 use freezeframe_kinds::model::{Life, Process};
-use freezeframe_kinds::{Late, Prepared, RestoreOptions, Waking};
+use freezeframe_kinds::{Late, Prepared, RestoreOptions, Segments, Waking};
 use freezeframe_pages::{Filler, PageReader, What};
 use freezeframe_sys::ids::Pid;
 use freezeframe_sys::proc::ProcDir;
@@ -112,7 +112,9 @@ fn restore(request: &RestoreRequest, events: &dyn Events) -> Result<RestoreRepor
         events,
     };
     let mut waking = files::sleepers(&loaded, &request.options).in_phase(Phase::Load)?;
-    let (shells, finals, late) = builder.build(&tracer, &steps, &mut waking, &mut report)?;
+    let mut segments = Segments::default();
+    let (shells, finals, late) =
+        builder.build(&tracer, &steps, &mut waking, &mut segments, &mut report)?;
     drop(builder);
     events.step(Point::PreResume(report.pid))?;
     events.phase(Phase::Resume);
@@ -121,6 +123,7 @@ fn restore(request: &RestoreRequest, events: &dyn Events) -> Result<RestoreRepor
         sleepers.wake(&image).in_phase(Phase::Resume)?;
     }
     remove(&late.leftovers, &mut report.warnings);
+    segments.mark().in_phase(Phase::Resume)?;
     let resumed = shells.resume_all(finals).map_err(|e| match e.target() {
         // In the last switch, when the first tasks already run.
         Target::Running => e.left_behind("the restored tree, which runs"),
@@ -128,7 +131,10 @@ fn restore(request: &RestoreRequest, events: &dyn Events) -> Result<RestoreRepor
     });
     match &resumed {
         Err(e) if e.target() != Target::Running => drop(late),
-        _ => late.keep(),
+        _ => {
+            late.keep();
+            segments.keep();
+        }
     }
     resumed?;
     for p in &loaded.procs {
@@ -285,6 +291,7 @@ impl<'a> Builder<'a> {
         tracer: &'t Tracer,
         steps: &[Step],
         waking: &mut [Box<dyn Waking>],
+        segments: &mut Segments,
         report: &mut RestoreReport,
     ) -> Result<Built<'t>> {
         let options = &self.request.options;
@@ -301,8 +308,14 @@ impl<'a> Builder<'a> {
         report.pid = root.pid();
         files::make_room(&mut shells, root_task, self.loaded).in_phase(Phase::Fork)?;
         self.events.step(Point::SetupNamespaces(report.pid))?;
-        let objects = memory::make_objects(self.loaded, &mut self.filler, &mut shells, root_task)
-            .in_phase(Phase::Rebuild)?;
+        let objects = memory::make_objects(
+            self.loaded,
+            &mut self.filler,
+            &mut shells,
+            root_task,
+            segments,
+        )
+        .in_phase(Phase::Rebuild)?;
         let prepared =
             files::prepare(self.loaded, options, &mut report.warnings).in_phase(Phase::Rebuild)?;
         let mut tasks: HashMap<i32, TaskId> = HashMap::from([(root.pid(), root_task)]);

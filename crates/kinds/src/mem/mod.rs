@@ -6,7 +6,7 @@ pub mod file;
 pub mod ghost;
 pub mod memfd;
 pub mod shared_anonymous;
-pub mod sysv;
+pub mod sysv_shm;
 pub mod unsupported;
 pub mod vdso;
 

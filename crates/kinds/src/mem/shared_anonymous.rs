@@ -120,7 +120,7 @@ impl MemKind for SharedAnonymous {
 
 /// Opens what the process has mapped at `at`. Two such mappings side by side
 /// never become one, since each has a file of its own.
-fn mapped_file(cx: &dyn MakeObject, at: u64, size: u64) -> Result<OwnedFd> {
+pub(super) fn mapped_file(cx: &dyn MakeObject, at: u64, size: u64) -> Result<OwnedFd> {
     let name = format!("map_files/{:x}-{:x}", at, at + size);
     ProcDir::open(cx.pid())?.open(&name, OFlag::O_RDWR)
 }

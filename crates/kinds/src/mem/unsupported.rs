@@ -20,13 +20,17 @@ static ABOUT: About = About {
     manual: "proc_pid_maps(5)",
     since: "",
     carried: "nothing",
-    refused: "AIO rings, secret memory, hugetlb, io_uring and perf rings, packet rings, dma-buf, uprobes (each as \"... is not supported\")",
-    programs: &["memory::secret", "memory::hugetlb"],
+    refused: "System V shared memory not attached by shmat(2), AIO rings (nothing tells whether requests are under way), secret memory, hugetlb, io_uring and perf rings, packet rings, dma-buf, uprobes (each as \"... is not supported\")",
+    programs: &["memory::secret", "memory::hugetlb", "beyond::aio"],
     show: show::<()>,
 };
 
 /// Beginnings of paths in maps, and what they are in words.
-const NAMES: [(&[u8], &str); 8] = [
+const NAMES: [(&[u8], &str); 9] = [
+    (
+        b"/SYSV",
+        "System V shared memory mapped by other ways than shmat(2) is not supported",
+    ),
     (b"/[aio]", "an AIO ring (io_setup) is not supported"),
     (
         b"/secretmem",
@@ -92,6 +96,10 @@ mod tests {
 
     #[test]
     fn each_is_called_by_its_name() {
+        assert_eq!(
+            what(b"/SYSV00000000 (deleted)"),
+            "System V shared memory mapped by other ways than shmat(2) is not supported"
+        );
         assert_eq!(
             what(b"/[aio] (deleted)"),
             "an AIO ring (io_setup) is not supported"

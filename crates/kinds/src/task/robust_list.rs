@@ -25,7 +25,7 @@ static ABOUT: About = About {
     since: "",
     carried: "address of the list head",
     refused: "",
-    programs: &["threads::robust_list"],
+    programs: &["threads::robust_list", "futexes::robust"],
     show: show::<Record>,
 };
 

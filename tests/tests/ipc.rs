@@ -1,0 +1,97 @@
+//! System V shared memory that others use, too: what a dump and a restore refuse, and that a segment is made again.
+
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test that cannot set itself up has to fail on the spot"
+)]
+
+use freezeframe_sys::sysv;
+use freezeframe_tests::run::{DEADLINE, Mode, Scene, Target, ipc_left, own_ipc};
+use freezeframe_tests::tool::freezeframe;
+use std::fs;
+
+/// Lets a program check itself, and sees it pass and end.
+fn end(scene: &Scene, target: &Target) {
+    fs::write(scene.path("check"), "").unwrap();
+    scene.await_exit(target).unwrap();
+    let result = fs::read_to_string(scene.path("result")).unwrap();
+    assert_eq!(result, "pass\n");
+}
+
+/// The id of the one segment there is.
+fn only_segment() -> i32 {
+    let all = ipc_left().unwrap();
+    assert_eq!(all.len(), 1, "{all:?}");
+    let id = all[0].split_whitespace().nth(2).unwrap();
+    id.parse().unwrap()
+}
+
+#[test]
+fn a_segment_that_others_use_is_refused() {
+    own_ipc().unwrap();
+    let (scene, beside) = (Scene::new().unwrap(), Scene::new().unwrap());
+    let (program, target, before) = scene.start_program("sysv::segment_by_key").unwrap();
+    let (_, other, _) = beside.start_program("sysv::segment_by_key").unwrap();
+    let refused = scene.dump_pid(target.pid, "no", &[]).unwrap();
+    let refused = refused.must_exit(1).unwrap();
+    let words = "is attached by processes outside the tree too";
+    assert!(refused.stderr.contains(words), "{}", refused.told());
+    end(&beside, &other);
+
+    let dumped = scene.dump_pid(target.pid, "img", &[]).unwrap();
+    dumped.must_exit(0).unwrap();
+    scene.await_gone(&before, DEADLINE).unwrap();
+    // It stays without its tree, and whoever comes can use it.
+    let id = only_segment();
+    let beside = Scene::new().unwrap();
+    let (_, other, _) = beside.start_program("sysv::segment_by_key").unwrap();
+    let dir = scene.path("img").to_string_lossy().into_owned();
+    let refused = |words: &str| {
+        let outcome = freezeframe(&["restore", "-D", &dir, "-d"], DEADLINE).unwrap();
+        let outcome = outcome.must_exit(1).unwrap();
+        assert!(outcome.stderr.contains(words), "{}", outcome.told());
+    };
+    refused("it is in use");
+    assert_eq!(sysv::shm_stat(id).unwrap().attached, 1);
+    // The last one removes it. Another gets its id.
+    end(&beside, &other);
+    assert_eq!(ipc_left().unwrap(), Vec::<String>::new());
+    sysv::shm_set_next_id(id).unwrap();
+    let beside = Scene::new().unwrap();
+    let (_, other, _) = beside.start_program("sysv::segment_of_postgres").unwrap();
+    assert_eq!(only_segment(), id);
+    refused("is not that of the image");
+    end(&beside, &other);
+    // Its place in the table of the kernel is taken, by one of another id.
+    sysv::shm_set_next_id(id + (1 << 15)).unwrap();
+    let beside = Scene::new().unwrap();
+    let (_, other, _) = beside.start_program("sysv::segment_of_postgres").unwrap();
+    assert_eq!(only_segment(), id + (1 << 15));
+    refused("is taken");
+    assert_eq!(only_segment(), id + (1 << 15));
+    end(&beside, &other);
+    assert_eq!(ipc_left().unwrap(), Vec::<String>::new());
+
+    // It is made again; by a restore that fails later it is removed.
+    let broken = scene.path("broken");
+    fs::create_dir(&broken).unwrap();
+    for entry in fs::read_dir(&dir).unwrap() {
+        let entry = entry.unwrap();
+        let name = entry.file_name();
+        let mut bytes = fs::read(entry.path()).unwrap();
+        if name.to_string_lossy().starts_with("pages") {
+            let last = bytes.len() - 100;
+            bytes[last] ^= 1;
+        }
+        fs::write(broken.join(name), bytes).unwrap();
+    }
+    let broken = broken.to_string_lossy();
+    let failed = freezeframe(&["restore", "-D", &broken, "-d"], DEADLINE).unwrap();
+    failed.must_exit(1).unwrap();
+    assert_eq!(ipc_left().unwrap(), Vec::<String>::new());
+    let target = scene.restore_pid(target.pid, "img", &[]).unwrap().0;
+    assert_eq!(only_segment(), id);
+    let mode = Mode::Restore;
+    scene.finish(target, &program, &before, mode).unwrap();
+    assert_eq!(ipc_left().unwrap(), Vec::<String>::new());
+}
