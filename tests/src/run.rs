@@ -72,7 +72,7 @@ pub fn carry(program: &Program, mode: Mode) -> Result<(), String> {
     if program.family == "tcp" {
         own_network()?;
     }
-    if program.family == "sysv" {
+    if ["sysv", "mqueue"].contains(&program.family) {
         own_ipc()?;
         in_scene(program, mode)?;
         return match ipc_left()?.as_slice() {

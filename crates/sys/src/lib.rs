@@ -6,7 +6,7 @@
 //! [`pagemap`]), tracing it ([`ptrace`]), its descriptors ([`fd`], [`pidfd`],
 //! [`kcmp`]), its attributes ([`sched`], [`ioprio`], [`rlimit`],
 //! [`robust_list`]), making new processes ([`clone`]), mappings of our own
-//! ([`mmap`]), System V shared memory ([`sysv`]), pages put into place ([`userfaultfd`]), and the question what this kernel can do and what we may do
+//! ([`mmap`]), System V IPC ([`sysv`]), message queues ([`mqueue`]), pages put into place ([`userfaultfd`]), and the question what this kernel can do and what we may do
 //! ([`probe`]).
 //!
 //! `unsafe` lives in this crate, `freezeframe-stub` and `inject::arch` alone.
@@ -20,6 +20,7 @@ pub mod ioprio;
 pub mod kcmp;
 pub mod mem;
 pub mod mmap;
+pub mod mqueue;
 pub mod nft;
 pub mod pagemap;
 pub mod pidfd;

@@ -1,10 +1,15 @@
-//! System V shared memory, of our IPC namespace.
+//! System V shared memory and semaphores, of our IPC namespace.
 //!
 //! # References
-//! shmctl(2), shmget(2), proc_sys_kernel(5) (`shm_next_id`)
+//! shmctl(2), shmget(2), proc_sys_kernel(5) (`shm_next_id`), semctl(2)
 #![allow(unsafe_code)]
 
-use freezeframe_error::{Error, Result};
+use std::cmp::Ordering;
+
+use freezeframe_error::{Error, Result, SysExt};
+
+use crate::ids::{Pid, Tid};
+use crate::kcmp::{KcmpType, kcmp};
 
 /// Where the id of the next segment can be chosen (CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN).
 const NEXT_ID: &str = "/proc/sys/kernel/shm_next_id";
@@ -99,9 +104,69 @@ pub fn name(id: i32) -> String {
     format!("System V shared memory {id}")
 }
 
+/// A set of semaphores that was operated on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct UsedSemaphores {
+    /// Its id.
+    pub id: i32,
+    /// The processes that did the last operation on each semaphore.
+    pub last: Vec<Pid>,
+}
+
+/// The sets of semaphores of our namespace that anybody has operated on (semop(2)).
+pub fn used_semaphores() -> Result<Vec<UsedSemaphores>> {
+    const PATH: &str = "/proc/sysvipc/sem";
+    let text = std::fs::read_to_string(PATH).map_err(|e| Error::io("read", e).on(PATH))?;
+    Ok(text.lines().skip(1).filter_map(used).collect())
+}
+
+/// One line: key, id, permissions, number, uid, gid, cuid, cgid, time of the last operation, ...
+fn used(line: &str) -> Option<UsedSemaphores> {
+    let field = |n: usize| line.split_whitespace().nth(n)?.parse::<i64>().ok();
+    let (id, number, otime) = (field(1)? as i32, field(3)?, field(8)?);
+    if otime == 0 {
+        return None;
+    }
+    let pid = |n: i64| {
+        // SAFETY: GETPID takes and gives integers.
+        let pid = unsafe { libc::semctl(id, n as i32, libc::GETPID) };
+        (pid > 0).then_some(Pid(pid))
+    };
+    let last = (0..number).filter_map(pid).collect();
+    Some(UsedSemaphores { id, last })
+}
+
+/// Which of these tasks have a list of semaphore adjustments (SEM_UNDO). The list may
+/// be empty: threads made by pthread_create(3) share one from the start.
+pub fn with_undo_lists(tids: &[Tid]) -> Result<Vec<Tid>> {
+    let ask = || {
+        // A thread that has none, to compare with: as a thread, it shares that of its maker.
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_SYSVSEM).sys("unshare(CLONE_SYSVSEM)")?;
+        let mut found = Vec::new();
+        for tid in tids {
+            if kcmp(Tid::this(), *tid, KcmpType::SysvSem, 0, 0)? != Ordering::Equal {
+                found.push(*tid);
+            }
+        }
+        Ok(found)
+    };
+    std::thread::scope(|scope| scope.spawn(ask).join())
+        .map_err(|_| Error::bug("a thread that asks for semaphores panicked"))?
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_thread_shares_its_list_and_an_unused_set_is_none() {
+        // Threads that the standard library makes have a list from the start.
+        let inside = std::thread::spawn(|| with_undo_lists(&[Tid::this()]).unwrap());
+        assert_eq!(inside.join().unwrap().len(), 1);
+        assert!(with_undo_lists(&[]).unwrap().is_empty());
+        let line = " 1 7 600 1 0 0 0 0 0 1790000000";
+        assert_eq!(used(line), None);
+    }
 
     #[test]
     fn seen_and_removed() {

@@ -42,8 +42,6 @@ pub(super) const PROGRAMS: &[Program] = &[
         unix_named_pair,
     )
     .carried_or_refused("socket"),
-    Program::new("message_queue", "a POSIX message queue", message_queue)
-        .carried_or_refused("mqueue"),
     Program::new(
         "pseudo_terminal",
         "both ends of a pseudo-terminal",
@@ -312,30 +310,6 @@ fn unix_named_pair(cx: &Cx) {
         one.send(b"more").is_ok() && two.recv(&mut buffer).is_ok(),
         || "not connected".to_owned(),
     );
-}
-
-fn message_queue(cx: &Cx) {
-    let name = std::ffi::CString::new(format!("ff-{}", os::getpid())).unwrap();
-    let flags = (libc::O_RDWR | libc::O_CREAT | libc::O_NONBLOCK) as usize;
-    let fd = os::fd_from(
-        libc::SYS_mq_open,
-        [name.as_ptr() as usize, flags, 0o600, 0, 0, 0],
-    )
-    .unwrap();
-    os::syscall(libc::SYS_mq_unlink, [name.as_ptr() as usize, 0, 0, 0, 0, 0]).unwrap();
-    let text = b"queued";
-    os::syscall(
-        libc::SYS_mq_timedsend,
-        [os::raw(&fd), os::at(text), 6, 3, 0, 0],
-    )
-    .unwrap();
-    cx.check(good(cx), || "spoilt".to_owned());
-    let mut buffer = [0u8; 8192];
-    let got = os::syscall(
-        libc::SYS_mq_timedreceive,
-        [os::raw(&fd), os::at_mut(&mut buffer), 8192, 0, 0, 0],
-    );
-    cx.same("bytes", got.ok(), Some(6));
 }
 
 fn pseudo_terminal(cx: &Cx) {

@@ -23,6 +23,7 @@ mod live;
 mod locks;
 mod mappings;
 mod memory;
+mod mqueue;
 mod pipes;
 mod process;
 mod scale;
@@ -205,6 +206,7 @@ const FAMILIES: &[(&str, &[Program])] = &[
     ("mappings", mappings::PROGRAMS),
     ("sysv", sysv::PROGRAMS),
     ("futexes", futexes::PROGRAMS),
+    ("mqueue", mqueue::PROGRAMS),
 ];
 
 /// Every program, in the order of the table.

@@ -1,4 +1,4 @@
-//! System V shared memory that processes have attached.
+//! System V IPC: shared memory that processes have attached, semaphores, message queues.
 //!
 //! Each test has an IPC namespace of its own, in which nothing may be left.
 
@@ -47,6 +47,22 @@ pub(super) const PROGRAMS: &[Program] = &[
         segment_by_mmap,
     )
     .refused("by other ways"),
+    Program::new(
+        "semaphores",
+        "semaphores keep their values, and who waits for one goes on waiting",
+        semaphores,
+    ),
+    Program::new(
+        "semaphore_undo",
+        "a process that is to undo at its end what it did to a semaphore",
+        semaphore_undo,
+    )
+    .refused("SEM_UNDO"),
+    Program::new(
+        "message_queue",
+        "a message queue keeps its messages, and who waits for one goes on waiting",
+        message_queue,
+    ),
 ];
 
 const EXCL: i32 = libc::IPC_CREAT | libc::IPC_EXCL;
@@ -337,4 +353,104 @@ fn segment_by_mmap(cx: &Cx) {
     drop(file);
     cx.ready(|| mapped.set(0, !mapped.get(0)));
     cx.try_part("contents", || region.verify(8));
+}
+
+const UNDO: u16 = 0x1000;
+
+/// semop(2), of one semaphore.
+fn operate(id: i32, number: u16, by: i16, flags: u16) -> os::Result<i64> {
+    let operation = [number, by as u16, flags];
+    let args = [id as usize, os::at(&operation), 1, 0, 0, 0];
+    os::syscall(libc::SYS_semop, args)
+}
+
+fn semaphores_of(key: i32) -> i32 {
+    let args = [key as usize, 3, (EXCL | 0o600) as usize, 0, 0, 0];
+    os::syscall(libc::SYS_semget, args).unwrap() as i32
+}
+
+fn semaphore(id: i32, number: usize, command: i32) -> os::Result<i64> {
+    let args = [id as usize, number, command as usize, 0, 0, 0];
+    os::syscall(libc::SYS_semctl, args)
+}
+
+fn semaphores(cx: &Cx) {
+    let id = semaphores_of(0x4646_2001);
+    operate(id, 0, 5, 0).unwrap();
+    let child = cx.child_unready("child", |cx| {
+        cx.say_ready();
+        cx.same("what was waited for", operate(id, 1, -2, 0).ok(), Some(0));
+    });
+    cx.await_ready("child");
+    let waits = || semaphore(id, 1, libc::GETNCNT).ok() == Some(1);
+    assert!(cx.until(waits), "it does not wait");
+    cx.ready(|| operate(id, 0, 1, 0));
+    cx.same("value", semaphore(id, 0, libc::GETVAL).ok(), Some(5));
+    cx.same(
+        "last",
+        semaphore(id, 0, libc::GETPID).ok(),
+        Some(i64::from(os::getpid())),
+    );
+    cx.check(cx.until(waits), || "it does not wait".to_owned());
+    cx.same("given", operate(id, 1, 2, 0).ok(), Some(0));
+    cx.join("child", child);
+    semaphore(id, 0, libc::IPC_RMID).unwrap();
+}
+
+fn semaphore_undo(cx: &Cx) {
+    let id = semaphores_of(libc::IPC_PRIVATE);
+    operate(id, 2, 3, 0).unwrap();
+    let taken = os::fork_run(|| {
+        operate(id, 2, -1, UNDO).unwrap();
+        0
+    });
+    os::waitpid(taken, 0).unwrap();
+    cx.same("undone", semaphore(id, 2, libc::GETVAL).ok(), Some(3));
+    let child = cx.child("child", |cx| {
+        operate(id, 2, -1, UNDO).unwrap();
+        cx.ready_unspoilt();
+    });
+    cx.ready(|| operate(id, 2, 1, 0));
+    cx.join("child", child);
+    cx.same("undone", semaphore(id, 2, libc::GETVAL).ok(), Some(3));
+    semaphore(id, 0, libc::IPC_RMID).unwrap();
+}
+
+fn message_queue(cx: &Cx) {
+    let args = [0x4646_2002, (EXCL | 0o600) as usize, 0, 0, 0, 0];
+    let id = os::syscall(libc::SYS_msgget, args).unwrap() as usize;
+    let message = |kind: i64| [kind, 4711];
+    let send = |kind| {
+        let message = message(kind);
+        os::syscall(libc::SYS_msgsnd, [id, os::at(&message), 8, 0, 0, 0])
+    };
+    let receive = |kind: usize| {
+        let mut message = [0i64; 2];
+        let args = [id, os::at_mut(&mut message), 8, kind, 0, 0];
+        os::syscall(libc::SYS_msgrcv, args).map(|_| message)
+    };
+    send(3).unwrap();
+    let child = cx.child_unready("child", |cx| {
+        cx.say_ready();
+        cx.same("waited for", receive(9).ok(), Some(message(9)));
+    });
+    cx.await_ready("child");
+    let call = format!("{} ", libc::SYS_msgrcv);
+    let path = format!("/proc/{child}/syscall");
+    let waits = || std::fs::read_to_string(&path).is_ok_and(|text| text.starts_with(&call));
+    assert!(cx.until(waits), "it does not wait");
+    cx.ready(|| receive(3).and_then(|_| send(4)));
+    cx.check(cx.until(waits), || "it does not wait".to_owned());
+    send(9).unwrap();
+    cx.join("child", child);
+    const NOWAIT: usize = libc::IPC_NOWAIT as usize;
+    let mut got = [0i64; 2];
+    let args = [id, os::at_mut(&mut got), 8, 0, NOWAIT, 0];
+    cx.same(
+        "received",
+        os::syscall(libc::SYS_msgrcv, args).ok(),
+        Some(8),
+    );
+    cx.same("what", got, message(3));
+    os::syscall(libc::SYS_msgctl, [id, libc::IPC_RMID as usize, 0, 0, 0, 0]).unwrap();
 }

@@ -8,6 +8,7 @@ pub mod fifo;
 pub mod inet;
 pub mod inotify;
 pub mod memfd;
+pub mod mqueue;
 pub mod pidfd;
 pub mod pipe;
 pub mod regular;

@@ -28,6 +28,7 @@ pub mod robust_list;
 pub mod rseq;
 pub mod scheduler;
 pub mod seccomp;
+pub mod semaphore_undo;
 pub mod sigaction;
 pub mod sigmask;
 pub mod subreaper;
