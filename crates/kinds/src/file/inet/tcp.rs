@@ -3,12 +3,12 @@
 //! What of a connection has no other way out is read and set in repair mode
 //! (TCP_REPAIR, tcp(7)); [`freezeframe_sys::tcp`] has how that is done without
 //! harm to a live socket. All connections of a tree are read together
-//! ([`gather`]), before any file is dumped, with their packets held off if the
+//! (`gather`), before any file is dumped, with their packets held off if the
 //! tree is to be killed ([`super::hold`]).
 //!
 //! On restore a connection is made in repair mode, which is silent: so a restore
 //! that fails tells the peer nothing. Only when everything else of the tree is
-//! there ([`Connections`]) are closing states made by the packets that led to them,
+//! there (`Connections`) are closing states made by the packets that led to them,
 //! the packets let through, repair mode left (with a probe that tells the peer
 //! where we are), and what had not been sent yet is written.
 
