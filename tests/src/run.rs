@@ -69,7 +69,7 @@ pub fn carry(program: &Program, mode: Mode) -> Result<(), String> {
     if program.family == "terminals" {
         own_terminals()?;
     }
-    if program.family == "tcp" {
+    if ["tcp", "udp", "raw", "packet", "netlink"].contains(&program.family) {
         own_network()?;
     }
     if ["sysv", "mqueue"].contains(&program.family) {
@@ -560,7 +560,7 @@ impl Scene {
         {
             faults.push(e);
         }
-        if program.family == "tcp" {
+        if ["tcp", "udp", "raw", "packet", "netlink"].contains(&program.family) {
             let rules = rules()?;
             if !rules.is_empty() {
                 faults.push(format!("rules left behind: {rules:?}"));

@@ -17,7 +17,8 @@ use freezeframe_sys::ptrace::Regs;
 use nix::fcntl::OFlag;
 
 use crate::about::About;
-use crate::file::inet::tcp;
+use crate::file::inet::table::Tables;
+use crate::file::inet::{tcp, udp};
 use crate::file::search::Searches;
 use crate::file::terminal::Ptys;
 use crate::mem::sysv_shm::Attached;
@@ -445,6 +446,7 @@ pub struct DumpCx<'a> {
     ptys: Option<Ptys>,
     waiting: HashMap<FileId, Vec<Waiting>>,
     pub(crate) searches: Searches,
+    pub(crate) sockets: Tables,
 }
 
 /// What waits in a file that other files can wait in, too (the queue of a unix socket).
@@ -477,6 +479,7 @@ impl<'a> DumpCx<'a> {
             ptys: None,
             waiting: HashMap::new(),
             searches: Searches::default(),
+            sockets: Tables::default(),
         }
     }
 
@@ -755,6 +758,8 @@ pub struct Late {
     pub positions: Vec<(FileId, u64)>,
     /// Files that stay only if the tree runs.
     pub placed: Vec<Placed>,
+    /// What waited to be read in sockets of UDP: put there when all files are.
+    pub datagrams: Vec<(FileId, udp::Waiting)>,
 }
 
 impl Late {

@@ -31,6 +31,7 @@ pub mod ptrace;
 pub mod rlimit;
 pub mod robust_list;
 pub mod sched;
+pub mod sock_diag;
 pub mod sysv;
 pub mod tcp;
 pub mod unix_diag;

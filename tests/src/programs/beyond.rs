@@ -30,6 +30,9 @@ pub(super) const PROGRAMS: &[Program] = &[
     Program::new("udp", "a bound UDP socket", udp).carried_or_refused("socket"),
     Program::new("netlink", "a netlink socket", netlink).carried_or_refused("socket"),
     Program::new("packet", "a packet socket", packet).carried_or_refused("socket"),
+    Program::new("vsock", "a vsock socket", vsock)
+        .refused("vsock sockets")
+        .needs(&[VSOCK]),
     Program::new(
         "unix_listening",
         "a listening unix socket with a name",
@@ -68,6 +71,10 @@ pub(super) const PROGRAMS: &[Program] = &[
     .carried_or_refused("pidfd"),
 ];
 
+const VSOCK: Need = Need {
+    what: "kernel option CONFIG_VSOCKETS",
+    here: || new_vsock().is_ok(),
+};
 const PERF: Need = Need {
     what: "kernel option CONFIG_PERF_EVENTS",
     here: || new_perf_event().is_ok(),
@@ -274,6 +281,24 @@ fn packet(cx: &Cx) {
     let was = state();
     cx.check(good(cx), || "spoilt".to_owned());
     cx.same("flags", state(), was);
+}
+
+fn new_vsock() -> os::Result<OwnedFd> {
+    let args = [
+        libc::AF_VSOCK as usize,
+        libc::SOCK_STREAM as usize,
+        0,
+        0,
+        0,
+        0,
+    ];
+    os::fd_from(libc::SYS_socket, args)
+}
+
+fn vsock(cx: &Cx) {
+    let fd = new_vsock().unwrap();
+    cx.check(good(cx), || "spoilt".to_owned());
+    cx.check(os::flags(&fd) >= 0, || "it is gone".to_owned());
 }
 
 fn unix_listening(cx: &Cx) {

@@ -24,8 +24,11 @@ mod locks;
 mod mappings;
 mod memory;
 mod mqueue;
+mod netlink;
+mod packet;
 mod pipes;
 mod process;
+mod raw;
 mod scale;
 mod signals;
 mod sockets;
@@ -36,6 +39,7 @@ mod terminals;
 mod threads;
 mod timers;
 mod tree;
+mod udp;
 mod unix;
 
 pub use cx::Cx;
@@ -191,6 +195,10 @@ const FAMILIES: &[(&str, &[Program])] = &[
     ("sockets", sockets::PROGRAMS),
     ("unix", unix::PROGRAMS),
     ("tcp", tcp::PROGRAMS),
+    ("udp", udp::PROGRAMS),
+    ("raw", raw::PROGRAMS),
+    ("packet", packet::PROGRAMS),
+    ("netlink", netlink::PROGRAMS),
     ("tree", tree::PROGRAMS),
     ("threads", threads::PROGRAMS),
     ("signals", signals::PROGRAMS),

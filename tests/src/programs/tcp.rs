@@ -119,7 +119,7 @@ fn pair_at(address: &str) -> (TcpStream, TcpStream) {
     (one, listener.accept().unwrap().0)
 }
 
-fn option(fd: &impl AsRawFd, level: i32, name: i32) -> i32 {
+pub(super) fn option(fd: &impl AsRawFd, level: i32, name: i32) -> i32 {
     let (mut value, mut len) = (0i32, 4u32);
     let args = [
         os::raw(fd),
@@ -133,7 +133,7 @@ fn option(fd: &impl AsRawFd, level: i32, name: i32) -> i32 {
     value
 }
 
-fn set_option(fd: &impl AsRawFd, level: i32, name: i32, value: i32) {
+pub(super) fn set_option(fd: &impl AsRawFd, level: i32, name: i32, value: i32) {
     let args = [
         os::raw(fd),
         level as usize,

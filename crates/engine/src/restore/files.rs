@@ -231,6 +231,10 @@ pub(super) fn restore(
     for sleepers in waking {
         sleepers.take(&mut |id| files.file(id))?;
     }
+    for (id, waiting) in std::mem::take(&mut files.late.datagrams) {
+        let socket = files.file(id)?;
+        files.warnings.extend(waiting.put_back(&socket)?);
+    }
     Ok(files.late)
 }
 

@@ -9,6 +9,8 @@ pub mod inet;
 pub mod inotify;
 pub mod memfd;
 pub mod mqueue;
+pub mod netlink;
+pub mod packet;
 pub mod pidfd;
 pub mod pipe;
 pub mod regular;

@@ -332,6 +332,8 @@ struct Received {
     copied: usize,
     /// Bytes of the message from where the read began (with MSG_TRUNC).
     whole: usize,
+    /// What else came with it: level, type, value.
+    control: Vec<(i32, i32, Vec<u8>)>,
 }
 
 fn receive(socket: BorrowedFd<'_>, buf: &mut [u8], flags: i32) -> Result<Received> {
@@ -359,6 +361,7 @@ fn receive(socket: BorrowedFd<'_>, buf: &mut [u8], flags: i32) -> Result<Receive
         }
     };
     let mut message = Message::default();
+    let mut control_parts = Vec::new();
     // SAFETY: the kernel has filled the control part, `msg_controllen` bytes
     // of it; CMSG_NXTHDR stays within. Payloads may be unaligned and are read
     // as such. The descriptors have just been made for us.
@@ -390,7 +393,10 @@ fn receive(socket: BorrowedFd<'_>, buf: &mut [u8], flags: i32) -> Result<Receive
                         gid: creds.gid,
                     });
                 }
-                _ => {}
+                (level, kind) => {
+                    let bytes = std::slice::from_raw_parts(data, len).to_vec();
+                    control_parts.push((level, kind, bytes));
+                }
             }
             header = libc::CMSG_NXTHDR(&raw const msg, header);
         }
@@ -409,6 +415,7 @@ fn receive(socket: BorrowedFd<'_>, buf: &mut [u8], flags: i32) -> Result<Receive
         message,
         copied: whole.min(buf.len()),
         whole,
+        control: control_parts,
     })
 }
 
@@ -603,7 +610,189 @@ fn changed(seen: usize, total: usize) -> Error {
 /// so that those a former dump has seen are missing, as are those at the end
 /// of a seqpacket queue whose other side has shut down.
 pub fn peek_messages(socket: impl AsFd) -> Result<Vec<Message>> {
+    let peeked = peek_all(socket.as_fd())?;
+    Ok(peeked.into_iter().map(|p| p.message).collect())
+}
+
+/// A datagram in the queue of a socket of UDP or UDP-Lite.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Datagram {
+    /// Its bytes.
+    pub data: Vec<u8>,
+    /// The `sockaddr` it came from.
+    pub from: Vec<u8>,
+    /// The `sockaddr` it was sent to, if the kernel tells.
+    pub to: Vec<u8>,
+    /// Where the kernel has joined several (UDP_GRO): how long each is, but the last.
+    pub segment: Option<usize>,
+}
+
+/// The datagrams queued on a socket of UDP or UDP-Lite, as [`peek_messages`] has
+/// them. While it looks, the socket asks for the addresses they were sent to
+/// (IP_RECVORIGDSTADDR), as it may have asked before. An error that waits for the
+/// socket's next call is taken and given instead.
+pub fn peek_datagrams(socket: impl AsFd) -> Result<Vec<Datagram>> {
     let socket = socket.as_fd();
+    if is_queue_empty(socket)? {
+        return Ok(Vec::new());
+    }
+    let mut asked = vec![Asking::start(
+        socket,
+        libc::SOL_IP,
+        libc::IP_RECVORIGDSTADDR,
+    )?];
+    if getsockopt_i32(socket, libc::SOL_SOCKET, libc::SO_DOMAIN)? == libc::AF_INET6 {
+        let option = libc::IPV6_RECVORIGDSTADDR;
+        asked.push(Asking::start(socket, libc::SOL_IPV6, option)?);
+    }
+    let peeked = peek_all(socket)?;
+    drop(asked);
+    let datagram = |peeked: Received| {
+        let part = |level: i32, kind: i32| {
+            let mut all = peeked.control.iter();
+            all.find(|(l, k, _)| (*l, *k) == (level, kind))
+                .map(|(.., bytes)| bytes)
+        };
+        let to = part(libc::SOL_IP, libc::IP_ORIGDSTADDR)
+            .or_else(|| part(libc::SOL_IPV6, libc::IPV6_ORIGDSTADDR));
+        let segment = part(libc::SOL_UDP, libc::UDP_GRO).and_then(|bytes| {
+            let size = i32::from_ne_bytes(bytes.get(..4)?.try_into().ok()?);
+            usize::try_from(size).ok().filter(|size| *size > 0)
+        });
+        Datagram {
+            to: to.cloned().unwrap_or_default(),
+            segment,
+            data: peeked.message.data,
+            from: peeked.message.from,
+        }
+    };
+    Ok(peeked.into_iter().map(datagram).collect())
+}
+
+/// An option of a socket that is on while this is there.
+struct Asking<'a> {
+    socket: BorrowedFd<'a>,
+    level: i32,
+    option: i32,
+    before: i32,
+}
+
+impl<'a> Asking<'a> {
+    fn start(socket: BorrowedFd<'a>, level: i32, option: i32) -> Result<Asking<'a>> {
+        let before = getsockopt_i32(socket, level, option)?;
+        setsockopt_i32(socket, level, option, 1)?;
+        Ok(Asking {
+            socket,
+            level,
+            option,
+            before,
+        })
+    }
+}
+
+impl Drop for Asking<'_> {
+    fn drop(&mut self) {
+        // It worked a moment ago with another value.
+        let _ = setsockopt_i32(self.socket, self.level, self.option, self.before);
+    }
+}
+
+/// Asks which of `events` (`POLLIN`, ...) a descriptor has now; POLLERR and
+/// POLLHUP are told unasked.
+pub fn poll_now(fd: impl AsFd, events: i16) -> Result<i16> {
+    let mut poll = libc::pollfd {
+        fd: fd.as_fd().as_raw_fd(),
+        events,
+        revents: 0,
+    };
+    // SAFETY: poll reads and writes one pollfd, which `poll` is.
+    let done = unsafe { libc::poll(&raw mut poll, 1, 0) };
+    Errno::result(done).sys("poll")?;
+    Ok(poll.revents)
+}
+
+/// Which sources a socket hears of in a multicast group.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct GroupFilter {
+    /// All but the sources, or the sources alone.
+    pub exclude: bool,
+    /// Each a `sockaddr`, as it is.
+    pub sources: Vec<Vec<u8>>,
+}
+
+/// Length of a `sockaddr_storage`.
+const STORAGE: usize = 128;
+/// How many sources of a group are asked for: more than the kernel allows by default.
+const MAX_SOURCES: usize = 256;
+
+/// What a socket hears of a multicast group (a `sockaddr`) on the interface with
+/// this number (MCAST_MSFILTER, at SOL_IP or SOL_IPV6); none if it is not a member.
+pub fn group_filter(
+    fd: impl AsFd,
+    level: i32,
+    interface: u32,
+    group: &[u8],
+) -> Result<Option<GroupFilter>> {
+    const MCAST_MSFILTER: i32 = 48;
+    // struct group_filter: interface, group, mode, how many sources, the sources.
+    let (group_at, mode_at, count_at, sources_at) = (8, 136, 140, 144);
+    let mut value = vec![0u8; sources_at + MAX_SOURCES * STORAGE];
+    value[..4].copy_from_slice(&interface.to_ne_bytes());
+    let group = &group[..group.len().min(STORAGE)];
+    value[group_at..group_at + group.len()].copy_from_slice(group);
+    value[count_at..sources_at].copy_from_slice(&(MAX_SOURCES as u32).to_ne_bytes());
+    let mut len = value.len() as libc::socklen_t;
+    // SAFETY: the kernel reads the head of `value`, which holds no addresses of
+    // memory, and writes at most `len` bytes to it.
+    let done = unsafe {
+        libc::getsockopt(
+            fd.as_fd().as_raw_fd(),
+            level,
+            MCAST_MSFILTER,
+            value.as_mut_ptr().cast(),
+            &raw mut len,
+        )
+    };
+    match Errno::result(done) {
+        Err(Errno::EADDRNOTAVAIL | Errno::ENODEV) => return Ok(None),
+        other => other.sys("getsockopt(MCAST_MSFILTER)")?,
+    };
+    let word = |at: usize| {
+        let mut bytes = [0; 4];
+        bytes.copy_from_slice(&value[at..at + 4]);
+        u32::from_ne_bytes(bytes)
+    };
+    let count = word(count_at) as usize;
+    if count > MAX_SOURCES {
+        return Err(Error::unsupported(format!(
+            "a multicast group with {count} sources is not supported"
+        )));
+    }
+    let sources = value[sources_at..].chunks_exact(STORAGE).take(count);
+    Ok(Some(GroupFilter {
+        exclude: word(mode_at) == 0,
+        sources: sources.map(<[u8]>::to_vec).collect(),
+    }))
+}
+
+/// The name of the network interface with this number, in our network namespace.
+pub fn interface_name(number: u32) -> Option<String> {
+    let mut name = [0u8; libc::IF_NAMESIZE];
+    // SAFETY: the call writes a name with its NUL, at most IF_NAMESIZE bytes.
+    let found = unsafe { libc::if_indextoname(number, name.as_mut_ptr().cast()) };
+    let name = std::ffi::CStr::from_bytes_until_nul(&name).ok()?;
+    (!found.is_null()).then(|| name.to_string_lossy().into_owned())
+}
+
+/// The number of the network interface of this name, in our network namespace.
+pub fn interface_number(name: &str) -> Option<u32> {
+    let name = std::ffi::CString::new(name).ok()?;
+    // SAFETY: the call reads a string with its NUL.
+    let number = unsafe { libc::if_nametoindex(name.as_ptr()) };
+    (number != 0).then_some(number)
+}
+
+fn peek_all(socket: BorrowedFd<'_>) -> Result<Vec<Received>> {
     let _used = PeekOffset::take_if_used(socket)?;
     if is_queue_empty(socket)? {
         return Ok(Vec::new());
@@ -631,9 +820,13 @@ pub fn peek_messages(socket: impl AsFd) -> Result<Vec<Message>> {
             break;
         }
         at += got.whole;
-        messages.push(Message {
-            data: buf[..got.copied].to_vec(),
-            ..got.message
+        let data = buf[..got.copied].to_vec();
+        messages.push(Received {
+            message: Message {
+                data,
+                ..got.message
+            },
+            ..got
         });
     }
     Ok(messages)

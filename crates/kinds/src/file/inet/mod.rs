@@ -1,40 +1,97 @@
 //! Sockets of IPv4 and IPv6: their addresses and options, and packets made by
-//! hand, which the kinds of sockets share.
+//! hand, which the kinds of sockets share. Options are those of sockets of other
+//! families, too.
 
+mod groups;
 pub mod hold;
-mod options;
+pub(in crate::file) mod options;
 mod packet;
+pub mod raw;
+pub(crate) mod table;
 pub mod tcp;
+pub mod udp;
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-use freezeframe_error::{Error, Result, SysExt};
+use freezeframe_error::{Error, Kind, Result, SysExt};
 use freezeframe_inject::Arg;
 use freezeframe_sys::fd::{getsockopt_i32, ioctl};
 use serde::{Deserialize, Serialize};
 
 use crate::bytes::Bytes;
-use crate::cx::{FileView, RestoreFiles};
+use crate::cx::{DumpCx, FileItem, FileView, RestoreFiles};
 use crate::file::is_opath;
+use crate::file::pipe::dup_of;
 
 const SOL: i32 = libc::SOL_SOCKET;
 
 /// Family, type and protocol of a socket of IPv4 or IPv6; none for other files.
 fn what(file: &FileView<'_>) -> Option<(i32, i32, i32)> {
+    socket(file).filter(|(domain, ..)| matches!(*domain, libc::AF_INET | libc::AF_INET6))
+}
+
+/// Family, type and protocol of a socket; none for other files.
+pub(in crate::file) fn socket(file: &FileView<'_>) -> Option<(i32, i32, i32)> {
     if file.stat.mode & libc::S_IFMT != libc::S_IFSOCK || is_opath(file) {
         return None;
     }
     let ours = file.ours().ok()?;
     let get = |option| getsockopt_i32(ours, SOL, option).ok();
-    let domain = get(libc::SO_DOMAIN)?;
-    if !matches!(domain, libc::AF_INET | libc::AF_INET6) {
-        return None;
+    Some((
+        get(libc::SO_DOMAIN)?,
+        get(libc::SO_TYPE)?,
+        get(libc::SO_PROTOCOL)?,
+    ))
+}
+
+/// Whether the caller gives this socket again.
+pub(in crate::file) fn is_external(cx: &DumpCx<'_>, file: &FileView<'_>) -> bool {
+    names(file.stat.ino).iter().any(|name| cx.is_external(name))
+}
+
+/// Hands over the socket that the caller gives for this one, if any does. One that
+/// was dumped as external has to be given.
+pub(in crate::file) fn give(
+    cx: &mut RestoreFiles<'_>,
+    item: &FileItem<'_>,
+    base: &Base,
+    external: bool,
+) -> Result<bool> {
+    if let Some(given) = names(base.ino).iter().find_map(|n| cx.inherited(n)) {
+        cx.provide_ours(item.id, dup_of(given)?);
+        return Ok(true);
     }
-    Some((domain, get(libc::SO_TYPE)?, get(libc::SO_PROTOCOL)?))
+    if external {
+        let ino = base.ino;
+        let what = format!(
+            "the socket was dumped as external: give it by --inherit-fd fd[N]:socket[{ino}]"
+        );
+        return Err(Error::new(Kind::Usage, what));
+    }
+    Ok(false)
+}
+
+/// Appends socket(2), with mode and owner.
+pub(in crate::file) fn make(
+    cx: &mut RestoreFiles<'_>,
+    base: &Base,
+    kind: i32,
+    protocol: i32,
+) -> Arg {
+    let args = [
+        base.domain.into(),
+        (kind | libc::SOCK_CLOEXEC).into(),
+        protocol.into(),
+    ];
+    let name = format!("socket({}, {kind}, {protocol})", base.domain);
+    let made = cx.batch.call(name, libc::SYS_socket, args);
+    // The owner counts among those who share a port (SO_REUSEPORT).
+    base.finish(cx, made.into());
+    made.into()
 }
 
 /// CRIU's name of a socket, and procfs's.
-fn names(ino: u64) -> [String; 2] {
+pub(in crate::file) fn names(ino: u64) -> [String; 2] {
     [format!("socket[{ino}]"), format!("socket:[{ino}]")]
 }
 
@@ -90,8 +147,8 @@ fn sockaddr(address: SocketAddr) -> Vec<u8> {
 
 /// What all sockets have: made the same way for each.
 #[derive(Debug, Serialize, Deserialize)]
-struct Base {
-    ino: u64,
+pub(in crate::file) struct Base {
+    pub(in crate::file) ino: u64,
     domain: i32,
     /// `sockaddr` it is bound to; empty if it has no port.
     local: Bytes,
@@ -108,7 +165,7 @@ struct Base {
 }
 
 impl Base {
-    fn of(file: &FileView<'_>, what: (i32, i32, i32)) -> Result<Base> {
+    pub(in crate::file) fn of(file: &FileView<'_>, what: (i32, i32, i32)) -> Result<Base> {
         let (domain, ..) = what;
         check_namespace(file)?;
         let ours = file.ours()?;
@@ -150,7 +207,7 @@ impl Base {
 }
 
 /// Appends bind(2) or connect(2).
-fn call_with(
+pub(in crate::file) fn call_with(
     cx: &mut RestoreFiles<'_>,
     (name, nr): (&'static str, i64),
     socket: Arg,

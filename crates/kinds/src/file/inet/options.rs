@@ -9,7 +9,7 @@ use crate::bytes::Bytes;
 use crate::cx::{FileView, RestoreFiles};
 
 /// SO_BUF_LOCK (Linux 5.14): which buffer sizes the program has set.
-pub(super) const SO_BUF_LOCK: i32 = 72;
+pub(in crate::file) const SO_BUF_LOCK: i32 = 72;
 
 /// Options of SOL_SOCKET that libc lacks, or has for other ABIs.
 const SO_TIMESTAMP_NEW: i32 = 63;
@@ -21,7 +21,7 @@ const SO_RCVMARK: i32 = 75;
 const SO_RCVPRIORITY: i32 = 82;
 
 /// Options set before the socket has an address, in this order.
-const EARLY: [(i32, i32); 99] = [
+const EARLY: [(i32, i32); 138] = [
     (SOL, libc::SO_REUSEPORT),
     (SOL, libc::SO_BINDTODEVICE),
     (SOL, libc::SO_MARK),
@@ -48,6 +48,12 @@ const EARLY: [(i32, i32); 99] = [
     (SOL, libc::SO_ZEROCOPY),
     (SOL, SO_RCVMARK),
     (SOL, SO_RCVPRIORITY),
+    (SOL, libc::SO_PASSCRED),
+    (SOL, libc::SO_PASSSEC),
+    (SOL, libc::SO_TXTIME),
+    (libc::SOL_IP, libc::IP_OPTIONS),
+    (libc::SOL_IP, libc::IP_HDRINCL),
+    (libc::SOL_IP, libc::IP_PASSSEC),
     (libc::SOL_IP, libc::IP_TOS),
     (libc::SOL_IP, libc::IP_TTL),
     (libc::SOL_IP, libc::IP_RECVTTL),
@@ -99,6 +105,19 @@ const EARLY: [(i32, i32); 99] = [
     (libc::SOL_IPV6, libc::IPV6_ADDR_PREFERENCES),
     (libc::SOL_IPV6, libc::IPV6_UNICAST_IF),
     (libc::SOL_IPV6, libc::IPV6_FLOWINFO_SEND),
+    (libc::SOL_IPV6, libc::IPV6_HOPOPTS),
+    (libc::SOL_IPV6, libc::IPV6_RTHDRDSTOPTS),
+    (libc::SOL_IPV6, libc::IPV6_RTHDR),
+    (libc::SOL_IPV6, libc::IPV6_DSTOPTS),
+    (libc::SOL_IPV6, libc::IPV6_2292PKTINFO),
+    (libc::SOL_IPV6, libc::IPV6_2292HOPOPTS),
+    (libc::SOL_IPV6, libc::IPV6_2292DSTOPTS),
+    (libc::SOL_IPV6, libc::IPV6_2292RTHDR),
+    (libc::SOL_IPV6, libc::IPV6_2292HOPLIMIT),
+    (libc::SOL_IPV6, libc::IPV6_CHECKSUM),
+    (libc::SOL_IPV6, IPV6_HDRINCL),
+    (libc::SOL_RAW, ICMP_FILTER),
+    (SOL_ICMPV6, ICMP_FILTER),
     (libc::SOL_TCP, libc::TCP_NODELAY),
     (libc::SOL_TCP, libc::TCP_KEEPIDLE),
     (libc::SOL_TCP, libc::TCP_KEEPINTVL),
@@ -120,6 +139,26 @@ const EARLY: [(i32, i32); 99] = [
     (libc::SOL_UDP, libc::UDP_GRO),
     (libc::SOL_UDP, libc::UDP_NO_CHECK6_TX),
     (libc::SOL_UDP, libc::UDP_NO_CHECK6_RX),
+    (SOL_UDPLITE, UDPLITE_SEND_CSCOV),
+    (SOL_UDPLITE, UDPLITE_RECV_CSCOV),
+    (libc::SOL_PACKET, libc::PACKET_AUXDATA),
+    (libc::SOL_PACKET, libc::PACKET_ORIGDEV),
+    (libc::SOL_PACKET, libc::PACKET_VERSION),
+    (libc::SOL_PACKET, libc::PACKET_RESERVE),
+    (libc::SOL_PACKET, libc::PACKET_LOSS),
+    (libc::SOL_PACKET, libc::PACKET_VNET_HDR),
+    (libc::SOL_PACKET, PACKET_VNET_HDR_SZ),
+    (libc::SOL_PACKET, libc::PACKET_TIMESTAMP),
+    (libc::SOL_PACKET, PACKET_TX_HAS_OFF),
+    (libc::SOL_PACKET, libc::PACKET_QDISC_BYPASS),
+    (libc::SOL_PACKET, PACKET_IGNORE_OUTGOING),
+    (libc::SOL_NETLINK, libc::NETLINK_PKTINFO),
+    (libc::SOL_NETLINK, libc::NETLINK_BROADCAST_ERROR),
+    (libc::SOL_NETLINK, libc::NETLINK_NO_ENOBUFS),
+    (libc::SOL_NETLINK, libc::NETLINK_LISTEN_ALL_NSID),
+    (libc::SOL_NETLINK, libc::NETLINK_CAP_ACK),
+    (libc::SOL_NETLINK, libc::NETLINK_EXT_ACK),
+    (libc::SOL_NETLINK, libc::NETLINK_GET_STRICT_CHK),
     // Behind those of which it follows.
     (SOL, libc::SO_PRIORITY),
 ];
@@ -127,30 +166,54 @@ const IP_RECVERR_RFC4884: i32 = 26;
 const IPV6_RECVERR_RFC4884: i32 = 31;
 const IP_LOCAL_PORT_RANGE: i32 = 51;
 const TCP_TX_DELAY: i32 = 37;
+const IPV6_HDRINCL: i32 = 36;
+const SOL_ICMPV6: i32 = libc::IPPROTO_ICMPV6;
+/// Of SOL_RAW and of SOL_ICMPV6 the same number.
+const ICMP_FILTER: i32 = 1;
+const SOL_UDPLITE: i32 = libc::IPPROTO_UDPLITE;
+const UDPLITE_SEND_CSCOV: i32 = 10;
+const UDPLITE_RECV_CSCOV: i32 = 11;
+const PACKET_TX_HAS_OFF: i32 = 19;
+const PACKET_IGNORE_OUTGOING: i32 = 23;
+const PACKET_VNET_HDR_SZ: i32 = 24;
 
 /// Options set when everything else is done.
-const LATE: [(i32, i32); 5] = [
+const LATE: [(i32, i32); 6] = [
     (SOL, libc::SO_RCVLOWAT),
     (SOL, libc::SO_PEEK_OFF),
     (SOL, libc::SO_LOCK_FILTER),
     (libc::SOL_TCP, libc::TCP_CORK),
     (libc::SOL_TCP, libc::TCP_FASTOPEN_CONNECT),
+    (libc::SOL_UDP, libc::UDP_CORK),
 ];
 
 /// Options that have another value than those of a new socket.
-pub(super) fn differing(
+pub(in crate::file) fn differing(
     file: &FileView<'_>,
     (domain, kind, protocol): (i32, i32, i32),
 ) -> Result<Vec<(i32, i32, Bytes)>> {
     let ours = file.ours()?;
-    let new = new_socket(domain, kind, protocol)?;
+    let is_ip = matches!(domain, libc::AF_INET | libc::AF_INET6);
+    let is_udp = is_ip && matches!(protocol, libc::IPPROTO_UDP | libc::IPPROTO_UDPLITE);
+    let new = match new_socket(domain, kind, protocol) {
+        // One of ping, which our group may not make: as one of UDP.
+        Err(e) if e.errno() == Some(libc::EACCES) && kind == libc::SOCK_DGRAM => {
+            new_socket(domain, kind, 0)?
+        }
+        other => other?,
+    };
     let mut found = Vec::new();
     for (level, option) in EARLY.into_iter().chain(LATE) {
         let its_own = match level {
-            SOL | libc::SOL_IP => true,
+            SOL => true,
+            libc::SOL_IP => is_ip,
             libc::SOL_IPV6 => domain == libc::AF_INET6,
-            libc::SOL_TCP => protocol == libc::IPPROTO_TCP,
-            libc::SOL_UDP => protocol == libc::IPPROTO_UDP,
+            libc::SOL_TCP => is_ip && protocol == libc::IPPROTO_TCP,
+            libc::SOL_UDP => is_udp,
+            SOL_UDPLITE => is_ip && protocol == libc::IPPROTO_UDPLITE,
+            libc::SOL_RAW | SOL_ICMPV6 => is_ip && kind == libc::SOCK_RAW,
+            libc::SOL_PACKET => domain == libc::AF_PACKET,
+            libc::SOL_NETLINK => domain == libc::AF_NETLINK,
             _ => false,
         };
         // Of a connection they are leftovers of its first packet.
@@ -158,14 +221,25 @@ pub(super) fn differing(
             continue;
         }
         // Those that this kernel, or this kind of socket, does not know are equal.
-        let value = getsockopt(ours, level, option, 64).ok();
+        let room = room(level, option);
+        let value = getsockopt(ours, level, option, room).ok();
         if let Some(value) = value
-            && !getsockopt(&new, level, option, 64).is_ok_and(|v| v == value)
+            && !getsockopt(&new, level, option, room).is_ok_and(|v| v == value)
         {
             found.push((level, option, Bytes(value)));
         }
     }
     Ok(found)
+}
+
+/// How long its value may be.
+fn room(level: i32, option: i32) -> usize {
+    use libc::{IPV6_DSTOPTS, IPV6_HOPOPTS, IPV6_RTHDR, IPV6_RTHDRDSTOPTS};
+    const HEADERS: [i32; 4] = [IPV6_DSTOPTS, IPV6_HOPOPTS, IPV6_RTHDR, IPV6_RTHDRDSTOPTS];
+    match level == libc::SOL_IPV6 && HEADERS.contains(&option) {
+        true => 2048,
+        false => 64,
+    }
 }
 
 fn is_multicast(level: i32, option: i32) -> bool {
@@ -191,7 +265,7 @@ fn is_multicast(level: i32, option: i32) -> bool {
 }
 
 /// The classic BPF program it has; one of another kind is refused.
-pub(super) fn filter(file: &FileView<'_>) -> Result<Vec<u8>> {
+pub(in crate::file) fn filter(file: &FileView<'_>) -> Result<Vec<u8>> {
     match socket_filter(file.ours()?) {
         Ok(program) => Ok(program.concat()),
         Err(e) if e.errno() == Some(libc::EACCES) => {
@@ -202,7 +276,7 @@ pub(super) fn filter(file: &FileView<'_>) -> Result<Vec<u8>> {
 }
 
 /// Appends setsockopt(2).
-pub(super) fn set(
+pub(in crate::file) fn set(
     cx: &mut RestoreFiles<'_>,
     socket: Arg,
     level: i32,
@@ -222,7 +296,7 @@ pub(super) fn set(
 }
 
 /// The same for an `int`.
-pub(super) fn set_int(
+pub(in crate::file) fn set_int(
     cx: &mut RestoreFiles<'_>,
     socket: Arg,
     (level, option): (i32, i32),
@@ -232,12 +306,12 @@ pub(super) fn set_int(
 }
 
 /// Whether an option is set at the end.
-pub(super) fn is_late(level: i32, option: i32) -> bool {
+pub(in crate::file) fn is_late(level: i32, option: i32) -> bool {
     LATE.contains(&(level, option))
 }
 
 /// Sets what has to be there before the socket has an address.
-pub(super) fn set_early(cx: &mut RestoreFiles<'_>, socket: Arg, base: &Base) {
+pub(in crate::file) fn set_early(cx: &mut RestoreFiles<'_>, socket: Arg, base: &Base) {
     for (level, option, value) in base.options.iter().filter(|(l, o, _)| !is_late(*l, *o)) {
         set(cx, socket, *level, *option, value);
     }
@@ -262,7 +336,7 @@ pub(super) fn set_early(cx: &mut RestoreFiles<'_>, socket: Arg, base: &Base) {
 
 /// The buffer sizes, and whether they are the program's: option and value. The
 /// kernel doubles what it is given.
-pub(super) fn sizes(base: &Base) -> [(i32, i32); 3] {
+pub(in crate::file) fn sizes(base: &Base) -> [(i32, i32); 3] {
     let [send, receive, lock] = base.buffers;
     [
         (libc::SO_SNDBUFFORCE, send / 2),
@@ -272,7 +346,7 @@ pub(super) fn sizes(base: &Base) -> [(i32, i32); 3] {
 }
 
 /// Sets what is left, in the process.
-pub(super) fn set_late(cx: &mut RestoreFiles<'_>, socket: Arg, base: &Base) {
+pub(in crate::file) fn set_late(cx: &mut RestoreFiles<'_>, socket: Arg, base: &Base) {
     for (option, value) in sizes(base) {
         set_int(cx, socket, (SOL, option), value);
     }

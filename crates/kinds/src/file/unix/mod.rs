@@ -48,7 +48,7 @@ static ABOUT: About = About {
     manual: "unix(7), socketpair(2)",
     since: "",
     carried: "stream, datagram and seqpacket sockets: pairs, bound ones (files, also renamed or deleted ones, abstract and autobound names), listening ones with the connections that wait to be accepted, connected ones with names and SO_PEERCRED of both sides (user and groups alone of a process that is not of the tree: the PID is a holder's then), closed and half-closed ones; what is queued in them (messages as messages, their senders' addresses, and credentials where asked for: of a process that is not there any more, user and group, with a PID of the receiver's), descriptors in flight, sockets with further descriptors in flight among them; options; with `--ext-unix-sk`, datagram sockets connected to a name outside the tree, and listening ones without the connections from outside that wait to be accepted; one that is `--external unix[INO]` is given again by `--inherit-fd fd[N]:unix[INO]`",
-    refused: "a socket file of which the directory has been replaced by a symbolic link, a connection to a process outside the tree (\"a unix socket whose peer is outside the tree is not supported\"), data in a connection that is not accepted yet (\"a connection that waits to be accepted and has data in it is not supported\", and the same of one whose other end is closed), an out-of-band byte (\"an out-of-band byte (MSG_OOB) in a unix socket is not supported\"), eBPF filters (\"a BPF program on a unix socket is not supported\"), an epoll instance, or an inotify or fanotify group, in flight (\"an epoll instance in flight is not supported\"), a file with locks in flight, and sockets of other families (\"UDP sockets are not supported yet\", netlink, packet, vsock, ...)",
+    refused: "a socket file of which the directory has been replaced by a symbolic link, a connection to a process outside the tree (\"a unix socket whose peer is outside the tree is not supported\"), data in a connection that is not accepted yet (\"a connection that waits to be accepted and has data in it is not supported\", and the same of one whose other end is closed), an out-of-band byte (\"an out-of-band byte (MSG_OOB) in a unix socket is not supported\"), eBPF filters (\"a BPF program on a unix socket is not supported\"), an epoll instance, or an inotify or fanotify group, in flight (\"an epoll instance in flight is not supported\"), a file with locks in flight, and sockets of other families (\"vsock sockets are not supported\", SCTP, AF_ALG, AF_XDP, Bluetooth, CAN, ...)",
     programs: &[
         "sockets::stream",
         "sockets::dgram",
@@ -95,6 +95,7 @@ static ABOUT: About = About {
         "unix::epoll_of_a_file_in_flight",
         "unix::inotify_in_flight",
         "unix::fanotify_in_flight",
+        "beyond::vsock",
     ],
     show: record::show,
 };
@@ -169,7 +170,7 @@ impl FileKind for Unix {
                 get(libc::SO_TYPE)?,
                 get(libc::SO_PROTOCOL)?,
             );
-            return Err(file.refuse(format!("{name} sockets are not supported yet")));
+            return Err(file.refuse(format!("{name} sockets are not supported")));
         }
         ABOUT.record(file.subject(), &dump::record(cx, file)?)
     }
