@@ -2,7 +2,7 @@
 //!
 //! What waits to be read is peeked at, datagram by datagram (SO_PEEK_OFF), with the
 //! addresses it came from and was sent to. On restore, when the socket is
-//! there, the same packets are made by hand and given to it ([`super::packet`]), so
+//! there, the same packets are made by hand and given to it, so
 //! that the program reads them from whom they came. That is done only where nobody
 //! else could get them: not where other sockets have the port, too, and not of
 //! groups. What cannot be put back is lost, with a warning: datagrams may be.
