@@ -14,6 +14,7 @@ use std::ffi::CStr;
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::time::{Duration, Instant};
 
 use freezeframe_error::{Error, Kind, Result, SysExt};
 
@@ -235,15 +236,23 @@ pub fn exec_image(spawn: &ExecImage<'_>) -> Result<Pid> {
         set_tid_size: spawn.pids.len() as u64,
         ..CloneArgs::default()
     };
-    let pid = with_signals_blocked(|| {
-        // SAFETY: `args` and everything `calls` points to live until after
-        // this returns, and vfork returns only when the child has left our
-        // memory. The calls are those built above: none writes to our memory
-        // or unmaps it, and those that change process state act on the child
-        // alone, because CLONE_FILES, CLONE_FS and CLONE_SIGHAND are refused
-        // below.
-        unsafe { vfork_and_call(&args, &mut calls) }
-    })?;
+    let until = Instant::now() + FREEING;
+    let pid = loop {
+        let pid = with_signals_blocked(|| {
+            // SAFETY: `args` and everything `calls` points to live until after
+            // this returns, and vfork returns only when the child has left our
+            // memory. The calls are those built above: none writes to our memory
+            // or unmaps it, and those that change process state act on the child
+            // alone, because CLONE_FILES, CLONE_FS and CLONE_SIGHAND are refused
+            // below.
+            unsafe { vfork_and_call(&args, &mut calls) }
+        })?;
+        let free = || spawn.pids.iter().all(|&pid| holder(pid).is_none());
+        if pid != -i64::from(libc::EEXIST) || Instant::now() > until || !free() {
+            break pid;
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    };
     if pid < 0 {
         return Err(explain(-pid as i32, spawn.pids, args.flags));
     }
@@ -266,6 +275,11 @@ pub fn exec_image(spawn: &ExecImage<'_>) -> Result<Pid> {
         }
     }
 }
+
+/// How long the number of a process that has just ended may not be free yet: the
+/// kernel drops it when it has dropped what was looked at of it in /proc, which
+/// takes some milliseconds where it had thousands of descriptors.
+const FREEING: Duration = Duration::from_secs(1);
 
 /// What a failed clone3 means: `pids` are those it was asked for.
 pub fn explain(errno: i32, pids: &[i32], flags: u64) -> Error {
