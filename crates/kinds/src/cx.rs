@@ -933,7 +933,9 @@ pub trait TaskKind: Sync + std::fmt::Debug {
     /// When its calls are made on restore.
     fn stage(&self) -> Stage;
     /// Adds to the batch that runs inside the thread what only the thread itself can ask.
-    fn ask(&self, task: &TaskView<'_>, batch: &mut Batch) -> Result<Asked>;
+    fn ask(&self, _task: &TaskView<'_>, _batch: &mut Batch) -> Result<Asked> {
+        Ok(Asked::default())
+    }
     /// Its record, or none if there is nothing to restore (the state of a fresh
     /// process that [`crate::cx::Stage`] describes).
     fn dump(
@@ -958,10 +960,14 @@ pub trait FileKind: Sync + std::fmt::Debug {
     /// Its record.
     fn dump(&self, cx: &mut DumpCx<'_>, file: &FileView<'_>) -> Result<RawRecord>;
     /// Files that must have their numbers before this one is made.
-    fn deps(&self, item: &FileItem<'_>) -> Result<Vec<FileId>>;
+    fn deps(&self, _item: &FileItem<'_>) -> Result<Vec<FileId>> {
+        Ok(Vec::new())
+    }
     /// Files with the same key are made together by one call of `restore`
     /// (the two ends of a pipe). The key is of this kind alone.
-    fn group(&self, item: &FileItem<'_>) -> Result<u64>;
+    fn group(&self, item: &FileItem<'_>) -> Result<u64> {
+        Ok(item.id.0.into())
+    }
     /// Makes the files of one group in one process.
     fn restore(&self, cx: &mut RestoreFiles<'_>, group: &[FileItem<'_>]) -> Result<()>;
 }

@@ -13,7 +13,6 @@ use crate::about::{About, show};
 use crate::cx::{DumpCx, FileItem, FileKind, FileView, Provided, RestoreFiles};
 use crate::file::regular::open_flags;
 use crate::file::{is_opath, shown};
-use crate::model::FileId;
 
 /// See the module.
 #[derive(Debug)]
@@ -80,12 +79,6 @@ impl FileKind for Device {
             rdev: file.stat.rdev,
         };
         ABOUT.record(file.subject(), &record)
-    }
-    fn deps(&self, _item: &FileItem<'_>) -> Result<Vec<FileId>> {
-        Ok(Vec::new())
-    }
-    fn group(&self, item: &FileItem<'_>) -> Result<u64> {
-        Ok(item.id.0.into())
     }
     fn restore(&self, cx: &mut RestoreFiles<'_>, group: &[FileItem<'_>]) -> Result<()> {
         for item in group {

@@ -157,9 +157,6 @@ impl FileKind for Epoll {
         // Entries are added when everything has its number.
         Ok(Vec::new())
     }
-    fn group(&self, item: &FileItem<'_>) -> Result<u64> {
-        Ok(item.id.0.into())
-    }
     fn restore(&self, cx: &mut RestoreFiles<'_>, group: &[FileItem<'_>]) -> Result<()> {
         for item in group {
             let record: Record = ABOUT.decode(item.record)?;

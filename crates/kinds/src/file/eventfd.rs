@@ -7,7 +7,6 @@ use serde::{Deserialize, Serialize};
 use crate::about::{About, show};
 use crate::cx::{DumpCx, FileItem, FileKind, FileView, RestoreFiles};
 use crate::file::{hex, is_anonymous, number, provide_made, status_flags};
-use crate::model::FileId;
 
 /// See the module.
 #[derive(Debug)]
@@ -52,12 +51,6 @@ impl FileKind for Eventfd {
         let semaphore = file.info.get("eventfd-semaphore").is_some()
             && number::<u32>(file, "eventfd-semaphore")? != 0;
         ABOUT.record(file.subject(), &Record { count, semaphore })
-    }
-    fn deps(&self, _item: &FileItem<'_>) -> Result<Vec<FileId>> {
-        Ok(Vec::new())
-    }
-    fn group(&self, item: &FileItem<'_>) -> Result<u64> {
-        Ok(item.id.0.into())
     }
     fn restore(&self, cx: &mut RestoreFiles<'_>, group: &[FileItem<'_>]) -> Result<()> {
         for item in group {

@@ -15,7 +15,6 @@ use crate::about::{About, show};
 use crate::cx::{DumpCx, FileItem, FileKind, FileView, RestoreFiles};
 use crate::file::watched::{self, Target};
 use crate::file::{fields, final_number, is_anonymous, provide_made, status_flags};
-use crate::model::FileId;
 
 /// See the module.
 #[derive(Debug)]
@@ -172,12 +171,6 @@ impl FileKind for Fanotify {
             marks,
         };
         ABOUT.record(file.subject(), &record)
-    }
-    fn deps(&self, _item: &FileItem<'_>) -> Result<Vec<FileId>> {
-        Ok(Vec::new())
-    }
-    fn group(&self, item: &FileItem<'_>) -> Result<u64> {
-        Ok(item.id.0.into())
     }
     fn restore(&self, cx: &mut RestoreFiles<'_>, group: &[FileItem<'_>]) -> Result<()> {
         for item in group {

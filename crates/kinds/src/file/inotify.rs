@@ -12,7 +12,6 @@ use crate::about::{About, show};
 use crate::cx::{DumpCx, FileItem, FileKind, FileView, RestoreFiles};
 use crate::file::watched::{self, Inode, Target};
 use crate::file::{fields, final_number, is_anonymous, provide_made, status_flags};
-use crate::model::FileId;
 
 /// See the module.
 #[derive(Debug)]
@@ -111,12 +110,6 @@ impl FileKind for Inotify {
             .collect::<Result<_>>()?;
         watches.sort_by_key(|w| w.wd);
         ABOUT.record(file.subject(), &Record { watches })
-    }
-    fn deps(&self, _item: &FileItem<'_>) -> Result<Vec<FileId>> {
-        Ok(Vec::new())
-    }
-    fn group(&self, item: &FileItem<'_>) -> Result<u64> {
-        Ok(item.id.0.into())
     }
     fn restore(&self, cx: &mut RestoreFiles<'_>, group: &[FileItem<'_>]) -> Result<()> {
         for item in group {

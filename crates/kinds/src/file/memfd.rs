@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use crate::about::{About, show};
 use crate::cx::{DumpCx, FileItem, FileKind, FileView, RestoreFiles};
 use crate::file::{access, refuse_lease, status_flags};
-use crate::model::{FileId, ObjectId};
+use crate::model::ObjectId;
 
 /// See the module.
 #[derive(Debug)]
@@ -65,12 +65,6 @@ impl FileKind for Memfd {
                 position: file.info.pos,
             },
         )
-    }
-    fn deps(&self, _item: &FileItem<'_>) -> Result<Vec<FileId>> {
-        Ok(Vec::new())
-    }
-    fn group(&self, item: &FileItem<'_>) -> Result<u64> {
-        Ok(item.id.0.into())
     }
     fn restore(&self, cx: &mut RestoreFiles<'_>, group: &[FileItem<'_>]) -> Result<()> {
         for item in group {

@@ -22,7 +22,6 @@ use serde::{Deserialize, Serialize};
 use crate::about::{About, show};
 use crate::cx::{DumpCx, FileItem, FileKind, FileView, RestoreFiles};
 use crate::file::{is_opath, shown};
-use crate::model::FileId;
 
 /// See the module.
 #[derive(Debug)]
@@ -126,12 +125,6 @@ impl FileKind for Mqueue {
             ino,
         };
         ABOUT.record(file.subject(), &record)
-    }
-    fn deps(&self, _item: &FileItem<'_>) -> Result<Vec<FileId>> {
-        Ok(Vec::new())
-    }
-    fn group(&self, item: &FileItem<'_>) -> Result<u64> {
-        Ok(item.id.0.into())
     }
     /// By us, who can look whether it is the same: a queue does not care who has opened it.
     fn restore(&self, cx: &mut RestoreFiles<'_>, group: &[FileItem<'_>]) -> Result<()> {

@@ -14,7 +14,6 @@ use crate::about::{About, show};
 use crate::cx::{DumpCx, FileItem, FileKind, FileView, RestoreFiles};
 use crate::file::inet::options::{self, set_int};
 use crate::file::inet::{self, Base, call_with, give, is_external, make};
-use crate::model::FileId;
 
 /// See the module.
 #[derive(Debug)]
@@ -191,12 +190,6 @@ impl FileKind for Netlink {
     fn dump(&self, cx: &mut DumpCx<'_>, file: &FileView<'_>) -> Result<RawRecord> {
         let what = inet::socket(file).ok_or_else(|| file.blame(Error::bug("not a socket")))?;
         ABOUT.record(file.subject(), &dump(cx, file, what)?)
-    }
-    fn deps(&self, _item: &FileItem<'_>) -> Result<Vec<FileId>> {
-        Ok(Vec::new())
-    }
-    fn group(&self, item: &FileItem<'_>) -> Result<u64> {
-        Ok(item.id.0.into())
     }
     fn restore(&self, cx: &mut RestoreFiles<'_>, group: &[FileItem<'_>]) -> Result<()> {
         for item in group {

@@ -8,7 +8,6 @@ use serde::{Deserialize, Serialize};
 use crate::about::{About, show};
 use crate::cx::{DumpCx, FileItem, FileKind, FileView, RestoreFiles};
 use crate::file::{is_anonymous, number, provide_made, status_flags};
-use crate::model::FileId;
 
 /// See the module.
 #[derive(Debug)]
@@ -59,12 +58,6 @@ impl FileKind for Pidfd {
             }));
         }
         ABOUT.record(file.subject(), &Record { pid })
-    }
-    fn deps(&self, _item: &FileItem<'_>) -> Result<Vec<FileId>> {
-        Ok(Vec::new())
-    }
-    fn group(&self, item: &FileItem<'_>) -> Result<u64> {
-        Ok(item.id.0.into())
     }
     fn restore(&self, cx: &mut RestoreFiles<'_>, group: &[FileItem<'_>]) -> Result<()> {
         for item in group {

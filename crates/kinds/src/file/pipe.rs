@@ -198,9 +198,6 @@ impl FileKind for Pipe {
             },
         )
     }
-    fn deps(&self, _item: &FileItem<'_>) -> Result<Vec<FileId>> {
-        Ok(Vec::new())
-    }
     fn group(&self, item: &FileItem<'_>) -> Result<u64> {
         let record: Record = ABOUT.decode(item.record)?;
         Ok(record.group.0.into())

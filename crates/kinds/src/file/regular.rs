@@ -14,7 +14,6 @@ use crate::about::{About, show};
 use crate::cx::{DumpCx, FileItem, FileKind, FileView, Provided, RestoreFiles};
 use crate::file::unsupported::check_file_system;
 use crate::file::{is_opath, shown};
-use crate::model::FileId;
 
 /// See the module.
 #[derive(Debug)]
@@ -168,12 +167,6 @@ impl FileKind for Regular {
             size: file.stat.size,
         };
         ABOUT.record(file.subject(), &record)
-    }
-    fn deps(&self, _item: &FileItem<'_>) -> Result<Vec<FileId>> {
-        Ok(Vec::new())
-    }
-    fn group(&self, item: &FileItem<'_>) -> Result<u64> {
-        Ok(item.id.0.into())
     }
     fn restore(&self, cx: &mut RestoreFiles<'_>, group: &[FileItem<'_>]) -> Result<()> {
         for item in group {

@@ -8,7 +8,6 @@ use serde::{Deserialize, Serialize};
 use crate::about::{About, show};
 use crate::cx::{DumpCx, FileItem, FileKind, FileView, RestoreFiles};
 use crate::file::{hex, is_anonymous, provide_made, status_flags};
-use crate::model::FileId;
 
 /// See the module.
 #[derive(Debug)]
@@ -46,12 +45,6 @@ impl FileKind for Signalfd {
     fn dump(&self, _cx: &mut DumpCx<'_>, file: &FileView<'_>) -> Result<RawRecord> {
         let mask = hex(file, "sigmask")?;
         ABOUT.record(file.subject(), &Record { mask })
-    }
-    fn deps(&self, _item: &FileItem<'_>) -> Result<Vec<FileId>> {
-        Ok(Vec::new())
-    }
-    fn group(&self, item: &FileItem<'_>) -> Result<u64> {
-        Ok(item.id.0.into())
     }
     fn restore(&self, cx: &mut RestoreFiles<'_>, group: &[FileItem<'_>]) -> Result<()> {
         for item in group {

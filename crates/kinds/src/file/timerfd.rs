@@ -16,7 +16,6 @@ use serde::{Deserialize, Serialize};
 use crate::about::{About, show};
 use crate::cx::{DumpCx, FileItem, FileKind, FileView, RestoreFiles};
 use crate::file::{is_anonymous, provide_made, status_flags};
-use crate::model::FileId;
 
 /// See the module.
 #[derive(Debug)]
@@ -115,12 +114,6 @@ impl FileKind for Timerfd {
             record.expires_ns = now(record.clock)?.saturating_add(record.left_ns);
         }
         ABOUT.record(file.subject(), &record)
-    }
-    fn deps(&self, _item: &FileItem<'_>) -> Result<Vec<FileId>> {
-        Ok(Vec::new())
-    }
-    fn group(&self, item: &FileItem<'_>) -> Result<u64> {
-        Ok(item.id.0.into())
     }
     fn restore(&self, cx: &mut RestoreFiles<'_>, group: &[FileItem<'_>]) -> Result<()> {
         let same_boot = freezeframe_sys::clock::boot_id()? == cx.tree.boot_id;

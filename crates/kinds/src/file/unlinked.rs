@@ -24,7 +24,7 @@ use crate::cx::{DumpCx, FileItem, FileKind, FileView, Provided, RestoreFiles};
 use crate::file::regular::{TMPFILE, check_proc, lost_its_name, open_flags};
 use crate::file::unsupported::check_file_system;
 use crate::file::{access, refuse_lease, shown, status_flags};
-use crate::model::{FileId, ObjectId};
+use crate::model::ObjectId;
 
 /// See the module.
 #[derive(Debug)]
@@ -118,12 +118,6 @@ impl FileKind for Unlinked {
             position: file.info.pos,
         };
         ABOUT.record(file.subject(), &record)
-    }
-    fn deps(&self, _item: &FileItem<'_>) -> Result<Vec<FileId>> {
-        Ok(Vec::new())
-    }
-    fn group(&self, item: &FileItem<'_>) -> Result<u64> {
-        Ok(item.id.0.into())
     }
     fn restore(&self, cx: &mut RestoreFiles<'_>, group: &[FileItem<'_>]) -> Result<()> {
         for item in group {

@@ -6,7 +6,6 @@ use freezeframe_image::{RawRecord, Tag};
 use crate::about::{About, show};
 use crate::cx::{DumpCx, FileItem, FileKind, FileView, RestoreFiles};
 use crate::file::{is_opath, shown};
-use crate::model::FileId;
 
 /// See the module.
 #[derive(Debug)]
@@ -50,12 +49,6 @@ impl FileKind for Unsupported {
             file.stat.rdev,
             is_opath(file),
         )))
-    }
-    fn deps(&self, _item: &FileItem<'_>) -> Result<Vec<FileId>> {
-        Ok(Vec::new())
-    }
-    fn group(&self, item: &FileItem<'_>) -> Result<u64> {
-        Ok(item.id.0.into())
     }
     fn restore(&self, _cx: &mut RestoreFiles<'_>, _group: &[FileItem<'_>]) -> Result<()> {
         Err(Error::corrupt(

@@ -8,7 +8,7 @@ use std::cell::Cell;
 
 use freezeframe_error::{Error, Result};
 use freezeframe_image::{RawRecord, Tag};
-use freezeframe_inject::{Arg, Batch, Replies};
+use freezeframe_inject::{Arg, Replies};
 use freezeframe_sys::sched::sched_getaffinity;
 use serde::{Deserialize, Serialize};
 
@@ -85,9 +85,6 @@ impl TaskKind for Affinity {
     }
     fn stage(&self) -> Stage {
         Stage::Attributes
-    }
-    fn ask(&self, _task: &TaskView<'_>, _batch: &mut Batch) -> Result<Asked> {
-        Ok(Asked::default())
     }
     fn dump(
         &self,

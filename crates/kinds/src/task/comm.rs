@@ -4,7 +4,7 @@
 
 use freezeframe_error::{Error, Result};
 use freezeframe_image::{RawRecord, Tag};
-use freezeframe_inject::{Batch, Replies};
+use freezeframe_inject::Replies;
 use serde::{Deserialize, Serialize};
 
 use crate::about::{About, show};
@@ -41,9 +41,6 @@ impl TaskKind for Comm {
     }
     fn stage(&self) -> Stage {
         Stage::Attributes
-    }
-    fn ask(&self, _task: &TaskView<'_>, _batch: &mut Batch) -> Result<Asked> {
-        Ok(Asked::default())
     }
     fn dump(
         &self,

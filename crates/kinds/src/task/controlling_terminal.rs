@@ -7,7 +7,7 @@
 
 use freezeframe_error::{Error, Result};
 use freezeframe_image::{RawRecord, Tag};
-use freezeframe_inject::{Batch, Replies};
+use freezeframe_inject::Replies;
 use freezeframe_sys::fd::ioctl;
 use nix::fcntl::OFlag;
 use serde::{Deserialize, Serialize};
@@ -79,9 +79,6 @@ impl TaskKind for ControllingTerminal {
     }
     fn stage(&self) -> Stage {
         Stage::Fs
-    }
-    fn ask(&self, _task: &TaskView<'_>, _batch: &mut Batch) -> Result<Asked> {
-        Ok(Asked::default())
     }
     fn dump(
         &self,

@@ -207,9 +207,6 @@ impl TaskKind for FileLocks {
         // With all rights, and when nothing is opened or closed any more.
         Stage::Thread
     }
-    fn ask(&self, _task: &TaskView<'_>, _batch: &mut Batch) -> Result<Asked> {
-        Ok(Asked::default())
-    }
     fn dump(
         &self,
         cx: &mut DumpCx<'_>,

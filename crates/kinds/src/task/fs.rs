@@ -9,7 +9,7 @@ use std::os::unix::fs::MetadataExt;
 
 use freezeframe_error::{Error, Kind, Result, ResultExt};
 use freezeframe_image::{RawRecord, Tag};
-use freezeframe_inject::{Batch, Replies};
+use freezeframe_inject::Replies;
 use freezeframe_sys::fd::fstat;
 use nix::fcntl::OFlag;
 use serde::{Deserialize, Serialize};
@@ -92,9 +92,6 @@ impl TaskKind for Fs {
     }
     fn stage(&self) -> Stage {
         Stage::Fs
-    }
-    fn ask(&self, _task: &TaskView<'_>, _batch: &mut Batch) -> Result<Asked> {
-        Ok(Asked::default())
     }
     fn dump(
         &self,

@@ -5,7 +5,7 @@
 
 use freezeframe_error::Result;
 use freezeframe_image::{RawRecord, Tag};
-use freezeframe_inject::{Arg, Batch, Replies};
+use freezeframe_inject::{Arg, Replies};
 use freezeframe_sys::ioprio::ioprio_get;
 use serde::{Deserialize, Serialize};
 
@@ -47,9 +47,6 @@ impl TaskKind for IoPriority {
     }
     fn stage(&self) -> Stage {
         Stage::Attributes
-    }
-    fn ask(&self, _task: &TaskView<'_>, _batch: &mut Batch) -> Result<Asked> {
-        Ok(Asked::default())
     }
     fn dump(
         &self,

@@ -9,7 +9,7 @@ use std::cell::Cell;
 
 use freezeframe_error::Result;
 use freezeframe_image::{RawRecord, Tag};
-use freezeframe_inject::{Arg, Batch, Replies};
+use freezeframe_inject::{Arg, Replies};
 use freezeframe_sys::proc::ProcDir;
 use serde::{Deserialize, Serialize};
 
@@ -69,9 +69,6 @@ impl TaskKind for LoginUid {
     }
     fn stage(&self) -> Stage {
         Stage::Fs
-    }
-    fn ask(&self, _task: &TaskView<'_>, _batch: &mut Batch) -> Result<Asked> {
-        Ok(Asked::default())
     }
     fn dump(
         &self,

@@ -5,7 +5,7 @@
 
 use freezeframe_error::Result;
 use freezeframe_image::{RawRecord, Tag};
-use freezeframe_inject::{Batch, Replies};
+use freezeframe_inject::Replies;
 use freezeframe_sys::proc::ProcDir;
 use serde::{Deserialize, Serialize};
 
@@ -43,9 +43,6 @@ impl TaskKind for OomScoreAdj {
     }
     fn stage(&self) -> Stage {
         Stage::Attributes
-    }
-    fn ask(&self, _task: &TaskView<'_>, _batch: &mut Batch) -> Result<Asked> {
-        Ok(Asked::default())
     }
     fn dump(
         &self,

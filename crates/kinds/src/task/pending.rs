@@ -11,7 +11,7 @@
 
 use freezeframe_error::{Error, Kind, Result, ResultExt};
 use freezeframe_image::{RawRecord, Tag};
-use freezeframe_inject::{Batch, DataRef, Replies};
+use freezeframe_inject::{DataRef, Replies};
 use freezeframe_sys::ptrace::{self, SigInfo};
 use serde::{Deserialize, Serialize};
 
@@ -134,9 +134,6 @@ impl TaskKind for Pending {
     }
     fn stage(&self) -> Stage {
         Stage::Pending
-    }
-    fn ask(&self, _task: &TaskView<'_>, _batch: &mut Batch) -> Result<Asked> {
-        Ok(Asked::default())
     }
     fn dump(
         &self,

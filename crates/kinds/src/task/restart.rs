@@ -371,9 +371,6 @@ impl TaskKind for Restart {
     fn stage(&self) -> Stage {
         Stage::Thread
     }
-    fn ask(&self, _task: &TaskView<'_>, _batch: &mut Batch) -> Result<Asked> {
-        Ok(Asked::default())
-    }
     fn dump(
         &self,
         cx: &mut DumpCx<'_>,

@@ -7,7 +7,7 @@
 
 use freezeframe_error::{Error, Kind, Result};
 use freezeframe_image::{RawRecord, Tag};
-use freezeframe_inject::{Arg, Batch, Replies};
+use freezeframe_inject::{Arg, Replies};
 use freezeframe_sys::proc::ProcDir;
 use serde::{Deserialize, Serialize};
 
@@ -76,9 +76,6 @@ impl TaskKind for Rlimits {
     }
     fn stage(&self) -> Stage {
         Stage::Thread
-    }
-    fn ask(&self, _task: &TaskView<'_>, _batch: &mut Batch) -> Result<Asked> {
-        Ok(Asked::default())
     }
     fn dump(
         &self,

@@ -5,7 +5,7 @@
 
 use freezeframe_error::Result;
 use freezeframe_image::{RawRecord, Tag};
-use freezeframe_inject::{Arg, Batch, Replies};
+use freezeframe_inject::{Arg, Replies};
 use freezeframe_sys::robust_list::get_robust_list;
 use serde::{Deserialize, Serialize};
 
@@ -46,9 +46,6 @@ impl TaskKind for RobustList {
     }
     fn stage(&self) -> Stage {
         Stage::Thread
-    }
-    fn ask(&self, _task: &TaskView<'_>, _batch: &mut Batch) -> Result<Asked> {
-        Ok(Asked::default())
     }
     fn dump(
         &self,

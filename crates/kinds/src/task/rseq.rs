@@ -8,7 +8,7 @@
 
 use freezeframe_error::{Result, ResultExt};
 use freezeframe_image::{RawRecord, Tag};
-use freezeframe_inject::{Arg, Batch, Replies};
+use freezeframe_inject::{Arg, Replies};
 use freezeframe_sys::ptrace;
 use serde::{Deserialize, Serialize};
 
@@ -48,9 +48,6 @@ impl TaskKind for Rseq {
     }
     fn stage(&self) -> Stage {
         Stage::Thread
-    }
-    fn ask(&self, _task: &TaskView<'_>, _batch: &mut Batch) -> Result<Asked> {
-        Ok(Asked::default())
     }
     fn dump(
         &self,

@@ -6,7 +6,7 @@
 
 use freezeframe_error::Result;
 use freezeframe_image::{RawRecord, Tag};
-use freezeframe_inject::{Arg, Batch, Replies};
+use freezeframe_inject::{Arg, Replies};
 use freezeframe_sys::ids::Tid;
 use freezeframe_sys::sched::sched_getattr;
 use serde::{Deserialize, Serialize};
@@ -77,9 +77,6 @@ impl TaskKind for Scheduler {
     }
     fn stage(&self) -> Stage {
         Stage::Attributes
-    }
-    fn ask(&self, _task: &TaskView<'_>, _batch: &mut Batch) -> Result<Asked> {
-        Ok(Asked::default())
     }
     fn dump(
         &self,

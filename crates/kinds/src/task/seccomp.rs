@@ -7,7 +7,7 @@
 
 use freezeframe_error::{Error, Result, ResultExt};
 use freezeframe_image::{RawRecord, Tag};
-use freezeframe_inject::{Arg, Batch, Replies};
+use freezeframe_inject::{Arg, Replies};
 use freezeframe_sys::proc::SeccompMode;
 use freezeframe_sys::ptrace::{self, SockFilter};
 use serde::{Deserialize, Serialize};
@@ -108,9 +108,6 @@ impl TaskKind for Seccomp {
     }
     fn stage(&self) -> Stage {
         Stage::Seccomp
-    }
-    fn ask(&self, _task: &TaskView<'_>, _batch: &mut Batch) -> Result<Asked> {
-        Ok(Asked::default())
     }
     fn dump(
         &self,

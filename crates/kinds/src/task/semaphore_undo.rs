@@ -12,7 +12,7 @@
 
 use freezeframe_error::{Error, Result};
 use freezeframe_image::{RawRecord, Tag};
-use freezeframe_inject::{Batch, Replies};
+use freezeframe_inject::Replies;
 use freezeframe_sys::sysv;
 
 use crate::about::{About, show};
@@ -48,9 +48,6 @@ impl TaskKind for SemaphoreUndo {
     }
     fn stage(&self) -> Stage {
         Stage::Thread
-    }
-    fn ask(&self, _task: &TaskView<'_>, _batch: &mut Batch) -> Result<Asked> {
-        Ok(Asked::default())
     }
     /// For all processes at once, with the first.
     fn dump(

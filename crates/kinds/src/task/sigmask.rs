@@ -6,7 +6,7 @@
 
 use freezeframe_error::Result;
 use freezeframe_image::{RawRecord, Tag};
-use freezeframe_inject::{Batch, Replies};
+use freezeframe_inject::Replies;
 use serde::{Deserialize, Serialize};
 
 use crate::about::{About, show};
@@ -43,9 +43,6 @@ impl TaskKind for SigMask {
     }
     fn stage(&self) -> Stage {
         Stage::Thread
-    }
-    fn ask(&self, _task: &TaskView<'_>, _batch: &mut Batch) -> Result<Asked> {
-        Ok(Asked::default())
     }
     fn dump(
         &self,

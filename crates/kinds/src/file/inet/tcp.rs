@@ -30,14 +30,13 @@ use serde::{Deserialize, Serialize};
 use super::hold::Hold;
 use super::options::{self, set, set_int};
 use super::packet::Segment;
-use super::{Base, SOL, call_with, names, parse, what};
+use super::{Base, SOL, call_with, give, make, names, parse, what};
 use crate::about::{About, show};
 use crate::bytes::Bytes;
 use crate::cx::{
     DumpCx, FileItem, FileKind, FileView, Held, ProcView, RestoreFiles, RestoreOptions, Talking,
     Waking,
 };
-use crate::file::pipe::dup_of;
 use crate::model::FileId;
 
 /// See the module.
@@ -371,27 +370,15 @@ impl FileKind for Tcp {
         };
         ABOUT.record(file.subject(), &Record { base, life })
     }
-    fn deps(&self, _item: &FileItem<'_>) -> Result<Vec<FileId>> {
-        Ok(Vec::new())
-    }
-    fn group(&self, item: &FileItem<'_>) -> Result<u64> {
-        Ok(item.id.0.into())
-    }
     fn restore(&self, cx: &mut RestoreFiles<'_>, group: &[FileItem<'_>]) -> Result<()> {
         for item in group {
             let record: Record = ABOUT.decode(item.record)?;
-            if let Some(given) = names(record.base.ino).iter().find_map(|n| cx.inherited(n)) {
-                cx.provide_ours(item.id, dup_of(given)?);
+            let base = &record.base;
+            if give(cx, item, base, matches!(record.life, Life::External))? {
                 continue;
             }
-            let base = &record.base;
-            let args = [
-                base.domain.into(),
-                (libc::SOCK_STREAM | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK).into(),
-                libc::IPPROTO_TCP.into(),
-            ];
-            let made = cx.batch.call("socket(TCP)", libc::SYS_socket, args);
-            let socket = Arg::from(made);
+            let kind = libc::SOCK_STREAM | libc::SOCK_NONBLOCK;
+            let socket = make(cx, base, kind, libc::IPPROTO_TCP);
             match &record.life {
                 Life::Connected(_) if cx.options.tcp_close => close(cx, socket, base),
                 Life::Connected(connected) if cx.options.tcp_established => {
@@ -412,15 +399,9 @@ impl FileKind for Tcp {
                     }
                     options::set_late(cx, socket, base);
                 }
-                Life::External => {
-                    let what = format!(
-                        "the socket was dumped as external: give it by --inherit-fd fd[N]:socket[{}]",
-                        base.ino
-                    );
-                    return Err(Error::new(Kind::Usage, what));
-                }
+                // Was given.
+                Life::External => {}
             }
-            base.finish(cx, socket);
             cx.provide_unseekable(item.id, socket);
         }
         Ok(())

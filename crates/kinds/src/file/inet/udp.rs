@@ -24,7 +24,6 @@ use crate::about::{About, show};
 use crate::bytes::Bytes;
 use crate::cx::{DumpCx, FileItem, FileKind, FileView, RestoreFiles};
 use crate::file::final_number;
-use crate::model::FileId;
 
 /// See the module.
 #[derive(Debug)]
@@ -301,12 +300,6 @@ impl FileKind for Udp {
     fn dump(&self, cx: &mut DumpCx<'_>, file: &FileView<'_>) -> Result<RawRecord> {
         let what = what(file).ok_or_else(|| file.blame(Error::bug("not a socket of IP")))?;
         ABOUT.record(file.subject(), &dump(cx, file, what)?)
-    }
-    fn deps(&self, _item: &FileItem<'_>) -> Result<Vec<FileId>> {
-        Ok(Vec::new())
-    }
-    fn group(&self, item: &FileItem<'_>) -> Result<u64> {
-        Ok(item.id.0.into())
     }
     fn restore(&self, cx: &mut RestoreFiles<'_>, group: &[FileItem<'_>]) -> Result<()> {
         for item in group {

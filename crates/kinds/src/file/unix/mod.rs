@@ -34,7 +34,6 @@ use self::record::{Peer, Record};
 use crate::about::About;
 use crate::cx::{DumpCx, FileItem, FileKind, FileView, Linked, RestoreFiles, Settle, World};
 use crate::file::is_opath;
-use crate::model::FileId;
 
 /// See the module.
 #[derive(Debug)]
@@ -173,12 +172,6 @@ impl FileKind for Unix {
             return Err(file.refuse(format!("{name} sockets are not supported")));
         }
         ABOUT.record(file.subject(), &dump::record(cx, file)?)
-    }
-    fn deps(&self, _item: &FileItem<'_>) -> Result<Vec<FileId>> {
-        Ok(Vec::new())
-    }
-    fn group(&self, item: &FileItem<'_>) -> Result<u64> {
-        Ok(item.id.0.into())
     }
     fn restore(&self, _cx: &mut RestoreFiles<'_>, _group: &[FileItem<'_>]) -> Result<()> {
         Err(Error::bug("unix sockets are made all at once"))
