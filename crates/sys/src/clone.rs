@@ -587,6 +587,50 @@ mod tests {
         });
     }
 
+    /// The number of a group's leader that has ended is that of nobody visible, and
+    /// taken until the last of the group is gone.
+    #[test]
+    fn waits_for_a_pid_that_is_about_to_be_free() {
+        use std::os::unix::process::CommandExt;
+        // SAFETY: takes no pointer; orphans become ours, to be waited for.
+        unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) };
+        let mut shell = std::process::Command::new("sh");
+        shell.args(["-c", "sleep 1000 >&- & echo $!"]);
+        let shell = shell.stdout(std::process::Stdio::piped()).process_group(0);
+        let shell = shell.spawn().unwrap();
+        let leader = shell.id() as i32;
+        let said = shell.wait_with_output().unwrap().stdout;
+        let member: i32 = String::from_utf8(said).unwrap().trim().parse().unwrap();
+
+        let (sender, tid) = std::sync::mpsc::channel();
+        let waiter = std::thread::spawn(move || {
+            sender.send(nix::unistd::gettid()).unwrap();
+            // Its death is not to depend on this thread's.
+            let elf = tiny_elf();
+            let image = ExecImage {
+                die_with_parent: false,
+                ..spawn(&elf, &[], &[])
+            };
+            let pids = [leader];
+            exec_image(&ExecImage {
+                pids: &pids,
+                ..image
+            })
+        });
+        let syscall = format!("/proc/self/task/{}/syscall", tid.recv().unwrap());
+        let sleeps = format!("{} ", libc::SYS_clock_nanosleep);
+        let asleep = || std::fs::read_to_string(&syscall).is_ok_and(|s| s.starts_with(&sleeps));
+        while !waiter.is_finished() && !asleep() {
+            std::thread::yield_now();
+        }
+        // SAFETY: takes no pointer; the process is of this test, and not waited for yet.
+        unsafe { libc::kill(member, libc::SIGKILL) };
+        wait(Pid(member));
+        let made = waiter.join().unwrap().unwrap();
+        assert_eq!(made.0, leader);
+        wait(made);
+    }
+
     #[test]
     fn says_who_has_a_pid_and_what_is_wrong() {
         let elf = tiny_elf();
