@@ -2,11 +2,12 @@
 
 use crate::compare::differences;
 use crate::programs::{Expect, Program, os};
-use crate::snapshot::{Snapshot, children, state_of, tree};
+use crate::snapshot::{Snapshot, children, running, state_of, threads, tree};
 use crate::tool::{Outcome, freezeframe, freezeframe_with};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid};
 use nix::unistd::Pid;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
@@ -15,6 +16,9 @@ use std::time::{Duration, Instant};
 
 /// How long any one thing may take: generous, since all tests share a machine.
 pub const DEADLINE: Duration = Duration::from_secs(30);
+
+/// How long a thread that never waits has to run, in nanoseconds, until it is where it stays.
+const BUSY: u64 = 20_000_000;
 
 /// What happens to a program between "ready" and the check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,10 +70,10 @@ pub fn carry(program: &Program, mode: Mode) -> Result<(), String> {
     if program.terminal && std::env::var_os("FF_TERMINAL").is_none() {
         return again_in_terminal(program, mode);
     }
-    if program.family == "terminals" {
+    if ["terminals", "beyond"].contains(&program.family) {
         own_terminals()?;
     }
-    if ["tcp", "udp", "raw", "packet", "netlink"].contains(&program.family) {
+    if networked(program) {
         own_network()?;
     }
     if ["sysv", "mqueue"].contains(&program.family) {
@@ -81,6 +85,11 @@ pub fn carry(program: &Program, mode: Mode) -> Result<(), String> {
         };
     }
     in_scene(program, mode)
+}
+
+/// Whether its sockets have ports, which other tests could take between a dump and a restore.
+fn networked(program: &Program) -> bool {
+    ["tcp", "udp", "raw", "packet", "netlink", "beyond"].contains(&program.family)
 }
 
 fn in_scene(program: &Program, mode: Mode) -> Result<(), String> {
@@ -96,6 +105,7 @@ fn in_scene(program: &Program, mode: Mode) -> Result<(), String> {
     if program.stopped {
         scene.await_state(&target, 'T')?;
     }
+    scene.await_rest(&target)?;
     let before = Snapshot::take(target.pid);
     match mode {
         Mode::Alone | Mode::Spoilt => {}
@@ -343,6 +353,32 @@ impl Scene {
         )
     }
 
+    /// Waits until every thread of the tree has been seen waiting for something, or has run for a while: one that was
+    /// started and has not got the processor yet has still the mask, say, that the C library starts it with.
+    pub fn await_rest(&self, target: &Target) -> Result<(), String> {
+        // For each thread that has not been seen waiting: how long it had run when it was seen first.
+        let mut first: BTreeMap<i32, u64> = BTreeMap::new();
+        let mut rested: BTreeSet<i32> = BTreeSet::new();
+        let at_rest = || {
+            let mut all = true;
+            for tid in tree(target.pid).into_iter().flat_map(threads) {
+                if rested.contains(&tid) {
+                    continue;
+                }
+                let Some((runs, ran)) = running(tid) else {
+                    continue;
+                };
+                if !runs || ran > *first.entry(tid).or_insert(ran) + BUSY {
+                    rested.insert(tid);
+                } else {
+                    all = false;
+                }
+            }
+            Ok(all)
+        };
+        self.await_that(&format!("{} to rest", target.pid), at_rest, Some(target))
+    }
+
     /// Polls until the condition holds, the target has died or the deadline has passed.
     pub fn await_that(
         &self,
@@ -519,6 +555,7 @@ impl Scene {
             .env("FF_SIZE", size.to_string());
         let target = self.start(command)?;
         self.await_file("ready", &target)?;
+        self.await_rest(&target)?;
         let before = Snapshot::take(target.pid);
         Ok((program, target, before))
     }
@@ -560,7 +597,7 @@ impl Scene {
         {
             faults.push(e);
         }
-        if ["tcp", "udp", "raw", "packet", "netlink"].contains(&program.family) {
+        if networked(program) {
             let rules = rules()?;
             if !rules.is_empty() {
                 faults.push(format!("rules left behind: {rules:?}"));
@@ -584,7 +621,7 @@ impl Scene {
         let start = Instant::now();
         loop {
             let found = differences(before, &Snapshot::take(target.pid), program.explained);
-            if found.is_empty() || start.elapsed() > Duration::from_millis(500) {
+            if found.is_empty() || start.elapsed() > DEADLINE / 2 {
                 return found.iter().map(|d| format!("/proc: {d}")).collect();
             }
             std::thread::sleep(Duration::from_millis(5));

@@ -97,7 +97,7 @@ impl Snapshot {
         self.timers(pid);
         self.maps(pid, names);
         self.descriptors(pid, names);
-        let mut tids: Vec<i32> = numbers(&format!("{dir}/task"));
+        let mut tids = threads(pid);
         tids.sort_unstable();
         self.put(
             format!("{pid}/threads"),
@@ -452,7 +452,7 @@ pub fn tree(root: i32) -> Vec<i32> {
 /// The children of a process, whichever of its threads made them, in order.
 pub fn children(pid: i32) -> Vec<i32> {
     let mut all: Vec<i32> = Vec::new();
-    for tid in numbers(&format!("/proc/{pid}/task")) {
+    for tid in threads(pid) {
         let text =
             fs::read_to_string(format!("/proc/{pid}/task/{tid}/children")).unwrap_or_default();
         all.extend(
@@ -462,6 +462,19 @@ pub fn children(pid: i32) -> Vec<i32> {
     }
     all.sort_unstable();
     all
+}
+
+/// The threads of a process.
+pub fn threads(pid: i32) -> Vec<i32> {
+    numbers(&format!("/proc/{pid}/task"))
+}
+
+/// Whether a thread runs or could (state `R`), and for how many nanoseconds it has; `None` if there is no such.
+pub fn running(tid: i32) -> Option<(bool, u64)> {
+    let state = state_of(tid)?;
+    let ran = fs::read_to_string(format!("/proc/{tid}/schedstat")).ok()?;
+    let ran = ran.split(' ').next()?.parse().ok()?;
+    Some((state == 'R', ran))
 }
 
 /// The state letter of a process; `None` if there is no such process.

@@ -16,7 +16,7 @@ pub struct Cx {
     dir: RefCell<PathBuf>,
     label: String,
     spoil: bool,
-    spoilt: Cell<bool>,
+    checking: Cell<bool>,
     born: Instant,
     faults: RefCell<Vec<String>>,
 }
@@ -27,7 +27,7 @@ impl Cx {
             dir: RefCell::new(PathBuf::from(dir)),
             label: String::new(),
             spoil,
-            spoilt: Cell::new(false),
+            checking: Cell::new(false),
             born: Instant::now(),
             faults: RefCell::new(Vec::new()),
         }
@@ -61,7 +61,6 @@ impl Cx {
         self.say_ready();
         self.wait_for_check();
         if self.spoil {
-            self.spoilt.set(true);
             damage();
         }
     }
@@ -81,6 +80,7 @@ impl Cx {
         while !self.asked(&check) {
             std::thread::sleep(Duration::from_millis(2));
         }
+        self.checking.set(true);
     }
 
     /// Whether the check was asked for already: for loops that do their own work meanwhile.
@@ -143,7 +143,7 @@ impl Cx {
                     dir: RefCell::new(self.dir.borrow().clone()),
                     label: format!("{}.{name}", self.label),
                     spoil: self.spoil,
-                    spoilt: Cell::new(false),
+                    checking: Cell::new(false),
                     born: Instant::now(),
                     faults: RefCell::new(Vec::new()),
                 };
@@ -171,9 +171,10 @@ impl Cx {
         }
     }
 
-    /// Waits until `condition` holds, at most 20 s (2 where it cannot be expected to); false if it did not come to that.
+    /// Waits until `condition` holds, at most 20 s (2 in a check that has to fail); false if it did not come to that.
     pub(crate) fn until(&self, mut condition: impl FnMut() -> bool) -> bool {
-        let most = Duration::from_secs(if self.spoil { 2 } else { 20 });
+        let fails = self.spoil && self.checking.get();
+        let most = Duration::from_secs(if fails { 2 } else { 20 });
         let start = Instant::now();
         while !condition() {
             if start.elapsed() > most {

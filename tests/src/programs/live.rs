@@ -98,17 +98,21 @@ fn turns(cx: &Cx) {
     // Large enough for the ways of large processes.
     let pages = Pages::new(24 << 20);
     let check = cx.path("check");
-    let mut n = 0u64;
-    let mut fault = None;
+    let turn = |n: u64| {
+        pages.turn(n)?;
+        send(&to_child, n);
+        match receive(&from_child) {
+            back if back == n => Ok(()),
+            back => Err(format!("the child answered {back} to {n}")),
+        }
+    };
+    // Once the child has answered, it has its pages too.
+    let mut n = 1u64;
+    let mut fault = turn(n).err();
     cx.say_ready();
     while fault.is_none() && (!n.is_multiple_of(32) || !cx.asked(&check)) {
         n += 1;
-        fault = pages.turn(n).err();
-        send(&to_child, n);
-        let back = receive(&from_child);
-        if back != n {
-            fault = Some(format!("the child answered {back} to {n}"));
-        }
+        fault = turn(n).err();
     }
     cx.ready(|| pages.regions[3].set(0, 255));
     cx.check(fault.is_none(), || fault.unwrap_or_default());

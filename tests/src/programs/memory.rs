@@ -160,6 +160,10 @@ fn anonymous(cx: &Cx) {
         Region::anon(1 << 20),
         Region::anon(1 << 20),
     );
+    // So that no huge page reaches into what is not used.
+    for region in [half, empty] {
+        region.advise(libc::MADV_NOHUGEPAGE).unwrap();
+    }
     full.fill(1);
     half.part(0, 512 << 10).fill(2);
     let was = [full, half, empty].map(|r| r.pages_held());
@@ -224,6 +228,7 @@ fn sparse(cx: &Cx) {
 
 fn holes(cx: &Cx) {
     let region = Region::anon(256 * PAGE);
+    region.advise(libc::MADV_NOHUGEPAGE).unwrap();
     for page in (1..256).step_by(2) {
         region.part(page * PAGE, PAGE).fill(page as u64);
     }
@@ -606,6 +611,7 @@ fn filled(cx: &Cx) {
     read_only.protect(libc::PROT_READ).unwrap();
     locked.fill(2);
     let lock = os::syscall(libc::SYS_mlock, [locked.addr, locked.len, 0, 0, 0, 0]);
+    holes.advise(libc::MADV_NOHUGEPAGE).unwrap();
     let used = |i: &usize| i.is_multiple_of(3 * PAGE);
     for at in (0..holes.len).step_by(PAGE).filter(used) {
         holes.part(at, PAGE).fill(at as u64);

@@ -586,8 +586,13 @@ impl Region {
 
     /// The page table entries as `/proc/self/pagemap` shows them.
     pub(crate) fn pagemap(&self) -> Vec<u64> {
+        self.pagemap_of(getpid())
+    }
+
+    /// Those of a process that has the same addresses.
+    pub(crate) fn pagemap_of(&self, pid: i32) -> Vec<u64> {
         use std::os::unix::fs::FileExt;
-        let file = std::fs::File::open("/proc/self/pagemap").unwrap();
+        let file = std::fs::File::open(format!("/proc/{pid}/pagemap")).unwrap();
         let mut bytes = vec![0u8; self.len / PAGE * 8];
         file.read_exact_at(&mut bytes, (self.addr / PAGE * 8) as u64)
             .unwrap();

@@ -542,11 +542,17 @@ fn blocked_everywhere(cx: &Cx) {
     let path = cx.path("locked");
     let held = os::open(&path, libc::O_RDWR | libc::O_CREAT).unwrap();
     let wanting = os::open(&path, libc::O_RDWR).unwrap();
+    let over = cx.path("over");
     let child = os::fork_run(|| {
-        cx.wait_for_check();
-        os::sleep_ms(20);
+        while !cx.asked(&over) {
+            os::sleep_ms(2);
+        }
         6
     });
+    // Blocked in every thread, so that it waits for the one that asks for it.
+    let rt_signal = 1u64 << 44;
+    let args = [0, os::at(&rt_signal), 0, 8, 0, 0];
+    os::syscall(libc::SYS_rt_sigprocmask, args).unwrap();
     // The lock is one of the two promised with --file-locks only; a lock on a pipe of bytes stands for it.
     drop((held, wanting));
     let full = os::pipe(0);
@@ -676,21 +682,16 @@ fn blocked_everywhere(cx: &Cx) {
                 )
             },
             Ok(i64::from(child)),
-            || {},
+            move || fs::write(over, "").unwrap(),
         ),
         waiting(
             "rt_sigtimedwait",
             move || {
-                let set = 1u64 << 44;
-                os::syscall(libc::SYS_rt_sigprocmask, [0, os::at(&set), 0, 8, 0, 0]).unwrap();
-                os::syscall(libc::SYS_rt_sigtimedwait, [os::at(&set), 0, 0, 8, 0, 0])
+                let args = [os::at(&rt_signal), 0, 0, 8, 0, 0];
+                os::syscall(libc::SYS_rt_sigtimedwait, args)
             },
             Ok(45),
-            || {
-                let set = 1u64 << 44;
-                os::syscall(libc::SYS_rt_sigprocmask, [0, os::at(&set), 0, 8, 0, 0]).unwrap();
-                os::kill(os::getpid(), 45);
-            },
+            || os::kill(os::getpid(), 45),
         ),
         waiting(
             "clock_nanosleep to a time",

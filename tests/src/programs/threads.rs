@@ -729,7 +729,8 @@ fn clear_tid(cx: &Cx) {
 
 fn locks_and_queue(cx: &Cx) {
     let shared = Arc::new((Mutex::new((0u64, false)), Condvar::new()));
-    let (send, receive) = mpsc::channel::<u64>();
+    // Bounded: what waits in it takes no more memory, however late the reader gets to run.
+    let (send, receive) = mpsc::sync_channel::<u64>(64);
     let workers: Vec<_> = (0..4u64)
         .map(|i| {
             let (shared, send) = (shared.clone(), send.clone());
@@ -968,12 +969,17 @@ fn children_of_threads(cx: &Cx) {
         .map(|i| {
             let (word, started, dir) = (word.clone(), started.clone(), dir.clone());
             std::thread::spawn(move || {
+                let (runs, check) = (dir.join(format!("runs{i}")), dir.join("check"));
                 let child = os::fork_run(|| {
-                    while !dir.join("check").exists() {
+                    fs::write(&runs, "").unwrap();
+                    while !check.exists() {
                         os::sleep_ms(2);
                     }
                     10 + i
                 });
+                while !runs.exists() {
+                    os::sleep_ms(1);
+                }
                 started.fetch_add(1, SeqCst);
                 wait_for(&word, 2);
                 // Only its own children.
@@ -999,15 +1005,18 @@ fn children_of_threads(cx: &Cx) {
 fn leader_ended(cx: &Cx) {
     // In a child, so that the root answers the harness.
     let child = cx.child_unready("child", |cx| {
-        let dir = cx.path("");
-        let told = cx.path("thread-told");
+        let (check, told) = (cx.path("check"), cx.path("thread-told"));
+        let started = Word::default();
+        let other_started = started.clone();
         std::thread::spawn(move || {
-            while !dir.join("check").exists() {
+            other_started.store(1, SeqCst);
+            while !check.exists() {
                 os::sleep_ms(2);
             }
             fs::write(told, "").unwrap();
             os::exit_now(0);
         });
+        wait_for(&started, 1);
         cx.say_ready();
         os::syscall(libc::SYS_exit, [0; 6]).unwrap();
     });
