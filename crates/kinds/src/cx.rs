@@ -6,6 +6,7 @@ use std::ffi::CString;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Instant;
 
 use freezeframe_error::{Error, Result};
 use freezeframe_image::RawRecord;
@@ -13,7 +14,7 @@ use freezeframe_inject::{Arg, Batch, DataRef, OpRef, Replies};
 use freezeframe_sys::fd::{Message, Stat as FileStat};
 use freezeframe_sys::ids::{Pid, Tid};
 use freezeframe_sys::proc::{FdInfo, Map, ProcDir, Stat, Status, SyscallState, TaskDir, VmFlags};
-use freezeframe_sys::ptrace::Regs;
+use freezeframe_sys::ptrace::{self, Regs, SigInfo};
 use nix::fcntl::OFlag;
 
 use crate::about::About;
@@ -142,6 +143,8 @@ pub struct Asked {
     pub ops: Vec<OpRef>,
     /// Its data.
     pub data: Vec<DataRef>,
+    /// When, for what does not stand still while the thread is stopped.
+    pub at: Option<Instant>,
 }
 
 /// Whether a task kind is dumped once per process or once per thread.
@@ -447,6 +450,7 @@ pub struct DumpCx<'a> {
     waiting: HashMap<FileId, Vec<Waiting>>,
     pub(crate) searches: Searches,
     pub(crate) sockets: Tables,
+    signals: HashMap<(Tid, bool), Arc<[SigInfo]>>,
 }
 
 /// What waits in a file that other files can wait in, too (the queue of a unix socket).
@@ -480,7 +484,19 @@ impl<'a> DumpCx<'a> {
             waiting: HashMap::new(),
             searches: Searches::default(),
             sockets: Tables::default(),
+            signals: HashMap::new(),
         }
+    }
+
+    /// The signals that wait for a thread, or for its process. They are looked at once, when the batch has run: timers
+    /// do not stand still, and the signal of one that expires meanwhile is there for all kinds or for none.
+    pub fn pending(&mut self, tid: Tid, shared: bool) -> Result<Arc<[SigInfo]>> {
+        if let Some(seen) = self.signals.get(&(tid, shared)) {
+            return Ok(Arc::clone(seen));
+        }
+        let seen: Arc<[SigInfo]> = ptrace::pending_signals(tid, shared)?.into();
+        self.signals.insert((tid, shared), Arc::clone(&seen));
+        Ok(seen)
     }
 
     /// What waits in a file of a [`Linked`] kind (found before any file is dumped).

@@ -89,6 +89,7 @@ impl TaskKind for AltStack {
         Ok(Asked {
             ops: Vec::new(),
             data: vec![room],
+            ..Asked::default()
         })
     }
     fn dump(

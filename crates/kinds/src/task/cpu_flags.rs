@@ -126,7 +126,11 @@ impl TaskKind for CpuFlags {
         for op in &ops {
             batch.may_fail(*op);
         }
-        Ok(Asked { ops, data })
+        Ok(Asked {
+            ops,
+            data,
+            ..Asked::default()
+        })
     }
     fn dump(
         &self,

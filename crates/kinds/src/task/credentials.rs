@@ -282,6 +282,7 @@ impl TaskKind for Credentials {
         Ok(Asked {
             ops: vec![op],
             data: Vec::new(),
+            ..Asked::default()
         })
     }
     fn dump(

@@ -2,12 +2,15 @@
 //!
 //! Only the process itself can ask (getitimer(2)); set by setitimer(2) with the time that is left. A
 //! real timer whose signal waits in the queue stands still until it is taken: then it shows an interval but
-//! no time left, and is restored to expire one interval from now.
+//! no time left, and is restored to expire one interval from now. One that expires between the question and the look
+//! at the queue is taken for such.
 
 use freezeframe_error::{Error, Result};
 use freezeframe_image::{RawRecord, Tag};
 use freezeframe_inject::{Arg, Batch, Replies};
+use freezeframe_sys::ptrace::SigInfo;
 use serde::{Deserialize, Serialize};
+use std::time::{Duration, Instant};
 
 use crate::about::{About, show};
 use crate::cx::{Asked, DumpCx, RestoreTask, Scope, Stage, TaskKind, TaskView};
@@ -29,6 +32,7 @@ static ABOUT: About = About {
         "timers::interval_timers",
         "timers::interval_timer_fires",
         "timers::alarm_soon",
+        "timers::alarms_all_along",
     ],
     show: show::<Record>,
 };
@@ -50,16 +54,27 @@ struct ITimer {
 }
 
 const NAMES: [&str; 3] = ["ITIMER_REAL", "ITIMER_VIRTUAL", "ITIMER_PROF"];
+/// `ITIMER_REAL`
+const REAL: i32 = 0;
 /// Size of `struct itimerval`.
 const SIZE: usize = 32;
 
+/// Whether a signal of the real timer waits.
+fn told(queue: &[SigInfo]) -> bool {
+    let of_kernel = |i: &SigInfo| i.code() == libc::SI_KERNEL;
+    queue
+        .iter()
+        .any(|i| i.signo() == libc::SIGALRM && of_kernel(i))
+}
+
 impl ITimer {
-    /// From a `struct itimerval`, if it is armed.
-    fn of_kernel(which: i32, bytes: &[u8]) -> Option<ITimer> {
+    /// From a `struct itimerval`, if it is armed. What was left then is over if that was so long ago.
+    fn of_kernel(which: i32, bytes: &[u8], since: Duration) -> Option<ITimer> {
         let word = |at: usize| i64::from_le_bytes(bytes[at..at + 8].try_into().expect("8 bytes"));
         let interval = (word(0), word(8));
         let mut value = (word(16), word(24));
-        if value == (0, 0) {
+        let left = Duration::from_secs(value.0 as u64) + Duration::from_micros(value.1 as u64);
+        if left <= since {
             value = interval;
         }
         (value != (0, 0)).then_some(ITimer {
@@ -90,7 +105,10 @@ impl TaskKind for ITimers {
         Stage::Timers
     }
     fn ask(&self, _task: &TaskView<'_>, batch: &mut Batch) -> Result<Asked> {
-        let mut asked = Asked::default();
+        let mut asked = Asked {
+            at: Some(Instant::now()),
+            ..Asked::default()
+        };
         for (which, name) in NAMES.iter().enumerate() {
             let room = batch.room(SIZE);
             batch.call(
@@ -104,14 +122,21 @@ impl TaskKind for ITimers {
     }
     fn dump(
         &self,
-        _cx: &mut DumpCx<'_>,
+        cx: &mut DumpCx<'_>,
         task: &TaskView<'_>,
         asked: &Asked,
         replies: &Replies,
     ) -> Result<Option<RawRecord>> {
-        let timers: Vec<ITimer> = (0..3)
-            .filter_map(|which| ITimer::of_kernel(which, replies.bytes(asked.data[which as usize])))
-            .collect();
+        let mut timers = Vec::new();
+        for (which, room) in (0..).zip(&asked.data) {
+            let bytes = replies.bytes(*room);
+            let mut timer = ITimer::of_kernel(which, bytes, Duration::ZERO);
+            if which == REAL && timer.is_some() && told(&cx.pending(task.tid, true)?) {
+                let since = asked.at.map_or(Duration::ZERO, |at| at.elapsed());
+                timer = ITimer::of_kernel(which, bytes, since);
+            }
+            timers.extend(timer);
+        }
         // A fresh process has none: fork clears them.
         if timers.is_empty() {
             return Ok(None);
@@ -147,18 +172,30 @@ mod tests {
             interval: (0, 50_000),
             value: (0, 0),
         };
-        let armed = ITimer::of_kernel(0, &waiting.to_kernel());
-        assert_eq!(
-            armed,
-            Some(ITimer {
-                value: (0, 50_000),
-                ..waiting
-            })
-        );
+        let armed = ITimer {
+            value: (0, 50_000),
+            ..waiting
+        };
+        let of_kernel = |timer: ITimer, told| {
+            ITimer::of_kernel(0, &timer.to_kernel(), Duration::from_micros(told))
+        };
+        assert_eq!(of_kernel(waiting, 0), Some(armed));
+        // It had time left when it was asked, and has expired since.
+        let soon = ITimer {
+            value: (0, 700),
+            ..waiting
+        };
+        assert_eq!(of_kernel(soon, 700), Some(armed));
+        assert_eq!(of_kernel(soon, 699), Some(soon));
+        let once = ITimer {
+            interval: (0, 0),
+            ..soon
+        };
+        assert_eq!(of_kernel(once, 900), None);
     }
 
     #[test]
     fn one_that_is_not_armed_is_not_recorded() {
-        assert_eq!(ITimer::of_kernel(1, &[0; SIZE]), None);
+        assert_eq!(ITimer::of_kernel(1, &[0; SIZE], Duration::ZERO), None);
     }
 }

@@ -77,6 +77,7 @@ impl TaskKind for LockFuture {
         Ok(Asked {
             ops: vec![map, locked],
             data: vec![there],
+            ..Asked::default()
         })
     }
     fn dump(

@@ -56,6 +56,7 @@ impl TaskKind for Membarrier {
         Ok(Asked {
             ops: vec![op],
             data: Vec::new(),
+            ..Asked::default()
         })
     }
     fn dump(

@@ -78,6 +78,7 @@ impl TaskKind for MmFlags {
         Ok(Asked {
             ops: ops.to_vec(),
             data: Vec::new(),
+            ..Asked::default()
         })
     }
     fn dump(

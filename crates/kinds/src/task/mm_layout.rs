@@ -71,6 +71,7 @@ impl TaskKind for MmLayout {
         Ok(Asked {
             ops: vec![brk],
             data: Vec::new(),
+            ..Asked::default()
         })
     }
     fn dump(

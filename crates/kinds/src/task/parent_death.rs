@@ -54,6 +54,7 @@ impl TaskKind for ParentDeath {
         Ok(Asked {
             ops: Vec::new(),
             data: vec![room],
+            ..Asked::default()
         })
     }
     fn dump(

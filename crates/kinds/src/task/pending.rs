@@ -12,7 +12,7 @@
 use freezeframe_error::{Error, Kind, Result, ResultExt};
 use freezeframe_image::{RawRecord, Tag};
 use freezeframe_inject::{DataRef, Replies};
-use freezeframe_sys::ptrace::{self, SigInfo};
+use freezeframe_sys::ptrace::SigInfo;
 use serde::{Deserialize, Serialize};
 
 use super::posix_timers::timer_of;
@@ -38,6 +38,7 @@ static ABOUT: About = About {
         "signals::pending_order",
         "signals::pending_child",
         "signals::pending_stopped",
+        "timers::alarms_all_along",
     ],
     show: show::<Record>,
 };
@@ -55,12 +56,13 @@ const SIZE: usize = 128;
 /// More than this in one queue is not believed.
 const MAX: usize = 1 << 20;
 
-/// One of the queues of a frozen thread. `set` is the set of signals that wait there.
-fn queue(task: &TaskView<'_>, shared: bool, set: u64) -> Result<Vec<Vec<u8>>> {
-    if set == 0 {
+/// One of the queues of a frozen thread. `set` is the set of signals that waited there when it was stopped: since then
+/// a timer may have expired, of which only the process is told.
+fn queue(cx: &mut DumpCx<'_>, task: &TaskView<'_>, shared: bool, set: u64) -> Result<Vec<Vec<u8>>> {
+    if set == 0 && !shared {
         return Ok(Vec::new());
     }
-    let infos = ptrace::pending_signals(task.tid, shared).on_task(task.tid.0)?;
+    let infos = cx.pending(task.tid, shared).on_task(task.tid.0)?;
     // The signal of a timer comes from the timer.
     let mut timers = Vec::new();
     if infos.iter().any(|info| timer_of(info).is_some()) {
@@ -137,16 +139,16 @@ impl TaskKind for Pending {
     }
     fn dump(
         &self,
-        _cx: &mut DumpCx<'_>,
+        cx: &mut DumpCx<'_>,
         task: &TaskView<'_>,
         _asked: &Asked,
         _replies: &Replies,
     ) -> Result<Option<RawRecord>> {
         // A fresh process has none.
         let status = task.status;
-        let thread = queue(task, false, status.sig_pnd)?;
+        let thread = queue(cx, task, false, status.sig_pnd)?;
         let process = if task.leader {
-            queue(task, true, status.shd_pnd)?
+            queue(cx, task, true, status.shd_pnd)?
         } else {
             Vec::new()
         };

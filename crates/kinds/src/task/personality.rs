@@ -50,6 +50,7 @@ impl TaskKind for Personality {
         Ok(Asked {
             ops: vec![op],
             data: Vec::new(),
+            ..Asked::default()
         })
     }
     fn dump(

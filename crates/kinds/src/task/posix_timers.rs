@@ -18,9 +18,10 @@ use freezeframe_image::{RawRecord, Tag};
 use freezeframe_inject::{Arg, Batch, Replies};
 use freezeframe_sys::ids::Tid;
 use freezeframe_sys::proc::TimerNotify;
-use freezeframe_sys::ptrace::{self, SigInfo};
+use freezeframe_sys::ptrace::SigInfo;
 use nix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
+use std::time::{Duration, Instant};
 
 use crate::about::{About, show};
 use crate::cx::{Asked, DumpCx, RestoreTask, Scope, Stage, TaskKind, TaskView};
@@ -135,6 +136,19 @@ impl Timer {
         bytes
     }
 
+    /// As it is if what was left when it was asked, so long ago, is over: it stands still with the next interval before it.
+    fn expired_within(self, since: Duration) -> Timer {
+        let left = ns(self.left);
+        if !self.waiting || left == 0 || left > since.as_nanos() as i128 {
+            return self;
+        }
+        let next = left + ns(self.interval);
+        Timer {
+            left: ((next / SECOND) as i64, (next % SECOND) as i64),
+            ..self
+        }
+    }
+
     /// When it is to expire: flags and value for timer_settime.
     fn arm(&self) -> (i32, (i64, i64)) {
         if !self.waiting {
@@ -181,7 +195,10 @@ impl TaskKind for PosixTimers {
         Stage::Timers
     }
     fn ask(&self, task: &TaskView<'_>, batch: &mut Batch) -> Result<Asked> {
-        let mut asked = Asked::default();
+        let mut asked = Asked {
+            at: Some(Instant::now()),
+            ..Asked::default()
+        };
         for info in task.proc.dir.timers()? {
             let refused = |why| {
                 Err(Error::unsupported(why)
@@ -224,7 +241,8 @@ impl TaskKind for PosixTimers {
             );
         }
         let mut timers = Vec::with_capacity(infos.len());
-        let for_process = ptrace::pending_signals(task.tid, true)?;
+        let for_process = cx.pending(task.tid, true)?;
+        let since = asked.at.map_or(Duration::ZERO, |at| at.elapsed());
         for (info, room) in infos.iter().zip(&asked.data) {
             let spec = replies.bytes(*room);
             let word =
@@ -248,9 +266,9 @@ impl TaskKind for PosixTimers {
             let waits = |queue: &[SigInfo]| queue.iter().any(|i| timer_of(i) == Some(info.id));
             let waiting = match thread {
                 0 => waits(&for_process),
-                tid => waits(&ptrace::pending_signals(Tid(tid), false)?),
+                tid => waits(&cx.pending(Tid(tid), false)?),
             };
-            timers.push(Timer {
+            let timer = Timer {
                 id: info.id,
                 clock: info.clock,
                 notify,
@@ -260,7 +278,8 @@ impl TaskKind for PosixTimers {
                 interval: (word(0), word(8)),
                 left: (word(16), word(24)),
                 waiting,
-            });
+            };
+            timers.push(timer.expired_within(since));
         }
         Ok(Some(ABOUT.record(task.subject(), &Record { timers })?))
     }

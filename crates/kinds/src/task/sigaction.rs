@@ -69,6 +69,7 @@ impl TaskKind for SigActions {
         Ok(Asked {
             ops: Vec::new(),
             data: vec![room],
+            ..Asked::default()
         })
     }
     fn dump(

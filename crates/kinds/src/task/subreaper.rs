@@ -52,6 +52,7 @@ impl TaskKind for Subreaper {
         Ok(Asked {
             ops: Vec::new(),
             data: vec![room],
+            ..Asked::default()
         })
     }
     fn dump(

@@ -53,6 +53,7 @@ impl TaskKind for TimerSlack {
         Ok(Asked {
             ops: vec![op],
             data: Vec::new(),
+            ..Asked::default()
         })
     }
     fn dump(
