@@ -158,6 +158,8 @@ pub(crate) static OPTIONS: &[Opt] = &[
         .takes("METHOD")
         .on(MAIN)
         .only(&["nftables", "iptables", "skip"]),
+    opt("require-plugins", "If a plugin for devices (cuda-checkpoint, where it is found on PATH) fails, so does the dump or restore; else that is a warning")
+        .on(MAIN),
     opt("display-stats", "Print counts and times at the end").on(BOTH),
     opt("close", "Close our descriptor FD first").takes("FD").on(RUNS).repeats(),
     opt("log-pid", "A log for each process").on(&[Restore]).moot("one process does all the work of a restore, so there is one log"),

@@ -23,6 +23,7 @@ use freezeframe_sys::{clock, fd};
 use self::seen::Seen;
 use crate::events::{Events, Step};
 use crate::freeze::{self, Frozen};
+use crate::plugins::Around;
 use crate::{log, tree};
 
 /// What to do with the tree once its image is safe.
@@ -104,6 +105,10 @@ pub fn run(request: &DumpRequest, events: &dyn Events) -> Result<DumpReport> {
     let mut pages = memory::prepare(request, &mut writer).map_err(untouched)?;
     let mut host = Host::read().in_phase(Phase::Plan).map_err(untouched)?;
     events.step(Step::PreDump).map_err(untouched)?;
+    // Dropped after the tree is let go.
+    let around = Around::begin(request.pid, &request.options, request.timeout, events)
+        .in_phase(Phase::Plan)
+        .map_err(|e| e.leaving(Target::Running))?;
     if request.live {
         host.seen = Seen::look(Pid(request.pid));
     }
@@ -129,7 +134,7 @@ pub fn run(request: &DumpRequest, events: &dyn Events) -> Result<DumpReport> {
         request,
         events,
         &host,
-        &frozen,
+        (&frozen, &around),
         (&mut pages, &mut writer),
         &mut report,
         started,
@@ -168,6 +173,7 @@ pub fn run(request: &DumpRequest, events: &dyn Events) -> Result<DumpReport> {
                 .kill()
                 .in_phase(Phase::Thaw)
                 .map_err(|e| e.leaving(Target::Unknown))?;
+            around.ended();
             ended
                 .in_phase(Phase::Thaw)
                 .map_err(|e| e.leaving(Target::Killed))?;
@@ -188,6 +194,7 @@ pub fn run(request: &DumpRequest, events: &dyn Events) -> Result<DumpReport> {
             if report.frozen.is_zero() {
                 report.frozen = started.elapsed();
             }
+            let thawed = around.thawed();
             commit(
                 gathered,
                 &host,
@@ -196,9 +203,11 @@ pub fn run(request: &DumpRequest, events: &dyn Events) -> Result<DumpReport> {
                 events,
                 &mut report,
             )
+            .and(thawed.in_phase(Phase::Thaw))
             .map_err(|e| e.leaving(left))?;
         }
     }
+    report.warnings.extend(around.warnings());
     log!(
         events,
         Info,
@@ -278,7 +287,7 @@ fn gather(
     request: &DumpRequest,
     events: &dyn Events,
     host: &Host,
-    frozen: &Frozen,
+    (frozen, around): (&Frozen, &Around<'_>),
     (pages, writer): (&mut PageDumper, &mut ImageWriter),
     report: &mut DumpReport,
     started: Instant,
@@ -301,6 +310,7 @@ fn gather(
         ..request.options.clone()
     };
     let mut cx = DumpCx::new(&options, procs);
+    cx.records = around.stopped(procs).in_phase(Phase::Collect)?;
     // A plan lists all the blockers it can see, not just the first.
     let mut blockers: Vec<Error> = Vec::new();
     tasks::check_sharing(&cx, &processes, &mut blockers).in_phase(Phase::Collect)?;
@@ -340,6 +350,7 @@ fn gather(
         frozen.release(false).in_phase(Phase::Thaw)?;
         report.frozen = started.elapsed();
         log!(events, Info, "the tree runs on after {:?}", report.frozen);
+        around.thawed().in_phase(Phase::Thaw)?;
     }
     memory::plan(&cx, &mut spaces, &processes, &forks, pages).in_phase(Phase::Pages)?;
     // What the tree need not wait for is left to the end.

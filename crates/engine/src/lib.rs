@@ -14,6 +14,7 @@ pub mod dump;
 pub mod events;
 pub mod freeze;
 mod parallel;
+mod plugins;
 pub mod restore;
 pub mod tree;
 mod vdso;

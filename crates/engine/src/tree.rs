@@ -90,6 +90,18 @@ pub fn check_untraced(tracer: i32) -> Result<()> {
     ))
 }
 
+/// The processes of a running tree, parents first, as far as they can be seen.
+pub fn pids_of(root: Pid) -> Vec<i32> {
+    let mut all = vec![root];
+    let mut at = 0;
+    while let Some(pid) = all.get(at).copied() {
+        let children = ProcDir::open(pid).and_then(|dir| dir.children());
+        all.extend(children.unwrap_or_default());
+        at += 1;
+    }
+    all.into_iter().map(|pid| pid.0).collect()
+}
+
 fn ancestor_of_ours(pid: i32) -> Result<Option<String>> {
     let mut at = Pid::this().0;
     while at > 0 {

@@ -14,6 +14,7 @@ use crate::{DEFAULT_DEADLINE, SharedEvents, thread};
 use freezeframe_engine::dump::{After, DumpReport, DumpRequest, run};
 use freezeframe_engine::events::NoEvents;
 use freezeframe_kinds::DumpOptions;
+use freezeframe_kinds::plugin::Plugin;
 use freezeframe_pages::{Compression, PageOptions};
 
 /// A dump of the process tree under one process: set up, then [`run`](Dump::run).
@@ -198,6 +199,19 @@ impl Dump {
     pub fn ghost_limit(mut self, bytes: u64) -> Dump {
         // To the engine 0 means that nothing was said.
         self.request.options.ghost_limit = bytes.max(1);
+        self
+    }
+
+    /// Adds one who carries devices that freezeframe does not: see [`Plugin`]. To be given
+    /// to the restore too.
+    pub fn plugin(mut self, plugin: Arc<dyn Plugin>) -> Dump {
+        self.request.options.plugins.push(plugin);
+        self
+    }
+
+    /// Whether a plugin that fails ends the dump; a warning unless said otherwise.
+    pub fn require_plugins(mut self, yes: bool) -> Dump {
+        self.request.options.require_plugins = yes;
         self
     }
 

@@ -34,6 +34,44 @@
 //! - with [`Dump::live`], if the caller is the nearest child subreaper above the
 //!   target, the forks become its children when they end, and are its to reap.
 //!
+//! # Devices
+//!
+//! What only a driver knows of (a GPU, say) is carried by a [`Plugin`], which is asked for
+//! descriptors and mappings that freezeframe does not carry, and called around the
+//! freeze and after the restore. [`CudaCheckpoint`] is one. Another, for the kernel's log,
+//! which any process may open again:
+//!
+//! ```no_run
+//! use std::fs::OpenOptions;
+//! use std::os::fd::OwnedFd;
+//! use std::sync::Arc;
+//!
+//! use freezeframe::{DeviceFile, Dump, Error, Plugin, Restore, Result};
+//!
+//! #[derive(Debug)]
+//! struct KernelLog;
+//!
+//! impl Plugin for KernelLog {
+//!     fn name(&self) -> &str {
+//!         "kernel-log"
+//!     }
+//!     fn dump_file(&self, file: &DeviceFile<'_>) -> Result<Option<Vec<u8>>> {
+//!         // Which messages were read already is not carried.
+//!         Ok((file.name == b"/dev/kmsg").then(Vec::new))
+//!     }
+//!     fn restore_file(&self, _state: &[u8]) -> Result<OwnedFd> {
+//!         let opened = OpenOptions::new().read(true).open("/dev/kmsg");
+//!         Ok(opened.map_err(|e| Error::io("open", e))?.into())
+//!     }
+//! }
+//!
+//! # fn main() -> Result<()> {
+//! Dump::new(4242).images_dir("/var/tmp/image").plugin(Arc::new(KernelLog)).run()?;
+//! Restore::new("/var/tmp/image").plugin(Arc::new(KernelLog)).run()?;
+//! # Ok(())
+//! # }
+//! ```
+//!
 //! # Errors
 //!
 //! Every failure is an [`Error`]: its [`Kind`], the [`Phase`], the task, the
@@ -41,15 +79,18 @@
 //! now ([`Target`]). What cannot be carried is refused by name, before the
 //! target is harmed.
 
+mod cuda_checkpoint;
 mod dump;
 mod restore;
 mod thread;
 
+pub use cuda_checkpoint::CudaCheckpoint;
 pub use dump::Dump;
 pub use freezeframe_engine::dump::DumpReport;
 pub use freezeframe_engine::events::{Events, Level, NoEvents, Step};
 pub use freezeframe_engine::restore::RestoreReport;
 pub use freezeframe_error::{Error, Kind, Phase, Result, Target};
+pub use freezeframe_kinds::plugin::{DeviceFile, DeviceMapping, Plugin, PluginTree};
 pub use freezeframe_pages::Compression;
 pub use restore::{Restore, Restored};
 

@@ -18,6 +18,7 @@ use crate::{DEFAULT_DEADLINE, SharedEvents, thread};
 use freezeframe_engine::events::NoEvents;
 use freezeframe_engine::restore::{RestoreReport, RestoreRequest, run};
 use freezeframe_kinds::RestoreOptions;
+use freezeframe_kinds::plugin::Plugin;
 
 /// A restore of the process tree in an image: set up, then [`run`](Restore::run).
 #[must_use = "nothing happens before run()"]
@@ -103,6 +104,19 @@ impl Restore {
     /// number, as those that are named on a command line.
     pub fn inherit_raw_fd(mut self, name: impl Into<String>, fd: RawFd) -> Restore {
         self.request.options.inherit.insert(name.into(), fd);
+        self
+    }
+
+    /// Adds a plugin that was given to the dump: see [`Plugin`].
+    pub fn plugin(mut self, plugin: Arc<dyn Plugin>) -> Restore {
+        self.request.options.plugins.push(plugin);
+        self
+    }
+
+    /// Whether a plugin that fails, or is not there, ends the restore; a warning unless
+    /// said otherwise. What fails when the tree runs already leaves it running.
+    pub fn require_plugins(mut self, yes: bool) -> Restore {
+        self.request.options.require_plugins = yes;
         self
     }
 

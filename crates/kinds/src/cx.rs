@@ -25,6 +25,7 @@ use crate::file::terminal::Ptys;
 use crate::mem::sysv_shm::Attached;
 pub use crate::mem::sysv_shm::Segments;
 use crate::model::{self, FileId, ObjectId};
+use crate::plugin::Plugins;
 
 // ---------------------------------------------------------------- options
 
@@ -55,6 +56,10 @@ pub struct DumpOptions {
     pub network_unlocked: bool,
     /// The tree is killed when its image is complete.
     pub kills: bool,
+    /// Who carries devices that no kind carries.
+    pub plugins: Plugins,
+    /// A plugin that fails ends the dump.
+    pub require_plugins: bool,
 }
 
 /// The options of a restore that kinds look at.
@@ -72,6 +77,10 @@ pub struct RestoreOptions {
     pub tcp_close: bool,
     /// The packets of TCP connections are not held off (`--network-lock skip`).
     pub network_unlocked: bool,
+    /// Who carries devices that no kind carries.
+    pub plugins: Plugins,
+    /// A plugin that fails ends the restore.
+    pub require_plugins: bool,
 }
 
 // ---------------------------------------------------------------- dump
@@ -871,10 +880,14 @@ impl RestoreFiles<'_> {
         let made = made.ok_or_else(|| Error::bug("a file was not made before the tree"))?;
         let copy = made.try_clone().map_err(|e| Error::io("dup", e))?;
         self.provide_ours(id, copy);
+        self.set_flags_of_last();
+        Ok(())
+    }
+    /// The engine sets the status flags of the file handed over last, too.
+    pub fn set_flags_of_last(&mut self) {
         if let Some(last) = self.provided.last_mut() {
             last.flags_done = false;
         }
-        Ok(())
     }
     /// A path for the batch.
     pub fn path(&mut self, path: &[u8]) -> DataRef {
@@ -907,6 +920,8 @@ pub trait MakeObject {
     fn get_fd(&mut self, fd: i32) -> Result<OwnedFd>;
     /// The System V segments of this restore.
     fn segments(&mut self) -> &mut Segments;
+    /// Options.
+    fn options(&self) -> &RestoreOptions;
 }
 
 /// What is mapped.

@@ -14,6 +14,7 @@ pub mod cx;
 pub mod file;
 pub mod mem;
 pub mod model;
+pub mod plugin;
 pub mod registry;
 pub mod task;
 

@@ -29,7 +29,7 @@ pub static FILES: &[&dyn FileKind] = &[
     &file::terminal::Terminal,
     &file::unlinked::Unlinked,
     &file::regular::Regular,
-    &file::unsupported::Unsupported,
+    &file::other::Other,
 ];
 
 /// Those of them of which some are made before the tree is.
@@ -52,7 +52,7 @@ pub static MEMORY: &[&dyn MemKind] = &[
     &mem::sysv_shm::SysvShm,
     &mem::dev_zero::DevZero,
     &mem::memfd::Memfd,
-    &mem::unsupported::Unsupported,
+    &mem::other::Other,
     &mem::ghost::Ghost,
     &mem::file::MappedFile,
 ];

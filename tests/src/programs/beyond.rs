@@ -19,6 +19,9 @@ pub(super) const PROGRAMS: &[Program] = &[
     Program::new("bpf_map", "a BPF map", bpf_map)
         .carried_or_refused("bpf")
         .needs(&[BPF]),
+    Program::new("bpf_map_mapped", "a BPF map that is mapped", bpf_map_mapped)
+        .carried_or_refused("bpf")
+        .needs(&[BPF]),
     Program::new("tcp_listening", "a listening TCP socket", tcp_listening)
         .carried_or_refused("socket"),
     Program::new(
@@ -157,39 +160,50 @@ fn perf_event(cx: &Cx) {
 }
 
 fn new_bpf_map() -> os::Result<OwnedFd> {
-    // BPF_MAP_TYPE_ARRAY, key 4, value 8, 4 entries.
-    let attr = [2u32, 4, 8, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+    bpf_map_of(4, 0)
+}
+
+fn bpf_map_of(entries: u32, flags: u32) -> os::Result<OwnedFd> {
+    // BPF_MAP_TYPE_ARRAY, key 4, value 8.
+    let attr = [2u32, 4, 8, entries, flags, 0, 0, 0, 0, 0, 0, 0];
     os::fd_from(
         libc::SYS_bpf,
         [0, os::at(&attr), size_of_val(&attr), 0, 0, 0],
     )
 }
 
+/// BPF_MAP_LOOKUP_ELEM (1) or BPF_MAP_UPDATE_ELEM (2) of the second entry.
+fn bpf_element(fd: &OwnedFd, what: usize, value: &mut u64) -> os::Result<i64> {
+    let key = 1u32;
+    let number = u64::from(fd.as_raw_fd() as u32);
+    let attr = [number, os::at(&key) as u64, os::at_mut(value) as u64, 0];
+    let args = [what, os::at(&attr), size_of_val(&attr), 0, 0, 0];
+    os::syscall(libc::SYS_bpf, args)
+}
+
 fn bpf_map(cx: &Cx) {
     let fd = new_bpf_map().unwrap();
-    let (key, value, mut found) = (1u32, 4711u64, 0u64);
-    let attr = |value: usize| {
-        [
-            u64::from(fd.as_raw_fd() as u32),
-            os::at(&key) as u64,
-            value as u64,
-            0,
-        ]
-    };
-    let update = attr(os::at(&value));
-    os::syscall(
-        libc::SYS_bpf,
-        [2, os::at(&update), size_of_val(&update), 0, 0, 0],
-    )
-    .unwrap();
+    let (mut value, mut found) = (4711u64, 0u64);
+    bpf_element(&fd, 2, &mut value).unwrap();
     cx.check(good(cx), || "spoilt".to_owned());
-    let look = attr(os::at_mut(&mut found));
-    os::syscall(
-        libc::SYS_bpf,
-        [1, os::at(&look), size_of_val(&look), 0, 0, 0],
-    )
-    .ok();
+    bpf_element(&fd, 1, &mut found).ok();
     cx.same("value", found, 4711);
+}
+
+fn bpf_map_mapped(cx: &Cx) {
+    const MMAPABLE: u32 = 1 << 10;
+    let fd = bpf_map_of(512, MMAPABLE).unwrap();
+    let region = Region::file(&fd, PAGE, libc::MAP_SHARED);
+    let mut value = 4711u64;
+    bpf_element(&fd, 2, &mut value).unwrap();
+    cx.ready(|| region.set(8, 0));
+    let mut found = 0;
+    bpf_element(&fd, 1, &mut found).ok();
+    cx.same("value", found, 4711);
+    cx.same("what is mapped", region.get(8), 4711u64.to_ne_bytes()[0]);
+    region.set(8, 1);
+    bpf_element(&fd, 1, &mut found).ok();
+    cx.same("value written there", found, 4711 - 103 + 1);
 }
 
 fn tcp_listening(cx: &Cx) {

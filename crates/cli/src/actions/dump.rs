@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use freezeframe::{Compression, Dump, DumpReport, Result};
+use freezeframe::{Compression, CudaCheckpoint, Dump, DumpReport, Result};
 use serde_json::json;
 
 use crate::ears::Ears;
@@ -69,7 +69,11 @@ pub(crate) fn run(line: &Line) -> Result<i32, Stop> {
             .link_remap(line.has("link-remap"))
             .dedup_pages(line.has("dedup-pages"))
             .direct(line.has("direct"))
+            .require_plugins(line.has("require-plugins"))
             .events(ears);
+        if let Some(cuda) = CudaCheckpoint::find() {
+            dump = dump.plugin(Arc::new(cuda));
+        }
         if line.has("ext-unix-sk") && outside.is_empty() {
             dump = dump.ext_unix_sk(true);
         }

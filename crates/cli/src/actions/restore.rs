@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use freezeframe::{Restore, RestoreReport, Result};
+use freezeframe::{CudaCheckpoint, Restore, RestoreReport, Result};
 use nix::unistd::Pid;
 use serde_json::json;
 
@@ -53,7 +53,11 @@ pub(crate) fn run(line: &Line) -> Result<i32, Stop> {
             .tcp_established(line.has("tcp-established"))
             .tcp_close(line.has("tcp-close"))
             .network_lock(line.value("network-lock").is_none_or(|m| m != "skip"))
+            .require_plugins(line.has("require-plugins"))
             .events(ears.clone());
+        if let Some(cuda) = CudaCheckpoint::find() {
+            restore = restore.plugin(Arc::new(cuda));
+        }
         for (name, fd) in inherit {
             restore = restore.inherit_raw_fd(name, fd);
         }

@@ -8,7 +8,7 @@ use freezeframe_image::{Image, RawRecord, Tag};
 use freezeframe_kinds::model::{
     self, Contents, FdTable, FileId, Mm, ObjectId, OpenFile, Process, Tree,
 };
-use freezeframe_kinds::registry;
+use freezeframe_kinds::{plugin, registry};
 use serde::de::DeserializeOwned;
 
 /// The end of user space with four-level page tables.
@@ -49,6 +49,7 @@ impl Loaded {
                 model::MM,
                 model::FDS,
                 model::FILE,
+                plugin::TREE_STATE,
             ])
             .chain([
                 freezeframe_pages::PAGE_INDEX,

@@ -132,6 +132,7 @@ pub(super) fn make_objects(
     filler: &mut Filler,
     shells: &mut Shells<'_>,
     root: TaskId,
+    options: &RestoreOptions,
     segments: &mut Segments,
 ) -> Result<HashMap<ObjectId, OwnedFd>> {
     let mut objects = HashMap::new();
@@ -146,6 +147,7 @@ pub(super) fn make_objects(
                 &mut Maker {
                     shells,
                     root,
+                    options,
                     segments,
                 },
                 record,
@@ -161,6 +163,7 @@ pub(super) fn make_objects(
 struct Maker<'a, 't> {
     shells: &'a mut Shells<'t>,
     root: TaskId,
+    options: &'a RestoreOptions,
     segments: &'a mut Segments,
 }
 
@@ -176,6 +179,9 @@ impl MakeObject for Maker<'_, '_> {
     }
     fn segments(&mut self) -> &mut Segments {
         self.segments
+    }
+    fn options(&self) -> &RestoreOptions {
+        self.options
     }
 }
 
@@ -604,7 +610,8 @@ impl<'a> Memory<'a> {
 
 /// Whether it maps what was opened for reading alone: it can never be made writable.
 fn is_read_only(vma: &Vma) -> bool {
-    vma.shared && !VmFlags::from_bits(vma.flags).contains(VmFlags::MAY_WRITE)
+    let ours = vma.shared && vma.contents == Contents::Object;
+    ours && !VmFlags::from_bits(vma.flags).contains(VmFlags::MAY_WRITE)
 }
 
 fn is_anonymous(vma: &Vma) -> bool {

@@ -29,7 +29,7 @@ use freezeframe_sys::proc::ProcDir;
 use freezeframe_sys::{clock, fd};
 
 use crate::events::{Events, Step as Point};
-use crate::log;
+use crate::{log, plugins};
 use load::Loaded;
 use memory::{Building, Memory};
 use plan::Step;
@@ -87,6 +87,7 @@ fn restore(request: &RestoreRequest, events: &dyn Events) -> Result<RestoreRepor
     let loaded = Loaded::open(&request.images_dir).in_phase(Phase::Load)?;
     let reader = Arc::new(PageReader::open(&loaded.image)?);
     check_host(&loaded, request).in_phase(Phase::Load)?;
+    plugins::check(&loaded.image, &request.options).in_phase(Phase::Load)?;
     let cow = cow_children(&loaded, &reader);
     let steps = plan::plan(&loaded.procs, &cow).in_phase(Phase::Load)?;
     log!(
@@ -111,6 +112,7 @@ fn restore(request: &RestoreRequest, events: &dyn Events) -> Result<RestoreRepor
         request,
         events,
     };
+    let failing = plugins::Failing::new(&request.options.plugins);
     let mut waking = files::sleepers(&loaded, &request.options).in_phase(Phase::Load)?;
     let mut segments = Segments::default();
     let (shells, finals, late) =
@@ -134,6 +136,7 @@ fn restore(request: &RestoreRequest, events: &dyn Events) -> Result<RestoreRepor
         _ => {
             late.keep();
             segments.keep();
+            failing.forget();
         }
     }
     resumed?;
@@ -150,6 +153,7 @@ fn restore(request: &RestoreRequest, events: &dyn Events) -> Result<RestoreRepor
     report.threads = loaded.procs.iter().map(|p| p.threads.len() as u64).sum();
     report.pages_restored = reader.indexes().flat_map(|(_, e)| e).map(|e| e.pages).sum();
     report.total = started.elapsed();
+    let of_plugins = run_plugins(&loaded, request, events)?;
     // As criu(8) has it: it runs, whatever is said of it now.
     if let Err(e) = events.step(Point::PostResume(report.pid)) {
         report.warnings.push(format!("after the resume: {e}"));
@@ -157,7 +161,22 @@ fn restore(request: &RestoreRequest, events: &dyn Events) -> Result<RestoreRepor
     for warning in &report.warnings {
         log!(events, Warning, "{warning}");
     }
+    report.warnings.extend(of_plugins);
     Ok(report)
+}
+
+/// Calls the plugins of the image, for the tree that runs.
+fn run_plugins(
+    loaded: &Loaded,
+    request: &RestoreRequest,
+    events: &dyn Events,
+) -> Result<Vec<String>> {
+    let pids: Vec<i32> = loaded.procs.iter().map(Process::pid).collect();
+    let options = &request.options;
+    plugins::after_restore(&loaded.image, &pids, options, request.timeout, events)
+        .in_phase(Phase::Resume)
+        .map_err(|e| e.leaving(Target::Running))
+        .map_err(|e| e.left_behind("the restored tree, which runs"))
 }
 
 /// Removes links that the dump has made, those that still lead to its files.
@@ -313,6 +332,7 @@ impl<'a> Builder<'a> {
             &mut self.filler,
             &mut shells,
             root_task,
+            options,
             segments,
         )
         .in_phase(Phase::Rebuild)?;

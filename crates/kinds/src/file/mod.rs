@@ -10,6 +10,7 @@ pub mod inotify;
 pub mod memfd;
 pub mod mqueue;
 pub mod netlink;
+pub mod other;
 pub mod packet;
 pub mod pidfd;
 pub mod pipe;
@@ -20,7 +21,6 @@ pub mod terminal;
 pub mod timerfd;
 pub mod unix;
 pub mod unlinked;
-pub mod unsupported;
 mod watched;
 
 use std::str::FromStr;

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::about::{About, show};
 use crate::cx::{DumpCx, FileItem, FileKind, FileView, Provided, RestoreFiles};
-use crate::file::unsupported::check_file_system;
+use crate::file::other::check_file_system;
 use crate::file::{is_opath, shown};
 
 /// See the module.

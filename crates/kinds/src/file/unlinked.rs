@@ -21,8 +21,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::about::{About, show};
 use crate::cx::{DumpCx, FileItem, FileKind, FileView, Provided, RestoreFiles};
+use crate::file::other::check_file_system;
 use crate::file::regular::{TMPFILE, check_proc, lost_its_name, open_flags};
-use crate::file::unsupported::check_file_system;
 use crate::file::{access, refuse_lease, shown, status_flags};
 use crate::model::ObjectId;
 

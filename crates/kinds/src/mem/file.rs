@@ -33,7 +33,7 @@ static ABOUT: About = About {
     manual: "mmap(2)",
     since: "",
     carried: "private and shared mappings of files that still have their name; written pages of private ones; a file changed since the dump is found out and refused",
-    refused: "a deleted file that has other names, with or without --link-remap (\"a mapping of a deleted file is not supported\"), a path under which something else lies or is mounted (\"its path leads to another file\"), a device (\"a mapping of a device is not supported\"), hugetlbfs",
+    refused: "a deleted file that has other names, with or without --link-remap (\"a mapping of a deleted file is not supported\"), a path under which something else lies or is mounted (\"its path leads to another file\"), hugetlbfs",
     programs: &[
         "mappings::file_private",
         "mappings::file_shared",
@@ -67,9 +67,6 @@ impl MemKind for MappedFile {
         let m = vma.map;
         if vma.flags.contains(VmFlags::HUGE_TLB) {
             return Err(vma.refuse("hugetlb memory is not supported"));
-        }
-        if vma.flags.contains(VmFlags::IO) || vma.flags.contains(VmFlags::PFN_MAP) {
-            return Err(vma.refuse("a mapping of a device is not supported"));
         }
         if m.path.ends_with(b" (deleted)") || !m.path.starts_with(b"/") {
             return Err(vma.refuse("a mapping of a deleted file is not supported"));

@@ -5,9 +5,9 @@ pub mod dev_zero;
 pub mod file;
 pub mod ghost;
 pub mod memfd;
+pub mod other;
 pub mod shared_anonymous;
 pub mod sysv_shm;
-pub mod unsupported;
 pub mod vdso;
 
 use freezeframe_error::Result;

@@ -1,38 +1,40 @@
-//! What is not carried: refused by its name.
+//! What no other kind carries: a plugin does, or it is refused by its name.
 
-use freezeframe_error::{Error, Result, SysExt};
+use freezeframe_error::{Result, SysExt};
 use freezeframe_image::{RawRecord, Tag};
 
 use crate::about::{About, show};
 use crate::cx::{DumpCx, FileItem, FileKind, FileView, RestoreFiles};
 use crate::file::{is_opath, shown};
+use crate::plugin::{DeviceFile, Plugins, State, said_by};
 
 /// See the module.
 #[derive(Debug)]
-pub struct Unsupported;
+pub struct Other;
 
 static ABOUT: About = About {
-    tag: Tag::new(*b"FNOT"),
+    tag: Tag::new(*b"FOTH"),
     version: 1,
-    name: "unsupported",
+    name: "other",
     title: "Other descriptors",
     manual: "proc_pid_fd(5)",
     since: "",
-    carried: "nothing",
-    refused: "O_PATH descriptors of sockets (\"an O_PATH descriptor of a socket is not supported\"), io_uring, userfaultfd, bpf, perf_event, kvm, namespace files, other anonymous inodes by their names, devices by their numbers (\"character device 10:229 is not supported\")",
+    carried: "what a plugin (`Plugin` in the library) says it carries",
+    refused: "all else: O_PATH descriptors of sockets (\"an O_PATH descriptor of a socket is not supported\"), io_uring, userfaultfd, bpf, perf_event, kvm, namespace files, other anonymous inodes by their names, devices by their numbers (\"character device 10:229 is not supported\")",
     programs: &[
         "beyond::io_uring",
         "beyond::userfaultfd",
         "beyond::perf_event",
         "beyond::bpf_map",
+        "beyond::bpf_map_mapped",
         "beyond::message_queue",
         "beyond::kmsg",
         "memory::secret",
     ],
-    show: show::<()>,
+    show: show::<State>,
 };
 
-impl FileKind for Unsupported {
+impl FileKind for Other {
     fn about(&self) -> &'static About {
         &ABOUT
     }
@@ -42,19 +44,45 @@ impl FileKind for Unsupported {
     fn external_name(&self, _file: &FileView<'_>) -> Option<String> {
         None
     }
-    fn dump(&self, _cx: &mut DumpCx<'_>, file: &FileView<'_>) -> Result<RawRecord> {
-        Err(file.refuse(what(
-            file.link,
-            file.stat.mode,
-            file.stat.rdev,
-            is_opath(file),
-        )))
+    fn dump(&self, cx: &mut DumpCx<'_>, file: &FileView<'_>) -> Result<RawRecord> {
+        match carried_by(&cx.options.plugins, file)? {
+            Some(state) => ABOUT.record(file.subject(), &state),
+            None => Err(file.refuse(what(
+                file.link,
+                file.stat.mode,
+                file.stat.rdev,
+                is_opath(file),
+            ))),
+        }
     }
-    fn restore(&self, _cx: &mut RestoreFiles<'_>, _group: &[FileItem<'_>]) -> Result<()> {
-        Err(Error::corrupt(
-            "the image holds a file that is not supported",
-        ))
+    fn restore(&self, cx: &mut RestoreFiles<'_>, group: &[FileItem<'_>]) -> Result<()> {
+        for item in group {
+            let state: State = ABOUT.decode(item.record)?;
+            let plugin = state.plugin(&cx.options.plugins)?;
+            let made = plugin.restore_file(&state.state);
+            let made = made.map_err(|e| e.context(said_by(plugin.name())))?;
+            cx.provide_ours(item.id, made);
+            cx.set_flags_of_last();
+        }
+        Ok(())
     }
+}
+
+/// What a plugin says of it, if it is one's.
+fn carried_by(plugins: &Plugins, file: &FileView<'_>) -> Result<Option<State>> {
+    if plugins.is_empty() || is_opath(file) {
+        return Ok(None);
+    }
+    let device = DeviceFile {
+        pid: file.proc.pid.0,
+        fd: file.fd,
+        name: file.link,
+        mode: file.stat.mode,
+        rdev: file.stat.rdev,
+        flags: file.info.flags,
+        file: file.ours()?,
+    };
+    State::first(plugins, |plugin| plugin.dump_file(&device))
 }
 
 /// Anonymous inodes known by name: as in the link, and in words.
