@@ -7,6 +7,7 @@
 )]
 
 pub mod compare;
+pub mod harm;
 pub mod programs;
 pub mod run;
 pub mod snapshot;

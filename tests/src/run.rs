@@ -70,14 +70,8 @@ pub fn carry(program: &Program, mode: Mode) -> Result<(), String> {
     if program.terminal && std::env::var_os("FF_TERMINAL").is_none() {
         return again_in_terminal(program, mode);
     }
-    if ["terminals", "beyond"].contains(&program.family) {
-        own_terminals()?;
-    }
-    if networked(program) {
-        own_network()?;
-    }
-    if ["sysv", "mqueue"].contains(&program.family) {
-        own_ipc()?;
+    own_surroundings(program)?;
+    if IPC.contains(&program.family) {
         in_scene(program, mode)?;
         return match ipc_left()?.as_slice() {
             [] => Ok(()),
@@ -90,6 +84,23 @@ pub fn carry(program: &Program, mode: Mode) -> Result<(), String> {
 /// Whether its sockets have ports, which other tests could take between a dump and a restore.
 fn networked(program: &Program) -> bool {
     ["tcp", "udp", "raw", "packet", "netlink", "beyond"].contains(&program.family)
+}
+
+/// Families that need System V objects or message queues of their own.
+const IPC: [&str; 2] = ["sysv", "mqueue"];
+
+/// Gives this thread and what it starts what the program needs for itself.
+pub fn own_surroundings(program: &Program) -> Result<(), String> {
+    if ["terminals", "beyond"].contains(&program.family) {
+        own_terminals()?;
+    }
+    if networked(program) {
+        own_network()?;
+    }
+    if IPC.contains(&program.family) {
+        own_ipc()?;
+    }
+    Ok(())
 }
 
 fn in_scene(program: &Program, mode: Mode) -> Result<(), String> {
@@ -242,11 +253,7 @@ fn expected_refusal(program: &Program, outcome: Outcome) -> Result<bool, String>
 
 /// The binary with the programs: next to the tests.
 pub fn program_binary() -> PathBuf {
-    let exe = std::env::current_exe().expect("a process has an executable");
-    exe.ancestors()
-        .nth(2)
-        .expect("tests lie in target/PROFILE/deps")
-        .join("ff-program")
+    crate::tool::built("ff-program")
 }
 
 /// A process the test started, or got back by a restore.
@@ -612,7 +619,7 @@ impl Scene {
 
     /// What differs and stays so. A task on its way back into the call it was in, or with a signal just arriving, shows
     /// another mask for a moment, with or without us.
-    fn settled_differences(
+    pub fn settled_differences(
         &self,
         target: Target,
         program: &Program,

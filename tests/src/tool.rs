@@ -58,12 +58,15 @@ pub fn binary() -> PathBuf {
     if let Some(path) = std::env::var_os("FREEZEFRAME_BIN") {
         return path.into();
     }
+    built("freezeframe")
+}
+
+/// A binary of the workspace: tests lie in target/PROFILE/deps, binaries above them.
+pub(crate) fn built(name: &str) -> PathBuf {
     let exe = std::env::current_exe().expect("a process has an executable");
-    let profile_dir = exe
-        .ancestors()
-        .nth(2)
-        .expect("tests lie in target/PROFILE/deps");
-    profile_dir.join("freezeframe")
+    let dir = exe.parent().expect("a file lies in a directory");
+    let above = dir.parent().filter(|_| dir.ends_with("deps"));
+    above.unwrap_or(dir).join(name)
 }
 
 /// Runs the command to its end, at most `deadline` long.

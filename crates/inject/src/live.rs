@@ -340,7 +340,7 @@ impl Drop for CpuPin {
 
 /// Field 39 of /proc/PID/task/TID/stat.
 fn last_cpu(pid: Pid, tid: Tid) -> Option<usize> {
-    stat_fields(pid, tid)?.split(' ').nth(36)?.parse().ok()
+    stat_fields(pid, tid).ok()?.split(' ').nth(36)?.parse().ok()
 }
 
 // -------------------------------------------------------------- the session
@@ -390,6 +390,8 @@ pub struct LiveSession<'a> {
     wait: Duration,
     at: At,
     area: Option<u64>,
+    /// The stub may have mapped an area that we know nothing of.
+    area_unknown: bool,
     room: Room,
     more: Option<Room>,
     /// Our end of the socket, and the number of the target's.
@@ -461,6 +463,7 @@ impl<'a> LiveSession<'a> {
             wait,
             at: At::Event,
             area: None,
+            area_unknown: false,
             room: Room {
                 base: 0,
                 half: ((AREA_LEN as usize - stub::OPS) / 2) & !15,
@@ -484,11 +487,13 @@ impl<'a> LiveSession<'a> {
     fn map_area(&mut self) -> Result<()> {
         ptrace::setsigmask(self.tid, u64::MAX)?;
         step("block-signals");
+        self.area_unknown = true;
         self.site.set_go(1)?;
         self.sysc()?;
         self.sysc()?;
         let area = match ptrace::get_syscall_info(self.tid)? {
             SyscallInfo::Exit { result } if result < 0 => {
+                self.area_unknown = false;
                 return Err(
                     Error::syscall("mmap in the target", -result as i32).on_task(self.tid.0)
                 );
@@ -497,6 +502,7 @@ impl<'a> LiveSession<'a> {
             other => return Err(self.odd(other)),
         };
         self.area = Some(area);
+        self.area_unknown = false;
         self.room.base = area + stub::OPS as u64;
         // Nothing to do, no socket: written before any op is named.
         self.site.write(area + 16, &(-1i32).to_le_bytes())?;
@@ -829,9 +835,9 @@ impl<'a> LiveSession<'a> {
             let regs = ptrace::getregs(self.tid)?;
             ptrace::setregs(self.tid, &arch::cancelled(&regs))?;
             step("cancel");
-            if self.area.is_none() {
-                return Err(Error::bug("the stub has no area").on_task(self.tid.0));
-            }
+        }
+        if self.area_unknown {
+            return Err(Error::bug("the stub has no area").on_task(self.tid.0));
         }
         if let Some(area) = self.area {
             for _ in 0..2 * stub::UNDO_MAX + 8 {

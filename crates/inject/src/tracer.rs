@@ -21,7 +21,7 @@
 use std::cell::RefCell;
 use std::collections::{BTreeMap, VecDeque};
 use std::fs::File;
-use std::io::Read;
+use std::io::{ErrorKind, Read};
 use std::marker::PhantomData;
 use std::time::{Duration, Instant};
 
@@ -908,22 +908,26 @@ fn is_ours(tid: Tid) -> bool {
     })
 }
 
-/// Whether a task is a zombie or gone.
+/// Whether a task is a zombie or gone. One that cannot be looked at is not: what is
+/// taken for dead is let out of our hands, wherever it stands.
 pub(crate) fn is_dead(tid: Tid) -> bool {
     // Of the thread, not of the process: that one adds up the times of all its threads.
-    stat_fields(tid, tid).is_none_or(|fields| fields.starts_with(['Z', 'X']))
+    match stat_fields(tid, tid) {
+        Ok(fields) => fields.starts_with(['Z', 'X']),
+        Err(e) => e.kind() == ErrorKind::NotFound || e.raw_os_error() == Some(libc::ESRCH),
+    }
 }
 
 /// /proc/PID/task/TID/stat from the state on, that is field 3. Any TID of the
 /// process will do as PID.
-pub(crate) fn stat_fields(pid: impl std::fmt::Display, tid: Tid) -> Option<String> {
+pub(crate) fn stat_fields(pid: impl std::fmt::Display, tid: Tid) -> std::io::Result<String> {
     let mut text = [0; 1024];
     let len = File::open(format!("/proc/{pid}/task/{tid}/stat"))
-        .and_then(|mut file| file.read(&mut text))
-        .ok()?;
+        .and_then(|mut file| file.read(&mut text))?;
     let text = String::from_utf8_lossy(&text[..len]);
     // Behind the last parenthesis of the command name.
-    text.rsplit_once(") ").map(|(_, rest)| rest.to_owned())
+    let fields = text.rsplit_once(") ").map(|(_, rest)| rest.to_owned());
+    fields.ok_or_else(|| std::io::Error::from(ErrorKind::InvalidData))
 }
 
 /// The error of a task that does not stop.
@@ -995,4 +999,20 @@ pub(crate) fn threads(pid: Pid) -> Result<Vec<Tid>> {
         }
     }
     Ok(tids)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+
+    #[test]
+    fn what_cannot_be_looked_at_is_not_dead() {
+        let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+        setrlimit(Resource::RLIMIT_NOFILE, 0, hard).unwrap();
+        let looked = is_dead(Tid::this());
+        setrlimit(Resource::RLIMIT_NOFILE, soft, hard).unwrap();
+        assert!(!looked);
+        assert!(is_dead(Tid(i32::MAX)));
+    }
 }

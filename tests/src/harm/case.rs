@@ -1,0 +1,458 @@
+//! One program and one action of the command, struck again and again; after each blow everything has to be as it was.
+
+use super::strike::{self, Blow, Struck, When, Whom};
+use crate::programs::Program;
+use crate::run::{DEADLINE, Mode, Scene, Target, own_network, own_surroundings, rules};
+use crate::snapshot::{Snapshot, children, state_of};
+use nix::errno::Errno;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use std::fs;
+use std::time::Duration;
+
+/// What the command is asked to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Action {
+    /// `dump --leave-running`
+    Running,
+    /// `dump --live`
+    Live,
+    /// `dump`
+    Dump,
+    /// `restore`
+    Restore,
+}
+
+impl Action {
+    /// All of them.
+    pub const ALL: [Action; 4] = [Action::Running, Action::Live, Action::Dump, Action::Restore];
+
+    /// As it is typed.
+    pub fn name(self) -> &'static str {
+        match self {
+            Action::Running => "dump --leave-running",
+            Action::Live => "dump --live",
+            Action::Dump => "dump",
+            Action::Restore => "restore",
+        }
+    }
+}
+
+/// What happens to the command.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Fault {
+    /// SIGKILL, after a step.
+    KillAtStep(Whom),
+    /// SIGKILL, at any instant.
+    KillAnyTime(Whom),
+    /// A signal that asks it to end, as a service manager or a terminal sends it.
+    Asked(Signal),
+    /// A call that fails with this error.
+    Error(i32),
+}
+
+impl Fault {
+    /// The `n`-th of the kills: the two processes and both at once in equal shares, at steps and at any time.
+    pub fn kill(n: u64) -> Fault {
+        let whom = Whom::ALL[n as usize % Whom::ALL.len()];
+        if (n / Whom::ALL.len() as u64).is_multiple_of(2) {
+            Fault::KillAtStep(whom)
+        } else {
+            Fault::KillAnyTime(whom)
+        }
+    }
+
+    /// The `n`-th of the signals.
+    pub fn asked(n: u64) -> Fault {
+        Fault::Asked([Signal::SIGTERM, Signal::SIGINT][n as usize % 2])
+    }
+
+    /// The `n`-th of the failing calls.
+    pub fn error(n: u64) -> Fault {
+        let all = [Errno::EIO, Errno::EPERM, Errno::ENOMEM, Errno::ENOSPC];
+        Fault::Error(all[n as usize % all.len()] as i32)
+    }
+
+    /// For tables.
+    pub fn name(self) -> String {
+        match self {
+            Fault::KillAtStep(whom) => format!("SIGKILL after a step, {}", whom.name()),
+            Fault::KillAnyTime(whom) => format!("SIGKILL at any instant, {}", whom.name()),
+            Fault::Asked(signal) => format!("{signal}, at a step"),
+            Fault::Error(errno) => format!("{:?} from a system call", Errno::from_raw(errno)),
+        }
+    }
+
+    fn blow(self) -> Blow {
+        match self {
+            Fault::KillAtStep(whom) | Fault::KillAnyTime(whom) => {
+                Blow::Signal(whom, Signal::SIGKILL)
+            }
+            // A terminal sends to both; the one that traces has to leave it to the other.
+            Fault::Asked(Signal::SIGINT) => Blow::Signal(Whom::Both, Signal::SIGINT),
+            Fault::Asked(signal) => Blow::Signal(Whom::Visible, signal),
+            Fault::Error(errno) => Blow::Fail(Errno::from_raw(errno)),
+        }
+    }
+}
+
+/// Numbers that look random, the same each time from the same seed (SplitMix64).
+#[derive(Debug)]
+pub struct Dice(pub u64);
+
+impl Dice {
+    fn below(&mut self, n: u64) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        (z ^ (z >> 31)) % n.max(1)
+    }
+}
+
+/// How long an action takes when nobody strikes: to know where blows may fall.
+#[derive(Clone, Copy, Debug, Default)]
+struct Measure {
+    deeds: u64,
+    calls: u64,
+    time: Duration,
+}
+
+/// A program under way, and what it was like before.
+struct Session<'a> {
+    scene: &'a Scene,
+    program: &'a Program,
+    action: Action,
+    target: Target,
+    before: Snapshot,
+}
+
+/// Blows for one run of a program, so that it checks itself often.
+const A_SESSION: usize = 10;
+
+/// How often a blow is tried until one falls before the end.
+const TRIES: usize = 8;
+
+/// Strikes with all of the faults in turn. Says of each whether it was survived.
+pub fn run(
+    program: &Program,
+    action: Action,
+    faults: &[Fault],
+    dice: &mut Dice,
+    mut tell: impl FnMut(Fault, Result<(), String>),
+) -> Result<(), String> {
+    // Rules of others would be taken for ours.
+    own_network()?;
+    own_surroundings(program)?;
+    let mut measure = None;
+    for (round, part) in faults.chunks(A_SESSION).enumerate() {
+        let scene = Scene::new()?;
+        let (_, target, before) = scene.start_program(&program.full_name())?;
+        let mut session = Session {
+            scene: &scene,
+            program,
+            action,
+            target,
+            before,
+        };
+        let measure = match measure {
+            Some(known) => known,
+            None => *measure.insert(session.measure()?),
+        };
+        let mut harmed = false;
+        for (n, &fault) in part.iter().enumerate() {
+            let place = (round * A_SESSION + n) as u64;
+            let place = (place, faults.len() as u64);
+            // One that falls behind the end is none.
+            let mut falls = || session.struck(fault, measure, place, dice);
+            let hit = (0..TRIES).map(|_| falls()).find(|hit| *hit != Ok(false));
+            match hit.unwrap_or(Ok(false)) {
+                Ok(true) => tell(fault, Ok(())),
+                Ok(false) => {}
+                Err(e) => {
+                    tell(fault, Err(e));
+                    harmed = true;
+                    break;
+                }
+            }
+        }
+        if !harmed {
+            session.alone()?;
+            let Session { target, before, .. } = session;
+            scene
+                .finish(target, program, &before, Mode::Running)
+                .map_err(|e| format!("at the end of {} blows: {e}", part.len()))?;
+        }
+    }
+    Ok(())
+}
+
+impl Session<'_> {
+    fn words<'w>(&self, dir: &'w str, pid: &'w str) -> Vec<&'w str> {
+        let mut words = match self.action {
+            Action::Restore => vec!["restore", "-D", dir, "-d"],
+            _ => vec!["dump", "-t", pid, "-D", dir, "--no-sync"],
+        };
+        match self.action {
+            Action::Running => words.push("--leave-running"),
+            Action::Live => words.push("--live"),
+            Action::Dump => {}
+            Action::Restore => {
+                words.extend(self.program.restore_args);
+                return words;
+            }
+        }
+        words.extend(self.program.dump_args);
+        words
+    }
+
+    fn act(&self, when: When, blow: Blow) -> Result<Struck, String> {
+        let dir = self.scene.path("img");
+        fs::create_dir_all(&dir).map_err(|e| e.to_string())?;
+        let (dir, pid) = (dir.to_string_lossy(), self.target.pid.to_string());
+        strike::run(&self.words(&dir, &pid), when, blow)
+    }
+
+    /// What there has to be before the action.
+    fn prepare(&mut self) -> Result<(), String> {
+        if self.action == Action::Dump {
+            // So that an image there is this dump's.
+            let _ = fs::remove_dir_all(self.scene.path("img"));
+        }
+        if self.action == Action::Restore {
+            self.dump_whole()?;
+        }
+        Ok(())
+    }
+
+    fn dump_whole(&self) -> Result<(), String> {
+        self.scene
+            .dump(self.program, &self.target, "img", &[])?
+            .must_exit(0)?;
+        self.scene.await_gone(&self.before, DEADLINE)
+    }
+
+    fn restore_whole(&mut self) -> Result<(), String> {
+        self.target = self.scene.restore(self.program, &self.target, "img")?;
+        Ok(())
+    }
+
+    fn measure(&mut self) -> Result<Measure, String> {
+        let blow = [
+            Blow::Signal(Whom::Both, Signal::SIGKILL),
+            Blow::Fail(Errno::EIO),
+        ];
+        let mut whole = |when, blow| -> Result<Struck, String> {
+            self.prepare()?;
+            let struck = self.act(when, blow)?;
+            if struck.outcome.code != Some(0) {
+                return Err(format!("without any blow: {}", struck.outcome.told()));
+            }
+            if self.action == Action::Dump {
+                self.scene.await_gone(&self.before, DEADLINE)?;
+                self.restore_whole()?;
+            }
+            Ok(struck)
+        };
+        let deeds = whole(When::Never, blow[0])?.steps;
+        let calls = whole(When::Never, blow[1])?.steps;
+        // A time that never comes.
+        let clock = whole(When::After(Duration::ZERO), Blow::Fail(Errno::EIO))?;
+        Ok(Measure {
+            deeds,
+            calls,
+            time: clock.outcome.took,
+        })
+    }
+
+    /// One blow and all that has to hold after it. False if it fell behind the end.
+    fn struck(
+        &mut self,
+        fault: Fault,
+        measure: Measure,
+        (place, of): (u64, u64),
+        dice: &mut Dice,
+    ) -> Result<bool, String> {
+        self.prepare()
+            .map_err(|e| format!("before the blow: {e}"))?;
+        // Each blow has its part of the way, and falls anywhere in it.
+        let mut within = |whole: u64| 1 + (place * whole + dice.below(whole)) / of.max(1);
+        let when = match fault {
+            Fault::KillAnyTime(_) => When::After(Duration::from_micros(within(
+                measure.time.as_micros() as u64,
+            ))),
+            Fault::Error(_) => When::Step(within(measure.calls)),
+            _ => When::Step(within(measure.deeds)),
+        };
+        let struck = self.act(when, fault.blow())?;
+        let said = format!(
+            "{} {}, {} ({when:?} of {measure:?})",
+            self.action.name(),
+            self.program.full_name(),
+            struck.place.as_deref().unwrap_or("after its end"),
+        );
+        let told = |e: String| format!("{said}: {e}\n{}", struck.outcome.told());
+        if struck.outcome.stderr.contains("panicked") {
+            return Err(told("it panicked".to_owned()));
+        }
+        match self.action {
+            Action::Dump => self.after_dump(),
+            Action::Restore => self.after_restore(),
+            _ => self.after_leaving(),
+        }
+        .map_err(told)?;
+        Ok(struck.place.is_some())
+    }
+
+    /// The tree runs on as it was, with nothing beside it.
+    fn unharmed(&self) -> Result<(), String> {
+        self.alone()?;
+        self.unharmed_now()?;
+        // Those of an image whose tree is dead stay until its restore.
+        match rules()?.as_slice() {
+            [] => Ok(()),
+            rules => Err(format!("rules left behind: {rules:?}")),
+        }
+    }
+
+    /// No process below us but the target's.
+    fn alone(&self) -> Result<(), String> {
+        let others = || {
+            let mut all = children(std::process::id() as i32);
+            all.retain(|pid| *pid != self.target.pid);
+            all
+        };
+        self.scene.await_that(
+            "the end of all others",
+            || {
+                for pid in others().into_iter().map(Pid::from_raw) {
+                    let _ =
+                        nix::sys::wait::waitpid(pid, Some(nix::sys::wait::WaitPidFlag::WNOHANG));
+                }
+                Ok(others().is_empty())
+            },
+            None,
+        )
+    }
+
+    fn after_leaving(&mut self) -> Result<(), String> {
+        self.unharmed()?;
+        self.image()?;
+        let again = self.act(
+            When::After(Duration::ZERO),
+            Blow::Signal(Whom::Tracer, Signal::SIGCONT),
+        )?;
+        again
+            .outcome
+            .must_exit(0)
+            .map_err(|e| format!("the next: {e}"))?;
+        self.only_this_image()
+    }
+
+    /// Whether there is an image; a broken one is a finding.
+    fn image(&self) -> Result<bool, String> {
+        if !self.scene.path("img/freezeframe.img").exists() {
+            return Ok(false);
+        }
+        self.scene
+            .verify("img")
+            .map_err(|e| format!("the image: {e}"))?;
+        Ok(true)
+    }
+
+    /// Nothing is left of runs that were struck.
+    fn only_this_image(&self) -> Result<(), String> {
+        let names = fs::read_dir(self.scene.path("img")).map_err(|e| e.to_string())?;
+        let names: Vec<String> = names
+            .filter_map(|e| Some(e.ok()?.file_name().to_string_lossy().into_owned()))
+            .collect();
+        let mut ids: Vec<&str> = names
+            .iter()
+            .filter(|n| *n != "freezeframe.img")
+            .map(|n| n.rsplit_once('-').map_or(n.as_str(), |(id, _)| id))
+            .collect();
+        ids.sort_unstable();
+        ids.dedup();
+        if ids.len() > 1 || ids.iter().any(|id| !id.starts_with("pages-")) {
+            return Err(format!("files left behind: {names:?}"));
+        }
+        Ok(())
+    }
+
+    fn alive(&self) -> Vec<i32> {
+        let there = |pid: &i32| !matches!(state_of(*pid), None | Some('Z'));
+        let pids = self.before.pids.iter();
+        pids.copied().filter(there).collect()
+    }
+
+    fn after_dump(&mut self) -> Result<(), String> {
+        let complete = self.image()?;
+        let is = match self.alive().as_slice() {
+            [] if complete => Err(String::new()),
+            _ => self.unharmed(),
+        };
+        match is {
+            Ok(()) => {
+                self.dump_whole().map_err(|e| format!("the next: {e}"))?;
+                self.only_this_image()?;
+            }
+            Err(e) if !complete => return Err(e),
+            // There is always one of the two. Who killed us may have stopped us half-way through the killing.
+            Err(_) => {
+                for pid in self.alive() {
+                    let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+                }
+                self.scene.await_gone(&self.before, DEADLINE)?;
+            }
+        }
+        self.restore_whole()?;
+        self.unharmed().map_err(|e| format!("restored: {e}"))
+    }
+
+    fn after_restore(&mut self) -> Result<(), String> {
+        // Either it is over, or all of it goes.
+        let mut is = Ok(());
+        let settled = self.scene.await_that(
+            "all or nothing of the tree",
+            || {
+                reap_but(self.target.pid);
+                is = self.unharmed_now();
+                Ok(is.is_ok() || self.alive().is_empty())
+            },
+            None,
+        );
+        if let Err(e) = settled {
+            return Err(format!("{e}\n{}", is.err().unwrap_or_default()));
+        }
+        if is.is_err() {
+            self.scene.await_gone(&self.before, DEADLINE)?;
+            self.alone()?;
+            self.restore_whole().map_err(|e| format!("the next: {e}"))?;
+        }
+        self.unharmed()
+    }
+
+    fn unharmed_now(&self) -> Result<(), String> {
+        if self.alive().is_empty() {
+            return Err("nothing of it is there".to_owned());
+        }
+        let faults = self
+            .scene
+            .settled_differences(self.target, self.program, &self.before);
+        if faults.is_empty() {
+            Ok(())
+        } else {
+            Err(faults.join("\n"))
+        }
+    }
+}
+
+/// Reaps the dead among our children, but not this one.
+fn reap_but(pid: i32) {
+    let flags = nix::sys::wait::WaitPidFlag::WNOHANG;
+    for child in children(std::process::id() as i32) {
+        if child != pid || state_of(child) == Some('Z') {
+            let _ = nix::sys::wait::waitpid(Pid::from_raw(child), Some(flags));
+        }
+    }
+}
