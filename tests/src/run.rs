@@ -350,6 +350,13 @@ impl Scene {
         )
     }
 
+    /// Waits until the process has executed the program of this name and sleeps in it.
+    pub fn await_program(&self, pid: i32, name: &str) -> Result<(), String> {
+        let comm = || fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+        let there = || Ok(comm().trim_end() == name && state_of(pid) == Some('S'));
+        self.await_that(&format!("{pid} to be {name}"), there, Some(&Target { pid }))
+    }
+
     /// Waits until the process is in a state.
     pub fn await_state(&self, target: &Target, state: char) -> Result<(), String> {
         let what = format!("state {state} of {}", target.pid);

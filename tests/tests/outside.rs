@@ -7,7 +7,7 @@
     reason = "a test that cannot set itself up has to fail on the spot"
 )]
 
-use freezeframe_tests::run::{Scene, Target, program_binary};
+use freezeframe_tests::run::{DEADLINE, Scene, Target, program_binary};
 use freezeframe_tests::snapshot::Snapshot;
 use freezeframe_tests::tool::{Outcome, freezeframe};
 use nix::sys::signal::{Signal, kill};
@@ -20,7 +20,6 @@ use std::io::{Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
 
 /// Descriptors that the command inherits, so not close-on-exec.
 fn pipe() -> (OwnedFd, OwnedFd) {
@@ -32,14 +31,16 @@ fn inode(fd: impl AsFd) -> u64 {
     File::from(fd).metadata().unwrap().ino()
 }
 
-fn cat(from: OwnedFd, to: OwnedFd) -> Child {
+fn cat(scene: &Scene, from: OwnedFd, to: OwnedFd) -> Child {
     let mut command = Command::new(program_binary());
     command
         .args(["exec", "/bin/cat"])
         .stdin(from)
         .stdout(to)
         .stderr(Stdio::null());
-    command.current_dir("/").spawn().unwrap()
+    let child = command.current_dir("/").spawn().unwrap();
+    scene.await_program(child.id() as i32, "cat").unwrap();
+    child
 }
 
 /// Dumps it, and sees it gone.
@@ -52,7 +53,7 @@ fn dump(scene: &Scene, child: &mut Child, more: &[&str]) -> Outcome {
         .must_exit(0)
         .unwrap();
     child.wait().unwrap();
-    scene.await_gone(&before, Duration::from_secs(10)).unwrap();
+    scene.await_gone(&before, DEADLINE).unwrap();
     outcome
 }
 
@@ -71,7 +72,7 @@ fn pipes_are_given_again_and_what_waited_in_them_comes_first() {
     let scene = Scene::new().unwrap();
     let ((from, input), (output, to)) = (pipe(), pipe());
     let names = [&from, &to].map(|fd| format!("pipe:[{}]", inode(fd)));
-    let mut child = cat(from, to);
+    let mut child = cat(&scene, from, to);
     let (mut input, mut output) = (File::from(input), File::from(output));
     input.write_all(b"one").unwrap();
     assert_eq!(take(&mut output, 3), "one");
@@ -108,7 +109,7 @@ fn pipes_are_given_again_and_what_waited_in_them_comes_first() {
 fn without_a_word_the_other_end_is_closed() {
     let scene = Scene::new().unwrap();
     let ((from, input), (output, to)) = (pipe(), pipe());
-    let mut child = cat(from, to);
+    let mut child = cat(&scene, from, to);
     let (mut input, mut output) = (File::from(input), File::from(output));
     input.write_all(b"one").unwrap();
     assert_eq!(take(&mut output, 3), "one");
@@ -126,7 +127,7 @@ fn what_was_dumped_as_external_has_to_be_given() {
     let scene = Scene::new().unwrap();
     let ((from, input), (output, to)) = (pipe(), pipe());
     let name = format!("pipe:[{}]", inode(&from));
-    let mut child = cat(from, to);
+    let mut child = cat(&scene, from, to);
     let outcome = dump(&scene, &mut child, &["--external", &name]);
     assert!(
         !outcome.stderr.contains(&name),
@@ -136,10 +137,7 @@ fn what_was_dumped_as_external_has_to_be_given() {
     drop((input, output));
     let images = scene.path("img");
     let args = ["restore", "-D", &images.to_string_lossy(), "-d"];
-    let outcome = freezeframe(&args, Duration::from_secs(20))
-        .unwrap()
-        .must_exit(2)
-        .unwrap();
+    let outcome = freezeframe(&args, DEADLINE).unwrap().must_exit(2).unwrap();
     assert!(
         outcome.stderr.contains("--inherit-fd"),
         "{}",
@@ -164,7 +162,7 @@ fn a_socket_whose_peer_is_outside_is_refused_or_external() {
     let ((from, input), (output, to)) = (pair(), pipe());
     let name = format!("unix[{}]", inode(&from));
     let to_name = format!("pipe:[{}]", inode(&to));
-    let mut child = cat(from, to);
+    let mut child = cat(&scene, from, to);
     let (mut input, mut output) = (File::from(input), File::from(output));
     input.write_all(b"one").unwrap();
     assert_eq!(take(&mut output, 3), "one");
@@ -201,13 +199,11 @@ fn a_datagram_socket_connected_to_the_outside_needs_a_word() {
     use std::os::unix::net::UnixDatagram;
     let scene = Scene::new().unwrap();
     let server = UnixDatagram::bind(scene.path("out")).unwrap();
-    server
-        .set_read_timeout(Some(Duration::from_secs(20)))
-        .unwrap();
+    server.set_read_timeout(Some(DEADLINE)).unwrap();
     let inner = UnixDatagram::bind(scene.path("in")).unwrap();
     inner.connect(scene.path("out")).unwrap();
     let inner = OwnedFd::from(inner);
-    let mut child = cat(inner.try_clone().unwrap(), inner);
+    let mut child = cat(&scene, inner.try_clone().unwrap(), inner);
     let echo = |text: &str| {
         server.send_to(text.as_bytes(), scene.path("in")).unwrap();
         let mut buffer = [0; 99];
@@ -260,6 +256,7 @@ fn connections_from_outside_that_wait_are_left_out_on_a_word() {
         .stderr(Stdio::null());
     let mut child = command.current_dir("/").spawn().unwrap();
     drop(command);
+    scene.await_program(child.id() as i32, "sleep").unwrap();
     let one_may_connect = || {
         let waits = new();
         connect(waits.as_raw_fd(), &name).unwrap();

@@ -10,13 +10,12 @@
     reason = "a test that cannot set itself up has to fail on the spot"
 )]
 
-use freezeframe_tests::run::{Scene, Target};
+use freezeframe_tests::run::{DEADLINE, Scene, Target};
 use freezeframe_tests::snapshot::Snapshot;
 use libtest_mimic::{Arguments, Failed, Trial};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
 
 struct Real {
     name: &'static str,
@@ -206,7 +205,7 @@ fn goes_on(scene: &Scene, real: &Real, cycles: bool) -> Result<(), String> {
             let images = format!("img{round}");
             let before = Snapshot::take(target.pid);
             let dumped = scene.dump_pid(target.pid, &images, &[])?.must_exit(0)?;
-            scene.await_gone(&before, Duration::from_secs(10))?;
+            scene.await_gone(&before, DEADLINE)?;
             let told = |e: String| format!("{e}\nafter\n{}", dumped.told());
             target = scene.restore_pid(target.pid, &images, &[]).map_err(told)?.0;
             await_more(scene, &target, real, 20)?;

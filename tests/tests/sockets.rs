@@ -36,7 +36,7 @@ fn fails(scene: &Scene, images: &str) -> Outcome {
 }
 
 /// A program that does nothing but hold a listening socket bound to `name`, with working directory `cwd`.
-fn holder(name: &Path, cwd: &Path) -> Child {
+fn holder(scene: &Scene, name: &Path, cwd: &Path) -> Child {
     let listener = OwnedFd::from(UnixListener::bind(name).unwrap());
     let mut command = Command::new(program_binary());
     command
@@ -44,7 +44,9 @@ fn holder(name: &Path, cwd: &Path) -> Child {
         .stdin(listener)
         .stdout(Stdio::null())
         .stderr(Stdio::null());
-    command.current_dir(cwd).spawn().unwrap()
+    let child = command.current_dir(cwd).spawn().unwrap();
+    scene.await_program(child.id() as i32, "sleep").unwrap();
+    child
 }
 
 /// Dumps it, and sees it gone. Its PID.
@@ -71,7 +73,7 @@ fn a_restore_that_fails_leaves_no_socket_files() {
     let (dir, cwd) = (scene.path("dir"), scene.path("cwd"));
     fs::create_dir(&dir).unwrap();
     fs::create_dir(&cwd).unwrap();
-    let pid = dump(&scene, holder(&dir.join("s"), &cwd));
+    let pid = dump(&scene, holder(&scene, &dir.join("s"), &cwd));
     fs::remove_file(dir.join("s")).unwrap();
     // What a restore that was killed has left.
     let killed = dir.join(".freezeframe-1-0");
@@ -95,7 +97,7 @@ fn a_socket_file_does_not_go_where_a_symbolic_link_leads() {
     let scene = Scene::new().unwrap();
     let (dir, real) = (scene.path("dir"), scene.path("real"));
     fs::create_dir(&dir).unwrap();
-    let pid = dump(&scene, holder(&dir.join("s"), Path::new("/")));
+    let pid = dump(&scene, holder(&scene, &dir.join("s"), Path::new("/")));
 
     fs::rename(&dir, &real).unwrap();
     symlink(&real, &dir).unwrap();

@@ -133,19 +133,20 @@ impl Echo {
             .spawn()
             .unwrap();
         let start = Instant::now();
-        while start.elapsed() < after {
+        while start.elapsed() < after && !matches!(tool.try_wait(), Ok(Some(_))) {
             std::hint::spin_loop();
         }
         let visible = tool.id() as i32;
         let mut doomed = Vec::new();
-        if who != VISIBLE {
+        let ended = matches!(tool.try_wait(), Ok(Some(_)));
+        if who != VISIBLE && !ended {
             doomed.extend(
                 children(visible)
                     .into_iter()
                     .filter(|pid| *pid != self.target.pid),
             );
         }
-        if who != ENGINE {
+        if who != ENGINE && !ended {
             doomed.push(visible);
         }
         for pid in doomed {
@@ -276,8 +277,11 @@ fn whenever_the_tool_is_killed_no_rule_stays_and_the_peer_sees_nothing() {
         let images = format!("img{round}");
         let dir = echo.scene.path(&images).to_string_lossy().into_owned();
         let args = ["dump", "-t", &pid, "-D", &dir, "--no-sync", ESTABLISHED];
-        // Every third, a little later each time: beyond its end at the last.
-        let after = dumping * (round / 3) / (ROUNDS / 4);
+        // Every third, a little later each time: beyond its end at the last, whatever it takes by then.
+        let after = match round / 3 {
+            last if last + 1 == ROUNDS / 3 => DEADLINE,
+            later => dumping * later / (ROUNDS / 4),
+        };
         echo.run_and_kill(&args, round as usize % 3, after);
         let line = echo.say();
         if echo.lives(&line) {

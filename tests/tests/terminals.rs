@@ -78,6 +78,18 @@ impl OnTerminal {
         self.await_text("screen", shown)
     }
 
+    /// Waits until a job of the shell has the terminal: what is typed before is the shell's.
+    fn await_job_in_front(&self) -> Done {
+        let in_front = || {
+            let now = Snapshot::take(self.target.pid);
+            let shell = now.pids.get(1).copied().unwrap_or_default();
+            let front = now.values.get(&format!("{shell}/stat/tpgid"));
+            Ok(front.is_some_and(|group| *group != shell.to_string()))
+        };
+        self.scene
+            .await_that("a job in front", in_front, Some(&self.target))
+    }
+
     /// A dump that leaves it running, then dump and restore.
     fn cycle(&mut self) -> Done {
         self.scene
@@ -142,6 +154,7 @@ fn bash_with_a_background_job() -> Done {
     on.await_text("jobs1", "Running")?;
     on.type_keys("fg\r")?;
     on.await_text("screen", "sleep 0.01;\r\ndone\r\n")?;
+    on.await_job_in_front()?;
     on.see("\u{1a}", "Stopped")?;
     on.type_keys("bg; jobs > jobs2\r")?;
     on.await_text("jobs2", "Running")?;
@@ -156,6 +169,7 @@ fn bash_with_a_command_in_front() -> Done {
     let mut on = OnTerminal::start(BASH)?;
     on.await_text("screen", "prompt> ")?;
     on.see("cat > words\r", "cat > words\r\n")?;
+    on.await_job_in_front()?;
     on.see("a line\r", "a line\r\n")?;
     on.await_text("words", "a line\n")?;
     on.see("half", "half")?;

@@ -316,8 +316,6 @@ fn everything(cx: &Cx) {
     );
 }
 
-/// Reads the clock all the time. In the first word of the file `gaps` (8 bytes each): the longest time between two
-/// readings since the word was set to 0; in the second: how often it has read.
 /// 16 MiB, and `FF_SIZE` children that have it from their parent.
 fn family(cx: &Cx) {
     let memory = Region::anon(16 << 20);
@@ -339,6 +337,8 @@ fn family(cx: &Cx) {
     cx.try_part("memory", || memory.verify(1));
 }
 
+/// Reads the clock all the time. In the first word of the file `gaps` (8 bytes each): the longest time between two
+/// readings since the word was set to 0; in the second: how often it has read.
 fn gaps(cx: &Cx) {
     let memory = Region::anon(size() << 10);
     memory.fill(1);

@@ -1,7 +1,7 @@
 //! Pseudo-terminals with both sides in the tree, sessions and their controlling terminals.
 
 use super::os::{self};
-use super::{Cx, Program};
+use super::{Cx, Need, Program};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicI32, Ordering};
 
@@ -96,7 +96,9 @@ pub(super) const PROGRAMS: &[Program] = &[
         locked_settings,
     )
     .refused("locked settings"),
-    Program::new("console", "a virtual console", console).refused("terminal"),
+    Program::new("console", "a virtual console", console)
+        .refused("terminal")
+        .needs(&[CONSOLE]),
     Program::new(
         "discipline",
         "another line discipline than the usual one",
@@ -959,13 +961,21 @@ fn locked_settings(cx: &Cx) {
     drop(master);
 }
 
-fn console(cx: &Cx) {
+const CONSOLE: Need = Need {
+    what: "a console (/dev/tty1, ttyS0 or console)",
+    here: || open_console().is_some(),
+};
+
+fn open_console() -> Option<OwnedFd> {
     let console = ["/dev/tty1", "/dev/ttyS0", "/dev/console"];
     let flags = libc::O_RDWR | libc::O_NOCTTY | libc::O_NONBLOCK;
-    let open = console
+    console
         .iter()
-        .find_map(|path| os::open(path.as_ref(), flags).ok());
-    let console = open.expect("a machine has a console");
+        .find_map(|path| os::open(path.as_ref(), flags).ok())
+}
+
+fn console(cx: &Cx) {
+    let console = open_console().unwrap();
     let was = link(&console);
     cx.ready(|| os::dup_to(0, console.as_raw_fd()));
     cx.same("name", link(&console), was);
