@@ -122,7 +122,7 @@ fn in_scene(program: &Program, mode: Mode) -> Result<(), String> {
         Mode::Alone | Mode::Spoilt => {}
         Mode::Running => {
             let outcome = scene.dump(program, &target, "img", &["--leave-running"])?;
-            if expected_refusal(program, outcome)? {
+            if expected_refusal(program, mode, outcome)? {
                 return scene.finish(target, program, &before, mode);
             }
             scene.verify("img")?;
@@ -130,7 +130,7 @@ fn in_scene(program: &Program, mode: Mode) -> Result<(), String> {
         Mode::Live => {
             let outcome = scene.dump(program, &target, "img", &["--live"])?;
             let told = outcome.stderr.clone();
-            if expected_refusal(program, outcome)? {
+            if expected_refusal(program, mode, outcome)? {
                 return scene.finish(target, program, &before, mode);
             }
             let may_not = ["it is a child subreaper", "it is stopped"];
@@ -147,7 +147,7 @@ fn in_scene(program: &Program, mode: Mode) -> Result<(), String> {
             for round in 0..if mode == Mode::Twice { 2 } else { 1 } {
                 let images = format!("img{round}");
                 let outcome = scene.dump(program, &target, &images, &[])?;
-                if expected_refusal(program, outcome)? {
+                if expected_refusal(program, mode, outcome)? {
                     return scene.finish(target, program, &before, mode);
                 }
                 scene.await_gone(&before, DEADLINE)?;
@@ -234,8 +234,11 @@ fn again_in_terminal(program: &Program, mode: Mode) -> Result<(), String> {
 }
 
 /// Whether the dump was refused as the table says it has to be, or may be.
-fn expected_refusal(program: &Program, outcome: Outcome) -> Result<bool, String> {
+fn expected_refusal(program: &Program, mode: Mode, outcome: Outcome) -> Result<bool, String> {
+    let runs_on = matches!(mode, Mode::Running | Mode::Live);
     let (word, must) = match program.expect {
+        Expect::CarriedIfEnded(word) if runs_on => (word, true),
+        Expect::CarriedIfEnded(_) => return outcome.must_exit(0).map(|_| false),
         Expect::Carried => return outcome.must_exit(0).map(|_| false),
         Expect::CarriedOrRefused(word) => (word, false),
         Expect::Refused(word) => (word, true),

@@ -11,10 +11,10 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use freezeframe_error::{Error, Kind, Phase, Result, ResultExt, Target};
-use freezeframe_image::{Header, ImageWriter, RawRecord};
+use freezeframe_image::{Header, ImageId, ImageWriter, RawRecord};
 use freezeframe_inject::fork::Fork;
 use freezeframe_kinds::model::{self, FdTable, Life, Mm, Process, Thread, Tree};
-use freezeframe_kinds::{DumpCx, DumpOptions, Held, Made, registry};
+use freezeframe_kinds::{DumpCx, DumpOptions, Held, Made, Orphan, registry};
 use freezeframe_pages::{PageDumper, PageOptions};
 use freezeframe_sys::ids::Pid;
 use freezeframe_sys::proc::Status;
@@ -153,7 +153,9 @@ pub fn run(request: &DumpRequest, events: &dyn Events) -> Result<DumpReport> {
             // always one of the two.
             let mut gathered = gathered;
             let held = std::mem::take(&mut gathered.held);
-            let image = writer.id().to_string();
+            let orphans = std::mem::take(&mut gathered.orphans);
+            let id = writer.id();
+            let image = id.to_string();
             if let Err(e) = commit(
                 gathered,
                 &host,
@@ -178,6 +180,7 @@ pub fn run(request: &DumpRequest, events: &dyn Events) -> Result<DumpReport> {
                 .in_phase(Phase::Thaw)
                 .map_err(|e| e.leaving(Target::Killed))?;
             report.frozen = started.elapsed();
+            take_orphans(orphans, id, request, events, &mut report);
         }
         After::Run | After::Stop => {
             events.phase(Phase::Thaw);
@@ -237,6 +240,34 @@ fn commit(
     Ok(())
 }
 
+/// Adds to the image what the tree, now dead, has left in the kernel. The image is
+/// good without: what cannot be added is lost, and a warning says so.
+fn take_orphans(
+    orphans: Vec<Box<dyn Orphan>>,
+    id: ImageId,
+    request: &DumpRequest,
+    events: &dyn Events,
+    report: &mut DumpReport,
+) {
+    let known = report.warnings.len();
+    let mut records = Vec::new();
+    for orphan in orphans {
+        match orphan.take(&id.to_string(), &mut report.warnings) {
+            Ok(record) => records.extend(record),
+            Err(e) => report.warnings.push(format!("{e:?}")),
+        }
+    }
+    if !records.is_empty()
+        && let Err(e) = freezeframe_image::amend(&request.images_dir, id, records, request.sync)
+    {
+        let text = format!("connections that waited to be accepted are lost: {e:?}");
+        report.warnings.push(text);
+    }
+    for warning in &report.warnings[known..] {
+        log!(events, Warning, "{warning}");
+    }
+}
+
 /// Lets the tree go on after a failure, and says so in the error.
 fn release_after(e: Error, frozen: Frozen) -> Error {
     match frozen.release(false) {
@@ -280,6 +311,8 @@ struct Gathered {
     made: Made,
     /// What is held outside the tree.
     held: Vec<Box<dyn Held>>,
+    /// What is taken when it is dead.
+    orphans: Vec<Box<dyn Orphan>>,
 }
 
 /// Asks the stopped tree everything, and stores its pages.
@@ -384,6 +417,7 @@ fn gather(
         records: cx.records,
         made: cx.made,
         held: cx.held,
+        orphans: cx.orphans,
     })
 }
 

@@ -110,7 +110,7 @@ pub use header::{ARCH_X86_64, FORMAT_VERSION, HEADER_LEN, Header, ImageId, MAGIC
 pub use names::{METADATA, pages_name};
 pub use read::{Image, Unknown};
 pub use record::{CRITICAL, RECORD_HEAD_LEN, RawRecord, Record, Tag};
-pub use write::{ImageWriter, NewPages};
+pub use write::{ImageWriter, NewPages, amend};
 
 /// The largest body of one record, in bytes. A kind that can grow beyond it
 /// (a page index) writes several records for one subject.

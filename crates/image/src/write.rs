@@ -1,5 +1,6 @@
 //! Writing an image, and its one commit point.
 
+use std::collections::HashMap;
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -49,6 +50,8 @@ pub struct ImageWriter {
     records: u64,
     written: u64,
     pages: Vec<Made>,
+    /// Lengths of the page files that are there already.
+    kept: Vec<u64>,
     metadata: Made,
     /// Whether to try O_TMPFILE.
     unnamed: bool,
@@ -139,6 +142,7 @@ impl ImageWriter {
             records: 0,
             written: HEADER_LEN as u64,
             pages: Vec::new(),
+            kept: Vec::new(),
             metadata,
             unnamed,
             finished: false,
@@ -224,7 +228,7 @@ impl ImageWriter {
         if self.finished {
             return Ok(());
         }
-        let mut lengths = Vec::with_capacity(self.pages.len() * 8);
+        let mut lengths: Vec<u8> = self.kept.iter().flat_map(|n| n.to_le_bytes()).collect();
         for (n, made) in self.pages.iter().enumerate() {
             let path = self.pages_path(n as u32);
             let length = made.file.metadata().sys("fstat").on(path.display())?.len();
@@ -334,6 +338,41 @@ impl Drop for ImageWriter {
                 let _ = unlinkat(self.dirfd.fd(), name.as_str(), UnlinkatFlags::NoRemoveDir);
             }
         }
+    }
+}
+
+/// Replaces records of an image that has been committed: those of the same tag and
+/// subject. Its page files stay. As with [`commit`](ImageWriter::commit), there is
+/// the old image or the new one, whatever happens.
+///
+/// # Errors
+/// As [`Image::open`](crate::Image::open) and [`ImageWriter::create`];
+/// `ResourceInUse` if `dir` holds another image by now; `Bug` if a record is not there.
+pub fn amend(
+    dir: impl AsRef<Path>,
+    id: ImageId,
+    records: Vec<RawRecord>,
+    sync: bool,
+) -> Result<()> {
+    let image = read::Image::open(&dir)?;
+    if image.header().image_id != id {
+        let what = "another image is in its place";
+        return Err(Error::new(Kind::ResourceInUse, what).on(dir.as_ref().display()));
+    }
+    let mut new: HashMap<(Tag, u64), RawRecord> = HashMap::new();
+    new.extend(records.into_iter().map(|r| ((r.tag, r.subject), r)));
+    let mut writer = ImageWriter::create(&dir, image.header().clone())?;
+    let lengths = (0..image.page_files()).filter_map(|n| image.pages_len(n));
+    writer.kept = lengths.collect();
+    for old in image.records() {
+        match new.remove(&(old.tag, old.subject)) {
+            Some(record) => writer.record(record)?,
+            None => writer.append(old)?,
+        }
+    }
+    match new.into_values().next() {
+        None => writer.commit(sync),
+        Some(left) => Err(Error::bug("a record to be replaced is not there").on(left)),
     }
 }
 
@@ -455,5 +494,39 @@ mod tests {
         let made = [METADATA.to_owned(), pages_name(id, 0)].map(String::into_bytes);
         assert_eq!(names(dir.path()), made);
         assert_eq!(Image::open(dir.path()).unwrap().header(), &header);
+    }
+
+    #[test]
+    fn a_record_is_replaced_and_all_else_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let record = |subject, body: &[u8]| RawRecord {
+            tag: Tag::new(*b"TEST"),
+            version: 1,
+            flags: 0,
+            subject,
+            body: body.to_vec(),
+        };
+        let header = Header::new();
+        let mut w = ImageWriter::create(dir.path(), header.clone()).unwrap();
+        let mut pages = w.new_pages().unwrap();
+        pages.file.write_all(&[7; 4096]).unwrap();
+        for subject in 0..3 {
+            w.record(record(subject, b"old")).unwrap();
+        }
+        w.commit(false).unwrap();
+        let before = names(dir.path());
+        let id = header.image_id;
+        amend(dir.path(), id, vec![record(1, b"new")], false).unwrap();
+        let image = Image::open(dir.path()).unwrap();
+        assert_eq!((image.header(), names(dir.path())), (&header, before));
+        assert_eq!(image.pages_len(0), Some(4096));
+        let bodies: Vec<&[u8]> = image.records().iter().map(|r| &r.body[..]).collect();
+        assert_eq!(bodies, [b"old", b"new", b"old"]);
+
+        let of_none = amend(dir.path(), id, vec![record(9, b"new")], false);
+        assert_eq!(of_none.unwrap_err().kind(), Kind::Bug);
+        let other = amend(dir.path(), ImageId::random(), Vec::new(), false);
+        assert_eq!(other.unwrap_err().kind(), Kind::ResourceInUse);
+        assert_eq!(Image::open(dir.path()).unwrap().records()[1].body, b"new");
     }
 }

@@ -448,6 +448,8 @@ pub struct DumpCx<'a> {
     pub sources: BTreeMap<ObjectId, ObjectSource>,
     /// What has been taken hold of outside the tree, until it is dead or runs again.
     pub held: Vec<Box<dyn Held>>,
+    /// What the tree leaves in the kernel, to be taken when it is dead.
+    pub orphans: Vec<Box<dyn Orphan>>,
     pub(crate) tcp: tcp::Gathered,
     /// The System V segments that the tree has attached.
     pub segments: Attached,
@@ -483,6 +485,7 @@ impl<'a> DumpCx<'a> {
             made: Made::default(),
             sources: BTreeMap::new(),
             held: Vec::new(),
+            orphans: Vec::new(),
             tcp: tcp::Gathered::default(),
             segments: Attached::default(),
             objects: HashMap::new(),
@@ -1028,6 +1031,15 @@ pub trait Held: std::fmt::Debug {
     ///
     /// Gives descriptors to be closed when the tree is dead.
     fn end(self: Box<Self>, image: &str, tree: &[ProcView]) -> Result<Vec<OwnedFd>>;
+}
+
+/// What a file of a tree that is to be killed has in the kernel, and what can be
+/// read only by taking it away: connections that wait to be accepted. It is left
+/// alone until the tree is dead, its image being complete but for this.
+pub trait Orphan: std::fmt::Debug {
+    /// Takes it. Gives the file's record anew, with what was found, or none if
+    /// nothing was; and warnings. `image` is the image's id.
+    fn take(self: Box<Self>, image: &str, warnings: &mut Vec<String>) -> Result<Option<RawRecord>>;
 }
 
 /// Files of a restore that are silent until all else of the tree is there.

@@ -338,6 +338,11 @@ impl Nft {
         self.commit_by(batch, "nf_tables(new table)", by)
     }
 
+    /// Holds off more by a table. `ENOENT`: there is none.
+    pub fn hold_more(&mut self, table: &str, keep: Keep, more: &[Connection]) -> Result<()> {
+        self.change((table, keep), ELEMENTS, more, "nf_tables(new elements)")
+    }
+
     /// Deletes a table. `ENOENT`: there is none.
     pub fn delete(&mut self, name: &str) -> Result<()> {
         let mut batch = Batch::new(self.sequence);
@@ -347,20 +352,25 @@ impl Nft {
 
     /// Lets these connections go in a table that holds off others too. (Linux 6.3)
     pub fn let_go(&mut self, table: &str, connections: &[Connection]) -> Result<()> {
+        let what = "nf_tables(delete elements)";
+        self.change((table, Keep::Owned), DESTROY_ELEMENTS, connections, what)
+    }
+
+    fn change(
+        &mut self,
+        (table, keep): (&str, Keep),
+        kind: u16,
+        connections: &[Connection],
+        what: &'static str,
+    ) -> Result<()> {
         let mut batch = Batch::new(self.sequence);
         for (family, set) in FAMILIES {
-            batch.elements(
-                DESTROY_ELEMENTS,
-                (table, set),
-                &family,
-                Keep::Owned,
-                connections,
-            );
+            batch.elements(kind, (table, set), &family, keep, connections);
         }
         if batch.sequence == self.sequence + 1 {
             return Ok(());
         }
-        self.commit(batch, "nf_tables(delete elements)")
+        self.commit(batch, what)
     }
 
     /// The names of all tables of family inet.

@@ -1,8 +1,10 @@
-//! What sock_diag(7) tells of sockets of UDP and of packet sockets: what no option of theirs does.
+//! What sock_diag(7) tells of sockets of UDP and TCP and of packet sockets: what no option of theirs does.
 
 use std::collections::HashMap;
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::AsRawFd;
 
+use crate::tcp::{Info, state};
 use freezeframe_error::{Error, Result, SysExt};
 use nix::sys::socket::{
     AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, socket,
@@ -35,7 +37,9 @@ pub struct PacketMembership {
 }
 
 const SOCK_DIAG_BY_FAMILY: u16 = 20;
-const NLM_F_REQUEST_DUMP: u16 = 1 | 0x300;
+/// NLM_F_REQUEST, and that with NLM_F_DUMP: one socket, or all.
+const REQUEST: u16 = 1;
+const REQUEST_DUMP: u16 = REQUEST | 0x300;
 const NLMSG_ERROR: u16 = 2;
 const NLMSG_DONE: u16 = 3;
 const HEADER: usize = 16;
@@ -44,23 +48,115 @@ const HEADER: usize = 16;
 /// inode number: 1 receiving, 2 sending. Those that are not are left out. An error
 /// with errno `ENOENT` where the kernel lacks CONFIG_INET_UDP_DIAG.
 pub fn udp_shutdowns(family: i32, protocol: i32) -> Result<HashMap<u64, u8>> {
-    const MESSAGE: usize = 72;
-    const INODE_AT: usize = 68;
     const SHUTDOWN: u16 = 8;
-    // struct inet_diag_req_v2: family, protocol, extensions, states, addresses.
-    let mut request = vec![family as u8, protocol as u8, 0, 0];
-    request.extend(u32::MAX.to_ne_bytes());
-    request.extend([0; 48]);
+    let any = SocketAddr::from(([0, 0, 0, 0], 0));
+    let request = inet_request((family, protocol), 0, ANY_STATE, (any, any));
     let mut found = HashMap::new();
-    dump(&request, |message| {
+    ask(&request, REQUEST_DUMP, |message| {
         let Some(ino) = u32_at(message, INODE_AT) else {
             return;
         };
-        for (kind, value) in attributes(message, MESSAGE) {
+        for (kind, value) in attributes(message, INET_MESSAGE) {
             if kind == SHUTDOWN && value.first().is_some_and(|how| *how != 0) {
                 found.insert(u64::from(ino), value[0]);
             }
         }
+    })?;
+    Ok(found)
+}
+
+/// A connection of TCP that need not have a descriptor.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TcpSocket {
+    /// See [`crate::tcp::state`]; `LISTEN` if there is no such connection, but a socket that would take it.
+    pub state: u8,
+    /// Received, and not read.
+    pub unread: u32,
+    /// What else TCP_INFO says of it.
+    pub info: Info,
+}
+
+/// Offset of the inode number in `struct inet_diag_msg`, and the length of that.
+const INODE_AT: usize = 68;
+const INET_MESSAGE: usize = 72;
+const ANY_STATE: u32 = u32::MAX;
+
+/// `struct inet_diag_req_v2` with `struct inet_diag_sockid`; `extension` 0 asks for no attribute.
+fn inet_request(
+    (family, protocol): (i32, i32),
+    extension: u16,
+    states: u32,
+    (local, peer): (SocketAddr, SocketAddr),
+) -> Vec<u8> {
+    let mut request = vec![family as u8, protocol as u8, 0, 0];
+    if extension > 0 {
+        request[2] = 1 << (extension - 1);
+    }
+    request.extend(states.to_ne_bytes());
+    request.extend(local.port().to_be_bytes());
+    request.extend(peer.port().to_be_bytes());
+    for address in [local, peer] {
+        let mut bytes = match address.ip() {
+            IpAddr::V4(ip) => ip.octets().to_vec(),
+            IpAddr::V6(ip) => ip.octets().to_vec(),
+        };
+        bytes.resize(16, 0);
+        request.extend(bytes);
+    }
+    request.extend(0u32.to_ne_bytes()); // any interface
+    request.extend([0xff; 8]); // no cookie
+    request
+}
+
+/// The TCP connection of our network namespace with these two ends; none if
+/// there is neither that nor a socket that listens for it.
+pub fn tcp_connection(local: SocketAddr, peer: SocketAddr) -> Result<Option<TcpSocket>> {
+    const INFO: u16 = 2;
+    let ends = [local, peer].map(|end| SocketAddr::new(end.ip().to_canonical(), end.port()));
+    let family = match ends[0] {
+        SocketAddr::V4(_) => libc::AF_INET,
+        SocketAddr::V6(_) => libc::AF_INET6,
+    };
+    let what = (family, libc::IPPROTO_TCP);
+    let request = inet_request(what, INFO, ANY_STATE, (ends[0], ends[1]));
+    let mut found = None;
+    let asked = ask(&request, REQUEST, |message| {
+        let mut info = attributes(message, INET_MESSAGE).filter(|(kind, _)| *kind == INFO);
+        found = Some(TcpSocket {
+            state: message.get(1).copied().unwrap_or_default(),
+            unread: u32_at(message, 56).unwrap_or_default(),
+            info: info.next().map(|(_, v)| Info::of(v)).unwrap_or_default(),
+        });
+    });
+    match asked {
+        Err(e) if e.errno() == Some(libc::ENOENT) => Ok(None),
+        other => other.map(|()| found),
+    }
+}
+
+/// Whom the TCP socket with this inode number and local address is connecting
+/// to (state SYN_SENT), which getpeername(2) does not tell.
+pub fn connecting_to(ino: u64, local: SocketAddr) -> Result<Option<SocketAddr>> {
+    let any = SocketAddr::from(([0, 0, 0, 0], 0));
+    let (family, len) = match local {
+        SocketAddr::V4(_) => (libc::AF_INET, 4),
+        SocketAddr::V6(_) => (libc::AF_INET6, 16),
+    };
+    let at_port = SocketAddr::new(any.ip(), local.port());
+    let states = 1 << state::SYN_SENT;
+    let request = inet_request((family, libc::IPPROTO_TCP), 0, states, (at_port, any));
+    let mut found = None;
+    ask(&request, REQUEST_DUMP, |message| {
+        if u32_at(message, INODE_AT).map(u64::from) != Some(ino) {
+            return;
+        }
+        let ip = match (len, message.get(24..24 + len)) {
+            (4, Some(&[a, b, c, d])) => Some(IpAddr::from([a, b, c, d])),
+            (_, Some(bytes)) => <[u8; 16]>::try_from(bytes).ok().map(IpAddr::from),
+            _ => None,
+        };
+        let port = message.get(6..8).map(|p| u16::from_be_bytes([p[0], p[1]]));
+        found = ip.zip(port).map(|(ip, port)| SocketAddr::new(ip, port));
     })?;
     Ok(found)
 }
@@ -81,7 +177,7 @@ pub fn packet_sockets() -> Result<HashMap<u64, PacketSocket>> {
     request.extend(SHOW.to_ne_bytes());
     request.extend([0xff; 8]); // no cookie
     let mut found = HashMap::new();
-    dump(&request, |message| {
+    ask(&request, REQUEST_DUMP, |message| {
         let Some(ino) = u32_at(message, INODE_AT) else {
             return;
         };
@@ -114,8 +210,8 @@ fn memberships(value: &[u8]) -> Vec<PacketMembership> {
     value.as_chunks().0.iter().map(one).collect()
 }
 
-/// Asks for all sockets; `each` is given every answer without its header.
-fn dump(request: &[u8], mut each: impl FnMut(&[u8])) -> Result<()> {
+/// Asks for sockets; `each` is given every answer without its header.
+fn ask(request: &[u8], flags: u16, mut each: impl FnMut(&[u8])) -> Result<()> {
     let name = "sock_diag";
     let socket = socket(
         AddressFamily::Netlink,
@@ -127,7 +223,7 @@ fn dump(request: &[u8], mut each: impl FnMut(&[u8])) -> Result<()> {
     let mut whole = Vec::with_capacity(HEADER + request.len());
     whole.extend((HEADER as u32 + request.len() as u32).to_ne_bytes());
     whole.extend(SOCK_DIAG_BY_FAMILY.to_ne_bytes());
-    whole.extend(NLM_F_REQUEST_DUMP.to_ne_bytes());
+    whole.extend(flags.to_ne_bytes());
     whole.extend([0; 8]); // sequence number, port
     whole.extend(request);
     send(socket.as_raw_fd(), &whole, MsgFlags::empty()).sys(name)?;
@@ -151,6 +247,9 @@ fn dump(request: &[u8], mut each: impl FnMut(&[u8])) -> Result<()> {
                     };
                 }
                 _ => each(message),
+            }
+            if flags == REQUEST {
+                return Ok(());
             }
             rest = rest.get(len.next_multiple_of(4)..).unwrap_or(&[]);
         }
@@ -192,6 +291,25 @@ mod tests {
         socket.connect("127.0.0.1:9").unwrap();
         nix::sys::socket::shutdown(socket.as_raw_fd(), nix::sys::socket::Shutdown::Write).unwrap();
         assert_eq!(look().get(&ino), Some(&2));
+    }
+
+    #[test]
+    fn a_connection_that_waits_is_known() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let local = listener.local_addr().unwrap();
+        let nobody = "127.0.0.1:1".parse().unwrap();
+        let seen = tcp_connection(local, nobody).unwrap().unwrap();
+        assert_eq!(seen.state, state::LISTEN);
+        assert_eq!(tcp_connection(nobody, local).unwrap(), None);
+        let mut end = std::net::TcpStream::connect(local).unwrap();
+        std::io::Write::write_all(&mut end, b"four").unwrap();
+        let seen = tcp_connection(local, end.local_addr().unwrap()).unwrap();
+        let seen = seen.unwrap();
+        assert_eq!((seen.state, seen.unread), (state::ESTABLISHED, 4));
+        let info = crate::tcp::info(&end).unwrap();
+        assert_eq!(seen.info.receive_scale, info.send_scale);
+        let not_on_its_way = connecting_to(fstat(&end).unwrap().ino, local);
+        assert_eq!(not_on_its_way.unwrap(), None);
     }
 
     #[test]

@@ -8,7 +8,7 @@
 //! takes the sockets out of repair mode; if it is killed, we do so.
 #![allow(unsafe_code)]
 
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use freezeframe_error::{Error, Kind, Result, SysExt};
 use nix::errno::Errno;
@@ -39,6 +39,7 @@ pub mod state {
     pub const SYN_RECV: u8 = 3;
     pub const FIN_WAIT1: u8 = 4;
     pub const FIN_WAIT2: u8 = 5;
+    pub const TIME_WAIT: u8 = 6;
     pub const CLOSE: u8 = 7;
     pub const CLOSE_WAIT: u8 = 8;
     pub const LAST_ACK: u8 = 9;
@@ -65,20 +66,49 @@ pub struct Info {
 
 /// Asks TCP_INFO.
 pub fn info(fd: impl AsFd) -> Result<Info> {
-    let bytes = getsockopt(fd, TCP, libc::TCP_INFO, 104)?;
-    let byte = |at: usize| bytes.get(at).copied().unwrap_or_default();
-    let word = |at: usize| {
-        let bytes = bytes.get(at..at + 4).and_then(|b| b.try_into().ok());
-        bytes.map_or(0, u32::from_ne_bytes)
-    };
-    Ok(Info {
-        state: byte(0),
-        options: byte(5),
-        send_scale: byte(6) & 15,
-        receive_scale: byte(6) >> 4,
-        waiting: word(24),
-        backlog: word(28),
-    })
+    Ok(Info::of(&getsockopt(fd, TCP, libc::TCP_INFO, 104)?))
+}
+
+impl Info {
+    /// `struct tcp_info`; what is missing at its end is zero.
+    pub(crate) fn of(bytes: &[u8]) -> Info {
+        let byte = |at: usize| bytes.get(at).copied().unwrap_or_default();
+        let word = |at: usize| {
+            let bytes = bytes.get(at..at + 4).and_then(|b| b.try_into().ok());
+            bytes.map_or(0, u32::from_ne_bytes)
+        };
+        Info {
+            state: byte(0),
+            options: byte(5),
+            send_scale: byte(6) & 15,
+            receive_scale: byte(6) >> 4,
+            waiting: word(24),
+            backlog: word(28),
+        }
+    }
+}
+
+/// Takes the oldest connection that waits to be accepted, with the other side's
+/// `sockaddr`; one that has ended meanwhile too. None if there is none: `listener` does not block.
+pub fn accept(listener: impl AsFd) -> Result<Option<(OwnedFd, Vec<u8>)>> {
+    let mut address = [0u8; 128];
+    loop {
+        let mut len = address.len() as libc::socklen_t;
+        let listener = listener.as_fd().as_raw_fd();
+        let at = address.as_mut_ptr().cast();
+        // SAFETY: the kernel writes at most `len` bytes to `address`, and the length.
+        let got = unsafe { libc::accept4(listener, at, &raw mut len, libc::SOCK_CLOEXEC) };
+        match Errno::result(got) {
+            Ok(fd) => {
+                // SAFETY: the kernel has just made this descriptor, nobody else has it.
+                let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+                return Ok(Some((fd, address[..len as usize].to_vec())));
+            }
+            Err(Errno::EAGAIN) => return Ok(None),
+            Err(Errno::EINTR | Errno::ECONNABORTED) => {}
+            Err(errno) => return Err(errno).sys("accept4"),
+        }
+    }
 }
 
 /// Whether no more comes from the other side, or the program wants no more;

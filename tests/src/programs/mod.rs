@@ -82,6 +82,8 @@ pub enum Expect {
     Carried,
     /// It is refused: exit 1, an error that says this word, and the program unharmed.
     Refused(&'static str),
+    /// It is carried, but by a dump that leaves it running it is refused, as above.
+    CarriedIfEnded(&'static str),
     /// One of both. For what nobody promised: never half of it, never silently.
     CarriedOrRefused(&'static str),
 }
@@ -121,6 +123,11 @@ impl Program {
 
     const fn refused(mut self, word: &'static str) -> Self {
         self.expect = Expect::Refused(word);
+        self
+    }
+
+    const fn refused_running(mut self, word: &'static str) -> Self {
+        self.expect = Expect::CarriedIfEnded(word);
         self
     }
 

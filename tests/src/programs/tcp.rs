@@ -103,11 +103,28 @@ pub(super) const PROGRAMS: &[Program] = &[
     )
     .refused("--tcp-established"),
     Program::new(
-        "waiting",
-        "a connection that has not been accepted",
-        waiting,
+        "waiting_without",
+        "a connection that has not been accepted, without the option that says to carry it",
+        waiting_without,
     )
     .refused("not been accepted"),
+    Program::new(
+        "waiting",
+        "connections that have not been accepted, in their order: idle, with bytes, ended, reset",
+        waiting,
+    )
+    .network(ESTABLISHED)
+    .refused_running("not been accepted"),
+    Program::new("waiting6", "the same over IPv6", waiting6)
+        .network(ESTABLISHED)
+        .refused_running("not been accepted"),
+    Program::new(
+        "waiting_mapped",
+        "the same, an IPv6 socket with peers of IPv4, of which none is complete without bytes",
+        waiting_mapped,
+    )
+    .network(ESTABLISHED)
+    .refused_running("not been accepted"),
     Program::new("urgent", "urgent data that has not been read", urgent)
         .network(ESTABLISHED)
         .refused("urgent"),
@@ -143,6 +160,22 @@ pub(super) fn set_option(fd: &impl AsRawFd, level: i32, name: i32, value: i32) {
         0,
     ];
     os::syscall(libc::SYS_setsockopt, args).unwrap();
+}
+
+/// TCP_INFO.
+fn info(fd: &impl AsRawFd) -> [u8; 104] {
+    let mut info = [0u8; 104];
+    let mut len = 104u32;
+    let args = [
+        os::raw(fd),
+        libc::IPPROTO_TCP as usize,
+        libc::TCP_INFO as usize,
+        os::at_mut(&mut info),
+        os::at_mut(&mut len),
+        0,
+    ];
+    os::syscall(libc::SYS_getsockopt, args).unwrap();
+    info
 }
 
 /// TCP_INFO's state.
@@ -282,18 +315,7 @@ fn listening(cx: &Cx) {
         talk(cx, "accepted later", &mut one, &mut other);
     }
     // A backlog of 3 lets 4 wait.
-    let mut info = [0u8; 104];
-    let mut len = 104u32;
-    let args = [
-        os::raw(&all[0].0),
-        libc::IPPROTO_TCP as usize,
-        libc::TCP_INFO as usize,
-        os::at_mut(&mut info),
-        os::at_mut(&mut len),
-        0,
-    ];
-    os::syscall(libc::SYS_getsockopt, args).unwrap();
-    cx.same("backlog", info[28], 3);
+    cx.same("backlog", info(&all[0].0)[28], 3);
 }
 
 const TCP: i32 = libc::IPPROTO_TCP;
@@ -791,6 +813,131 @@ fn without(cx: &Cx) {
 }
 
 fn waiting(cx: &Cx) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let to = listener.local_addr().unwrap();
+    wait_all(cx, &listener, to);
+}
+
+fn waiting6(cx: &Cx) {
+    let listener = TcpListener::bind("[::1]:0").unwrap();
+    let to = listener.local_addr().unwrap();
+    wait_all(cx, &listener, to);
+}
+
+fn waiting_mapped(cx: &Cx) {
+    let listener = TcpListener::bind("[::]:0").unwrap();
+    set_option(&listener, TCP, libc::TCP_DEFER_ACCEPT, 1);
+    let deferred = option(&listener, TCP, libc::TCP_DEFER_ACCEPT);
+    let to = listener.local_addr().unwrap();
+    wait_all(cx, &listener, ([127, 0, 0, 1], to.port()).into());
+    cx.same(
+        "deferred",
+        option(&listener, TCP, libc::TCP_DEFER_ACCEPT),
+        deferred,
+    );
+}
+
+/// One connection of each kind waits; then all are accepted.
+fn wait_all(cx: &Cx, listener: &TcpListener, to: SocketAddr) {
+    let inert = |n: u32| {
+        cx.check(cx.until(|| waiting_at(listener) == n), || {
+            format!("{n} connections wait")
+        });
+    };
+    let large = os::bytes(5, 60_000);
+    let mut ends: Vec<TcpStream> = Vec::new();
+    for (n, bytes) in (1..).zip([&b""[..], b"a request", &large, b"the last words"]) {
+        let mut end = TcpStream::connect(to).unwrap();
+        end.write_all(bytes).unwrap();
+        inert(n);
+        ends.push(end);
+    }
+    let arrived = || ends.iter().all(|end| unacknowledged(end) == 0);
+    cx.check(cx.until(arrived), || "all has arrived".to_owned());
+    ends[3].shutdown(Shutdown::Write).unwrap();
+    let mut gone = TcpStream::connect(to).unwrap();
+    gone.write_all(b"never mind").unwrap();
+    inert(5);
+    cx.check(cx.until(|| unacknowledged(&gone) == 0), || {
+        "arrived".to_owned()
+    });
+    let linger = [1i32, 0];
+    let args = [
+        os::raw(&gone),
+        SOCKET as usize,
+        libc::SO_LINGER as usize,
+        os::at(&linger),
+        8,
+        0,
+    ];
+    os::syscall(libc::SYS_setsockopt, args).unwrap();
+    drop(gone);
+    cx.check(cx.until(|| state(&ends[3]) == 5), || "FIN_WAIT2".to_owned());
+    cx.ready(|| listener.accept().is_ok());
+    cx.same("waiting", waiting_at(listener), 5);
+    listener.set_nonblocking(true).unwrap();
+    let mut accepted = Vec::new();
+    for end in &ends {
+        let Ok((stream, from)) = listener.accept() else {
+            return cx.fault(format!("only {} are accepted", accepted.len()));
+        };
+        let from = SocketAddr::new(from.ip().to_canonical(), from.port());
+        cx.same("in order", from, end.local_addr().unwrap());
+        stream.set_nonblocking(false).unwrap();
+        accepted.push(stream);
+    }
+    let Ok((mut last, _)) = listener.accept() else {
+        return cx.fault("the one that was reset is not there".to_owned());
+    };
+    cx.same(
+        "bytes",
+        read_for(&mut accepted[1], 9),
+        b"a request".to_vec(),
+    );
+    let got = read_for(&mut accepted[2], large.len());
+    cx.check(got == large, || format!("{} bytes", got.len()));
+    cx.same(
+        "bytes",
+        read_for(&mut accepted[3], 15),
+        b"the last words".to_vec(),
+    );
+    accepted[3].write_all(b"an answer").unwrap();
+    cx.same("answer", read_for(&mut ends[3], 9), b"an answer".to_vec());
+    for (one, other) in ends.iter_mut().zip(&mut accepted).take(3) {
+        talk(cx, "later", one, other);
+    }
+    last.set_nonblocking(false).unwrap();
+    let end = last
+        .read_to_end(&mut Vec::new())
+        .map_err(|e| e.raw_os_error());
+    cx.same("the one that was reset", end, Err(Some(libc::ECONNRESET)));
+    drop(accepted);
+    for mut end in ends {
+        cx.same("the end", read_for(&mut end, 1), Vec::new());
+    }
+}
+
+/// How many connections wait to be accepted (tcpi_unacked).
+fn waiting_at(listener: &TcpListener) -> u32 {
+    u32::from_ne_bytes(info(listener)[24..28].try_into().unwrap())
+}
+
+/// Bytes that the other side is not known to have.
+fn unacknowledged(end: &TcpStream) -> i32 {
+    let mut bytes = 0i32;
+    let args = [
+        os::raw(end),
+        libc::TIOCOUTQ as usize,
+        os::at_mut(&mut bytes),
+        0,
+        0,
+        0,
+    ];
+    os::syscall(libc::SYS_ioctl, args).unwrap();
+    bytes
+}
+
+fn waiting_without(cx: &Cx) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let end = cx.child("client", |cx| {
         let mut end = TcpStream::connect(listener.local_addr().unwrap()).unwrap();

@@ -70,6 +70,22 @@ pub struct Message {
     pub credentials: Option<Credentials>,
 }
 
+/// bind(2) to a `sockaddr`.
+pub fn bind(socket: impl AsFd, address: &[u8]) -> Result<()> {
+    let (fd, len) = (socket.as_fd().as_raw_fd(), address.len() as libc::socklen_t);
+    // SAFETY: the kernel reads `len` bytes at `address`.
+    let done = unsafe { libc::bind(fd, address.as_ptr().cast(), len) };
+    Errno::result(done).map(drop).sys("bind")
+}
+
+/// connect(2) to a `sockaddr`.
+pub fn connect(socket: impl AsFd, address: &[u8]) -> Result<()> {
+    let (fd, len) = (socket.as_fd().as_raw_fd(), address.len() as libc::socklen_t);
+    // SAFETY: the kernel reads `len` bytes at `address`.
+    let done = unsafe { libc::connect(fd, address.as_ptr().cast(), len) };
+    Errno::result(done).map(drop).sys("connect")
+}
+
 /// Reads a socket option, at most `room` bytes of it. Not SO_GET_FILTER: that
 /// is [`socket_filter`].
 pub fn getsockopt(fd: impl AsFd, level: i32, option: i32, room: usize) -> Result<Vec<u8>> {

@@ -16,7 +16,7 @@ use freezeframe_error::{Kind, Result};
 use freezeframe_sys::nft::{Connection, Keep, Nft};
 
 /// How long connections are held off between dump and restore.
-const SECONDS: u64 = 3600;
+const KEEP: Keep = Keep::Seconds(3600);
 
 const PREFIX: &str = "freezeframe-";
 
@@ -66,10 +66,21 @@ impl Hold {
         by: impl FnOnce(BorrowedFd<'_>, &[u8]) -> Result<()>,
     ) -> Result<()> {
         let name = format!("{PREFIX}{image}");
-        let note = format!("held off until image {image} is restored, or an hour is over");
-        let keep = Keep::Seconds(SECONDS);
+        let note = note(image);
         self.nft
-            .hold_by(&name, &note, keep, &self.connections, &[&self.name], by)
+            .hold_by(&name, &note, KEEP, &self.connections, &[&self.name], by)
+    }
+
+    /// Holds more off until the image is restored.
+    pub fn also(image: &str, connections: &[Connection]) -> Result<()> {
+        let name = format!("{PREFIX}{image}");
+        let mut nft = Nft::open()?;
+        match nft.hold_more(&name, KEEP, connections) {
+            Err(e) if e.errno() == Some(libc::ENOENT) => {
+                nft.hold(&name, &note(image), KEEP, connections, &[])
+            }
+            other => other,
+        }
     }
 
     /// Ends, and what was held off for the image too. Other images of the same
@@ -85,6 +96,10 @@ impl Hold {
         sweep(&mut self.nft);
         self.nft.delete(&self.name)
     }
+}
+
+fn note(image: &str) -> String {
+    format!("held off until image {image} is restored, or an hour is over")
 }
 
 /// Ends what an image's dump has left, if anything.

@@ -10,6 +10,7 @@ pub mod raw;
 pub(crate) mod table;
 pub mod tcp;
 pub mod udp;
+mod waiting;
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 

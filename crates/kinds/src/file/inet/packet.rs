@@ -11,32 +11,46 @@ use freezeframe_sys::nft;
 
 use super::{SOL, sockaddr};
 
-/// A TCP segment without data.
+/// Flags of a TCP segment.
+pub(super) const FIN: u8 = 1;
+/// See [`FIN`].
+pub(super) const SYN: u8 = 2;
+/// See [`FIN`].
+pub(super) const RST: u8 = 4;
+/// See [`FIN`].
+pub(super) const ACK: u8 = 0x10;
+
+/// A TCP segment.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Segment {
+pub(super) struct Segment<'a> {
     pub(super) from: SocketAddr,
     pub(super) to: SocketAddr,
     pub(super) seq: u32,
     pub(super) ack: u32,
-    pub(super) fin: bool,
+    pub(super) flags: u8,
     /// As it is on the wire, scaled.
     pub(super) window: u16,
+    /// Whole words.
+    pub(super) options: &'a [u8],
+    pub(super) data: &'a [u8],
 }
 
-impl Segment {
+impl Segment<'_> {
     /// Gives it to the socket it is for. Packets like it may be held off: it
     /// carries the mark that passes.
     pub(super) fn deliver(&self) -> Result<()> {
         let (from, to) = (self.from.ip().to_canonical(), self.to.ip().to_canonical());
-        let mut tcp = Vec::with_capacity(20);
+        let head = 20 + self.options.len();
+        let mut tcp = Vec::with_capacity(head + self.data.len());
         tcp.extend(self.from.port().to_be_bytes());
         tcp.extend(self.to.port().to_be_bytes());
         tcp.extend(self.seq.to_be_bytes());
         tcp.extend(self.ack.to_be_bytes());
-        const ACK: u8 = 0x10;
-        tcp.extend([5 << 4, ACK | u8::from(self.fin)]);
+        tcp.extend([(head as u8 / 4) << 4, self.flags]);
         tcp.extend(self.window.to_be_bytes());
         tcp.extend([0; 4]);
+        tcp.extend(self.options);
+        tcp.extend(self.data);
         let sum = checksum(from, to, libc::IPPROTO_TCP as u8, &tcp);
         tcp[16..18].copy_from_slice(&sum.to_be_bytes());
         send(from, to, libc::IPPROTO_TCP as u8, &tcp)

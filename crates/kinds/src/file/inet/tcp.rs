@@ -23,13 +23,14 @@ use freezeframe_image::{RawRecord, Tag};
 use freezeframe_inject::Arg;
 use freezeframe_sys::fd::{self, setsockopt, setsockopt_i32};
 use freezeframe_sys::nft::Connection;
-use freezeframe_sys::tcp::{self, Seen, state};
+use freezeframe_sys::tcp::{self, Info, Seen, state};
 use nix::sys::socket::{MsgFlags, Shutdown, send, shutdown};
 use serde::{Deserialize, Serialize};
 
 use super::hold::Hold;
 use super::options::{self, set, set_int};
-use super::packet::Segment;
+use super::packet::{ACK, FIN, Segment};
+use super::waiting::{DELIVERY, Listener, Queue};
 use super::{Base, SOL, call_with, give, make, names, parse, what};
 use crate::about::{About, show};
 use crate::bytes::Bytes;
@@ -45,7 +46,7 @@ pub struct Tcp;
 
 static ABOUT: About = About {
     tag: Tag::new(*b"FTCP"),
-    version: 1,
+    version: 2,
     name: "tcp",
     title: "TCP sockets (IPv4 and IPv6)",
     manual: "tcp(7), ip(7), ipv6(7)",
@@ -73,24 +74,36 @@ static ABOUT: About = About {
         "tcp::connected_options",
         "tcp::closed",
         "tcp::without",
+        "tcp::waiting_without",
         "tcp::waiting",
+        "tcp::waiting6",
+        "tcp::waiting_mapped",
         "tcp::urgent",
     ],
     show: show::<Record>,
 };
 
 #[derive(Debug, Serialize, Deserialize)]
-struct Record {
+pub(super) struct Record {
     base: Base,
-    life: Life,
+    pub(super) life: Life,
+}
+
+impl Record {
+    pub(super) fn read(raw: &RawRecord) -> Result<Record> {
+        ABOUT.decode(raw)
+    }
+    pub(super) fn write(&self, subject: u64) -> Result<RawRecord> {
+        ABOUT.record(subject, self)
+    }
 }
 
 #[derive(Debug, Serialize, Deserialize)]
-enum Life {
+pub(super) enum Life {
     /// Neither listening nor connected, bound or not.
     Idle,
-    /// With this backlog.
-    Listening(u32),
+    /// With this backlog, and what waits to be accepted.
+    Listening(u32, Queue),
     /// Was connected.
     Closed,
     /// Is connected.
@@ -100,10 +113,10 @@ enum Life {
 }
 
 #[derive(Debug, Serialize, Deserialize)]
-struct Connected {
+pub(super) struct Connected {
     /// Of RFC 9293, as TCP_INFO numbers them.
-    state: u8,
-    peer: Bytes,
+    pub(super) state: u8,
+    pub(super) peer: Bytes,
     /// Behind everything written, a FIN included.
     send_seq: u32,
     /// Written, and not acknowledged.
@@ -113,19 +126,41 @@ struct Connected {
     /// Behind everything received, a FIN included.
     receive_seq: u32,
     /// Received, and not read.
-    receive: Bytes,
-    mss: u32,
+    pub(super) receive: Bytes,
+    pub(super) mss: u32,
     /// The peer's and ours, if windows are scaled.
-    scales: Option<(u8, u8)>,
-    sack: bool,
-    timestamp: Option<u32>,
+    pub(super) scales: Option<(u8, u8)>,
+    pub(super) sack: bool,
+    pub(super) timestamp: Option<u32>,
     /// `struct tcp_repair_window`.
-    window: [u32; 5],
+    pub(super) window: [u32; 5],
     /// The program has said that it reads no more.
     deaf: bool,
 }
 
 impl Connected {
+    /// As it was read; nothing is known of what has never been sent.
+    pub(super) fn of(info: Info, seen: Seen, peer: Vec<u8>) -> Connected {
+        const TIMESTAMPS: u8 = 1;
+        const SACK: u8 = 2;
+        const SCALES: u8 = 4;
+        let has = |option| info.options & option != 0;
+        Connected {
+            state: info.state,
+            peer: Bytes(peer),
+            send_seq: seen.send_seq,
+            send: Bytes(seen.send),
+            unsent: 0,
+            receive_seq: seen.receive_seq,
+            receive: Bytes(seen.receive),
+            mss: seen.mss as u32,
+            scales: has(SCALES).then_some((info.send_scale, info.receive_scale)),
+            sack: has(SACK),
+            timestamp: has(TIMESTAMPS).then_some(seen.timestamp as u32),
+            window: seen.window,
+            deaf: false,
+        }
+    }
     fn sent_fin(&self) -> bool {
         use state::{CLOSING, FIN_WAIT1, FIN_WAIT2, LAST_ACK};
         matches!(self.state, FIN_WAIT1 | FIN_WAIT2 | CLOSING | LAST_ACK)
@@ -135,7 +170,7 @@ impl Connected {
         matches!(self.state, CLOSE_WAIT | CLOSING | LAST_ACK)
     }
     /// The first sequence numbers of the queues.
-    fn starts(&self) -> (u32, u32) {
+    pub(super) fn starts(&self) -> (u32, u32) {
         let start = |seq: u32, fin: bool, queue: &[u8]| {
             seq.wrapping_sub(u32::from(fin))
                 .wrapping_sub(queue.len() as u32)
@@ -253,17 +288,26 @@ impl Talking for Tcp {
             let given = names(record.base.ino)
                 .iter()
                 .any(|n| options.inherit.contains_key(n));
-            if matches!(record.life, Life::Connected(_)) && !given {
-                waking.sleepers.push(Sleeper {
+            let sleepers = match &record.life {
+                Life::Connected(_) => &mut waking.sleepers,
+                Life::Listening(_, queue) if !queue.waiting.is_empty() => &mut waking.listeners,
+                _ => continue,
+            };
+            if !given {
+                sleepers.push(Sleeper {
                     id: item.id,
                     record,
                     socket: None,
                 });
             }
         }
-        if !waking.sleepers.is_empty() && !options.network_unlocked {
-            let all = waking.sleepers.iter().map(Sleeper::connection);
-            waking.hold = Some(Hold::start(all.collect::<Result<_>>()?)?);
+        let of_queues = waking.listeners.iter().filter_map(Sleeper::queue);
+        let all = waking.sleepers.iter().map(Sleeper::connection);
+        let all: Vec<_> = all
+            .chain(of_queues.flat_map(Queue::connections))
+            .collect::<Result<_>>()?;
+        if !all.is_empty() && !options.network_unlocked {
+            waking.hold = Some(Hold::start(all)?);
         }
         Ok(Box::new(waking))
     }
@@ -279,13 +323,17 @@ fn life(cx: &mut DumpCx<'_>, file: &FileView<'_>) -> Result<Life> {
     let peer = || fd::peer_address(ours).map_err(|e| file.blame(e));
     match info.state {
         state::LISTEN => {
+            let mut queue = Queue::default();
             if info.waiting > 0 && !cx.options.skip_in_flight {
-                return Err(file.refuse(format!(
-                    "{} TCP connections have not been accepted: not supported (--skip-in-flight lets them be reset)",
-                    info.waiting
-                )));
+                if let Some(why) = may_not_take(cx, file)? {
+                    return Err(file.refuse(format!(
+                        "{} TCP connections have not been accepted: {why} (--skip-in-flight leaves them out)",
+                        info.waiting
+                    )));
+                }
+                queue.seen = info.waiting;
             }
-            Ok(Life::Listening(info.backlog))
+            Ok(Life::Listening(info.backlog, queue))
         }
         state::CLOSE => {
             let readable = fd::ioctl::readable_bytes(ours).unwrap_or(0);
@@ -320,25 +368,7 @@ fn life(cx: &mut DumpCx<'_>, file: &FileView<'_>) -> Result<Life> {
             if nix::sys::socket::recv(ours.as_raw_fd(), &mut [0], urgent).is_ok() {
                 return Err(file.refuse("unread urgent data of a TCP connection is not supported"));
             }
-            const TIMESTAMPS: u8 = 1;
-            const SACK: u8 = 2;
-            const SCALES: u8 = 4;
-            let has = |option| info.options & option != 0;
-            let mut found = Connected {
-                state: now,
-                peer: Bytes(peer()?),
-                send_seq: seen.send_seq,
-                send: Bytes(seen.send),
-                unsent: 0,
-                receive_seq: seen.receive_seq,
-                receive: Bytes(seen.receive),
-                mss: seen.mss as u32,
-                scales: has(SCALES).then_some((info.send_scale, info.receive_scale)),
-                sack: has(SACK),
-                timestamp: has(TIMESTAMPS).then_some(seen.timestamp as u32),
-                window: seen.window,
-                deaf: false,
-            };
+            let mut found = Connected::of(info, seen, peer()?);
             let never_sent = fd::ioctl::never_sent_bytes(ours).map_err(|e| file.blame(e))?;
             let fin = usize::from(found.sent_fin());
             found.unsent = never_sent.saturating_sub(fin).min(found.send.len()) as u32;
@@ -347,6 +377,20 @@ fn life(cx: &mut DumpCx<'_>, file: &FileView<'_>) -> Result<Life> {
         }
         other => Err(file.refuse(format!("TCP state {other} is not supported"))),
     }
+}
+
+/// Why connections that wait to be accepted are not carried; none if they are.
+fn may_not_take(cx: &DumpCx<'_>, file: &FileView<'_>) -> Result<Option<&'static str>> {
+    let options = cx.options;
+    let device = fd::getsockopt(file.ours()?, SOL, libc::SO_BINDTODEVICE, 16);
+    Ok(match () {
+        () if !options.tcp_established || options.tcp_close => Some("that needs --tcp-established"),
+        () if !options.kills => Some("not supported for a tree that runs on"),
+        () if !device.map_err(|e| file.blame(e))?.is_empty() => {
+            Some("not supported on a socket that is bound to a device")
+        }
+        () => None,
+    })
 }
 
 impl FileKind for Tcp {
@@ -368,7 +412,17 @@ impl FileKind for Tcp {
         } else {
             life(cx, file)?
         };
-        ABOUT.record(file.subject(), &Record { base, life })
+        let listens = matches!(life, Life::Listening(..));
+        let record = Record { base, life }.write(file.subject())?;
+        if listens && !cx.options.skip_in_flight && may_not_take(cx, file)?.is_none() {
+            let dup = file.ours()?.try_clone_to_owned();
+            cx.orphans.push(Box::new(Listener {
+                socket: dup.map_err(|e| Error::io("dup", e))?,
+                record: record.clone(),
+                unlocked: cx.options.network_unlocked,
+            }));
+        }
+        Ok(record)
     }
     fn restore(&self, cx: &mut RestoreFiles<'_>, group: &[FileItem<'_>]) -> Result<()> {
         for item in group {
@@ -391,9 +445,22 @@ impl FileKind for Tcp {
                     ));
                 }
                 Life::Closed => close(cx, socket, base),
-                Life::Idle | Life::Listening(_) => {
+                Life::Listening(_, queue) if !queue.waiting.is_empty() && !talks(cx.options) => {
+                    return Err(Error::new(
+                        Kind::Usage,
+                        "the image has TCP connections that wait to be accepted: restore it with --tcp-established, or --tcp-close",
+                    ));
+                }
+                Life::Idle | Life::Listening(..) => {
                     bind(cx, socket, base);
-                    if let Life::Listening(backlog) = record.life {
+                    if let Life::Listening(backlog, queue) = &record.life {
+                        if queue.waiting.is_empty() && queue.seen > 0 {
+                            cx.warnings.push(format!(
+                                "{}: {} TCP connections that waited to be accepted are not in the image: its dump was killed",
+                                item.common.name, queue.seen
+                            ));
+                        }
+                        let backlog = *backlog;
                         let args = [socket, backlog.into()];
                         cx.batch.call("listen", libc::SYS_listen, args);
                     }
@@ -406,6 +473,11 @@ impl FileKind for Tcp {
         }
         Ok(())
     }
+}
+
+/// Whether it is said what becomes of connections.
+fn talks(options: &RestoreOptions) -> bool {
+    options.tcp_established || options.tcp_close
 }
 
 /// Options and address. What was there before may not mind us: the port of a
@@ -503,6 +575,8 @@ fn connect(cx: &mut RestoreFiles<'_>, socket: Arg, base: &Base, found: &Connecte
 #[derive(Default)]
 struct Connections {
     sleepers: Vec<Sleeper>,
+    /// Sockets with connections that wait to be accepted.
+    listeners: Vec<Sleeper>,
     hold: Option<Hold>,
 }
 
@@ -518,33 +592,60 @@ impl fmt::Debug for Connections {
     }
 }
 
-/// How long the kernel may take for a packet from ourselves to ourselves.
-const DELIVERY: Duration = Duration::from_secs(5);
-
 impl Waking for Connections {
     fn take(&mut self, get: &mut dyn FnMut(FileId) -> Result<OwnedFd>) -> Result<()> {
-        for sleeper in &mut self.sleepers {
+        for sleeper in self.sleepers.iter_mut().chain(&mut self.listeners) {
             sleeper.socket = Some(get(sleeper.id)?);
         }
         Ok(())
     }
 
     fn wake(self: Box<Self>, image: &str) -> Result<()> {
-        let blame = |sleeper: &Sleeper, e: Error| match sleeper.connection() {
-            Ok(c) => e.on(format!("TCP connection {} to {}", c.local, c.peer)),
-            Err(_) => e,
-        };
-        for sleeper in &self.sleepers {
-            sleeper.close_in().map_err(|e| blame(sleeper, e))?;
+        let close_in = |s: &Sleeper| s.close_in().map_err(|e| blame(s.connection(), e));
+        self.sleepers.iter().try_for_each(close_in)?;
+        for listener in &self.listeners {
+            let queue = listener.queue();
+            queue.map_or(Ok(()), |queue| queue.put_back(listener.socket()?))?;
         }
         if let Some(hold) = self.hold {
             hold.end(image)?;
         }
-        for sleeper in &self.sleepers {
-            sleeper.open_up().map_err(|e| blame(sleeper, e))?;
-        }
-        Ok(())
+        let open_up = |s: &Sleeper| s.open_up().map_err(|e| blame(s.connection(), e));
+        self.sleepers.iter().try_for_each(open_up)
     }
+}
+
+/// Says in an error which connection it is about.
+pub(super) fn blame(connection: Result<Connection>, e: Error) -> Error {
+    match connection {
+        Ok(c) => e.on(format!("TCP connection {} to {}", c.local, c.peer)),
+        Err(_) => e,
+    }
+}
+
+/// `struct tcp_repair_window` of a connection that gets `next` next, before
+/// packets are made for it: the peer's window and its largest.
+pub(super) fn repaired(next: u32, window: u32, largest: u32) -> [u32; 5] {
+    [next.wrapping_sub(1), window, largest, PIECE as u32, next]
+}
+
+/// Sets the windows, which packets change.
+pub(super) fn set_window(socket: &OwnedFd, window: [u32; 5]) -> Result<()> {
+    let bytes: Vec<u8> = window.iter().flat_map(|w| w.to_ne_bytes()).collect();
+    setsockopt(socket, libc::SOL_TCP, tcp::TCP_REPAIR_WINDOW, &bytes)
+}
+
+/// Sends our FIN, to nobody.
+pub(super) fn shut(socket: &OwnedFd) -> Result<()> {
+    setsockopt_i32(
+        socket,
+        libc::SOL_TCP,
+        libc::TCP_REPAIR_QUEUE,
+        tcp::SEND_QUEUE,
+    )?;
+    let shut = shutdown(socket.as_raw_fd(), Shutdown::Write);
+    shut.map_err(|e| Error::syscall("shutdown(TCP)", e as i32))?;
+    setsockopt_i32(socket, libc::SOL_TCP, libc::TCP_REPAIR_QUEUE, tcp::NO_QUEUE)
 }
 
 impl Sleeper {
@@ -554,6 +655,12 @@ impl Sleeper {
             local: self.record.base.address()?,
             peer: peer.ok_or_else(|| Error::corrupt("a connection without its peer"))?,
         })
+    }
+    fn queue(&self) -> Option<&Queue> {
+        match &self.record.life {
+            Life::Listening(_, queue) => Some(queue),
+            _ => None,
+        }
     }
     fn connected(&self) -> Result<&Connected> {
         match &self.record.life {
@@ -580,52 +687,36 @@ impl Sleeper {
         // Where the next byte of the peer's would be, before its FIN.
         let next = found.receive_seq - u32::from(found.received_fin());
         if found.state != state::ESTABLISHED {
-            self.window([
-                next.wrapping_sub(1),
-                found.window[1],
-                found.window[2],
-                PIECE as u32,
-                next,
-            ])?;
+            let window = repaired(next, found.window[1], found.window[2]);
+            set_window(self.socket()?, window)?;
         }
-        let segment = |fin, seq, ack| Segment {
+        let segment = |flags, seq, ack| Segment {
             from: peer,
             to: local,
             seq,
             ack,
-            fin,
+            flags,
             window,
+            options: &[],
+            data: &[],
         };
         // With unsent bytes our FIN has not been sent either: it comes after them.
         if found.sent_fin() && found.state != state::LAST_ACK && found.unsent == 0 {
-            self.shut()?;
+            shut(self.socket()?)?;
         }
         if found.received_fin() {
-            segment(true, next, send_start).deliver()?;
+            segment(FIN | ACK, next, send_start).deliver()?;
             self.reaches(|now| !matches!(now, state::ESTABLISHED | state::FIN_WAIT1))?;
         }
         match found.state {
-            state::LAST_ACK if found.unsent == 0 => self.shut()?,
+            state::LAST_ACK if found.unsent == 0 => shut(self.socket()?)?,
             state::FIN_WAIT2 => {
-                segment(false, next, found.send_seq).deliver()?;
+                segment(ACK, next, found.send_seq).deliver()?;
                 self.reaches(|now| now == state::FIN_WAIT2)?;
             }
             _ => {}
         }
-        self.window(found.window)
-    }
-
-    fn window(&self, window: [u32; 5]) -> Result<()> {
-        let bytes: Vec<u8> = window.iter().flat_map(|w| w.to_ne_bytes()).collect();
-        let socket = self.socket()?;
-        setsockopt(socket, libc::SOL_TCP, tcp::TCP_REPAIR_WINDOW, &bytes)
-    }
-
-    /// Sends our FIN, to nobody.
-    fn shut(&self) -> Result<()> {
-        self.set(libc::TCP_REPAIR_QUEUE, tcp::SEND_QUEUE)?;
-        self.shutdown(Shutdown::Write)?;
-        self.set(libc::TCP_REPAIR_QUEUE, tcp::NO_QUEUE)
+        set_window(self.socket()?, found.window)
     }
 
     fn shutdown(&self, how: Shutdown) -> Result<()> {
