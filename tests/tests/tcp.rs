@@ -7,6 +7,7 @@
     reason = "a test that cannot set itself up has to fail on the spot"
 )]
 
+use freezeframe_sys::{pidfd, tcp};
 use freezeframe_tests::run::{DEADLINE, Scene, Target, own_network, program_binary, rules};
 use freezeframe_tests::snapshot::{Snapshot, children, state_of};
 use freezeframe_tests::tool::{Outcome, binary};
@@ -98,62 +99,7 @@ impl Echo {
         self.peer.shutdown(std::net::Shutdown::Write).unwrap();
         assert_eq!(self.peer.read(&mut [0; 1]).unwrap(), 0);
         self.scene.await_exit(&self.target).unwrap();
-        self.await_alone();
-    }
-
-    /// Waits until nothing is below us but the target: what the tool has left comes to us, forks of a live dump too.
-    fn await_alone(&self) {
-        let alone = || -> Result<bool, String> {
-            let mut left = children(std::process::id() as i32);
-            left.retain(|pid| *pid != self.target.pid);
-            for pid in &left {
-                let _ = waitpid(Pid::from_raw(*pid), Some(WaitPidFlag::WNOHANG));
-            }
-            Ok(left.is_empty())
-        };
-        self.scene
-            .await_that("the rest's end", alone, None)
-            .unwrap();
-    }
-
-    /// Whether the target is no more, reaping it if it is ours.
-    fn is_gone(&self) -> bool {
-        let pid = Pid::from_raw(self.target.pid);
-        let reaped = waitpid(pid, Some(WaitPidFlag::WNOHANG));
-        !matches!(reaped, Ok(WaitStatus::StillAlive)) && state_of(pid.as_raw()).is_none()
-    }
-
-    /// Starts the command, kills its visible process, the engine's, or both after a time, and waits until both are gone.
-    fn run_and_kill(&self, args: &[&str], who: usize, after: Duration) {
-        let mut tool = Command::new(binary())
-            .args(args)
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
-        let start = Instant::now();
-        while start.elapsed() < after && !matches!(tool.try_wait(), Ok(Some(_))) {
-            std::hint::spin_loop();
-        }
-        let visible = tool.id() as i32;
-        let mut doomed = Vec::new();
-        let ended = matches!(tool.try_wait(), Ok(Some(_)));
-        if who != VISIBLE && !ended {
-            doomed.extend(
-                children(visible)
-                    .into_iter()
-                    .filter(|pid| *pid != self.target.pid),
-            );
-        }
-        if who != ENGINE && !ended {
-            doomed.push(visible);
-        }
-        for pid in doomed {
-            let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
-        }
-        tool.wait().unwrap();
-        self.await_alone();
+        await_alone(&self.scene, &self.target);
     }
 
     /// Whether the target answers `line`; if not, it has died.
@@ -176,7 +122,7 @@ impl Echo {
                 assert_eq!(String::from_utf8_lossy(&got), line);
                 break true;
             }
-            if self.is_gone() {
+            if is_gone(&self.target) {
                 assert!(got.is_empty());
                 break false;
             }
@@ -190,6 +136,60 @@ impl Echo {
         self.peer.set_nonblocking(false).unwrap();
         lives
     }
+}
+
+/// Waits until nothing is below us but the target: what the tool has left comes to us, forks of a live dump too.
+fn await_alone(scene: &Scene, target: &Target) {
+    let alone = || -> Result<bool, String> {
+        let mut left = children(std::process::id() as i32);
+        left.retain(|pid| *pid != target.pid);
+        for pid in &left {
+            let _ = waitpid(Pid::from_raw(*pid), Some(WaitPidFlag::WNOHANG));
+        }
+        Ok(left.is_empty())
+    };
+    scene.await_that("the rest's end", alone, None).unwrap();
+}
+
+/// Whether the target is no more, reaping it if it is ours.
+fn is_gone(target: &Target) -> bool {
+    let pid = Pid::from_raw(target.pid);
+    let reaped = waitpid(pid, Some(WaitPidFlag::WNOHANG));
+    !matches!(reaped, Ok(WaitStatus::StillAlive)) && state_of(pid.as_raw()).is_none()
+}
+
+/// Starts the command, kills its visible process, the engine's, or both after a time, if it has not ended, and waits
+/// until both are gone.
+fn run_and_kill((scene, target): (&Scene, &Target), args: &[&str], who: usize, after: Duration) {
+    let mut tool = Command::new(binary())
+        .args(args)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let start = Instant::now();
+    while start.elapsed() < after && !matches!(tool.try_wait(), Ok(Some(_))) {
+        std::hint::spin_loop();
+    }
+    let visible = tool.id() as i32;
+    let mut doomed = Vec::new();
+    let ended = matches!(tool.try_wait(), Ok(Some(_)));
+    if who != VISIBLE && !ended {
+        doomed.extend(
+            children(visible)
+                .into_iter()
+                .filter(|pid| *pid != target.pid),
+        );
+    }
+    if who != ENGINE && !ended {
+        doomed.push(visible);
+    }
+    for pid in doomed {
+        let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+    }
+    tool.wait().unwrap();
+    await_alone(scene, target);
 }
 
 const VISIBLE: usize = 0;
@@ -282,7 +282,8 @@ fn whenever_the_tool_is_killed_no_rule_stays_and_the_peer_sees_nothing() {
             last if last + 1 == ROUNDS / 3 => DEADLINE,
             later => dumping * later / (ROUNDS / 4),
         };
-        echo.run_and_kill(&args, round as usize % 3, after);
+        let ours = (&echo.scene, &echo.target);
+        run_and_kill(ours, &args, round as usize % 3, after);
         let line = echo.say();
         if echo.lives(&line) {
             assert_eq!(rules().unwrap(), Vec::<String>::new(), "round {round}");
@@ -293,8 +294,13 @@ fn whenever_the_tool_is_killed_no_rule_stays_and_the_peer_sees_nothing() {
         assert!(fs::metadata(echo.scene.path(&images).join("freezeframe.img")).is_ok());
         // The restore is killed too, where people can: its visible process. (See ARCHITECTURE.md of its very end.)
         let args = ["restore", "-D", &dir, "-d", ESTABLISHED];
-        echo.run_and_kill(&args, VISIBLE, restoring * (died % 8) / 8);
-        if echo.is_gone() {
+        run_and_kill(
+            (&echo.scene, &echo.target),
+            &args,
+            VISIBLE,
+            restoring * (died % 8) / 8,
+        );
+        if is_gone(&echo.target) {
             again += 1;
             echo.restore(&images);
         }
@@ -305,4 +311,203 @@ fn whenever_the_tool_is_killed_no_rule_stays_and_the_peer_sees_nothing() {
     assert!(lived > 0 && died > 0, "{lived} lived, {died} died");
     eprintln!("{lived} lived, {died} died, {again} were restored twice");
     echo.finish();
+}
+
+/// A process that listens, and peers outside that it has not accepted.
+struct Waiting {
+    scene: Scene,
+    target: Target,
+    peers: Vec<TcpStream>,
+}
+
+impl Waiting {
+    fn start() -> Waiting {
+        own_network().unwrap();
+        let scene = Scene::new().unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut command = Command::new(program_binary());
+        command
+            .args(["exec", "/bin/sleep", "1000"])
+            .stdin(OwnedFd::from(listener))
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .current_dir("/");
+        let pid = command.spawn().unwrap().id() as i32;
+        let target = Target { pid };
+        let is_asleep = || Ok(state_of(target.pid) == Some('S') && comm_of(&target) == "sleep");
+        let asleep = scene.await_that("sleep", is_asleep, None);
+        asleep.unwrap();
+        let mut waiting = Waiting {
+            scene,
+            target,
+            peers: Vec::new(),
+        };
+        waiting.connect();
+        waiting
+    }
+
+    /// The target's listening socket.
+    fn listener(&self) -> TcpListener {
+        let pidfd = pidfd::pidfd_open(freezeframe_sys::ids::Pid(self.target.pid)).unwrap();
+        TcpListener::from(pidfd::pidfd_getfd(&pidfd, 0).unwrap())
+    }
+
+    /// Two more connect, of which one says something at once.
+    fn connect(&mut self) {
+        let to = self.listener().local_addr().unwrap();
+        let before = self.waiting();
+        for said in [&b""[..], b"at once "] {
+            let mut peer = TcpStream::connect(to).unwrap();
+            peer.write_all(said).unwrap();
+            peer.set_read_timeout(Some(DEADLINE)).unwrap();
+            self.peers.push(peer);
+        }
+        let there = || Ok(self.waiting() == before + 2);
+        self.scene.await_that("connections", there, None).unwrap();
+    }
+
+    fn waiting(&self) -> u32 {
+        tcp::info(self.listener()).unwrap().waiting
+    }
+
+    /// All are accepted and talk, in their order.
+    fn serve(&mut self) {
+        let listener = self.listener();
+        assert_eq!(self.waiting() as usize, self.peers.len());
+        for (n, mut peer) in self.peers.drain(..).enumerate() {
+            let (mut end, from) = listener.accept().unwrap();
+            assert_eq!(from, peer.local_addr().unwrap());
+            end.set_read_timeout(Some(DEADLINE)).unwrap();
+            peer.write_all(b"later").unwrap();
+            let words = [&b"later"[..], b"at once later"][n % 2];
+            let mut got = vec![0; words.len()];
+            end.read_exact(&mut got).unwrap();
+            assert_eq!(got, words);
+            end.write_all(b"answer").unwrap();
+            let mut got = [0; 6];
+            peer.read_exact(&mut got).unwrap();
+            assert_eq!(&got, b"answer");
+        }
+        assert_eq!(rules().unwrap(), Vec::<String>::new());
+    }
+
+    fn dump(&self, images: &str, more: &[&str]) -> Outcome {
+        self.scene.dump_pid(self.target.pid, images, more).unwrap()
+    }
+
+    fn end(&self, images: &str) {
+        let before = Snapshot::take(self.target.pid);
+        self.dump(images, &[ESTABLISHED]).must_exit(0).unwrap();
+        self.scene.await_gone(&before, DEADLINE).unwrap();
+    }
+
+    fn restore(&self, images: &str) -> Outcome {
+        let restored = self
+            .scene
+            .restore_pid(self.target.pid, images, &[ESTABLISHED]);
+        restored.unwrap().1
+    }
+}
+
+fn comm_of(target: &Target) -> String {
+    let comm = fs::read_to_string(format!("/proc/{}/comm", target.pid));
+    comm.unwrap_or_default().trim_end().to_owned()
+}
+
+#[test]
+fn peers_that_wait_to_be_accepted_see_nothing() {
+    let mut waiting = Waiting::start();
+    for images in ["img0", "img1"] {
+        waiting.end(images);
+        assert_eq!(rules().unwrap().len(), 1);
+        waiting.scene.verify(images).unwrap();
+        let dir = waiting.scene.path(images).to_string_lossy().into_owned();
+        let refused =
+            freezeframe_tests::tool::freezeframe(&["restore", "-D", &dir, "-d"], DEADLINE);
+        let refused = refused.unwrap().must_exit(2).unwrap();
+        assert!(refused.stderr.contains(ESTABLISHED), "{}", refused.told());
+        waiting.restore(images);
+        assert_eq!(rules().unwrap(), Vec::<String>::new());
+        waiting.connect();
+    }
+    waiting.serve();
+}
+
+#[test]
+fn peers_that_wait_are_left_alone_where_the_tree_runs_on() {
+    let mut waiting = Waiting::start();
+    for (images, way) in [("img0", "--leave-running"), ("img1", "--live")] {
+        let refused = waiting.dump(images, &[ESTABLISHED, way]).must_exit(1);
+        let refused = refused.unwrap();
+        assert!(refused.stderr.contains("runs on"), "{}", refused.told());
+        let left_out = [ESTABLISHED, way, "--skip-in-flight"];
+        waiting.dump(images, &left_out).must_exit(0).unwrap();
+    }
+    waiting.serve();
+}
+
+#[test]
+fn peers_that_wait_and_are_left_out_are_reset() {
+    let mut waiting = Waiting::start();
+    let before = Snapshot::take(waiting.target.pid);
+    let more = [ESTABLISHED, "--skip-in-flight"];
+    waiting.dump("img", &more).must_exit(0).unwrap();
+    waiting.scene.await_gone(&before, DEADLINE).unwrap();
+    assert_eq!(rules().unwrap(), Vec::<String>::new());
+    for peer in &mut waiting.peers {
+        let end = peer.read(&mut [0; 1]).map_err(|e| e.kind());
+        assert_eq!(end, Err(ErrorKind::ConnectionReset));
+    }
+    waiting.peers.clear();
+    waiting.restore("img");
+    waiting.connect();
+    waiting.serve();
+}
+
+#[test]
+fn whenever_a_dump_is_killed_those_that_wait_are_in_the_tree_or_in_its_image() {
+    const ROUNDS: u32 = 16;
+    let mut waiting = Waiting::start();
+    let pid = waiting.target.pid.to_string();
+    let start = Instant::now();
+    waiting.end("first");
+    let dumping = start.elapsed();
+    waiting.restore("first");
+    let (mut lived, mut died, mut lost) = (0, 0, 0);
+    for round in 0..ROUNDS {
+        let images = format!("img{round}");
+        let dir = waiting.scene.path(&images);
+        fs::create_dir_all(&dir).unwrap();
+        let dir = dir.to_string_lossy().into_owned();
+        let args = ["dump", "-t", &pid, "-D", &dir, "--no-sync", ESTABLISHED];
+        let who = round as usize % 2;
+        // The last comes to its end, however long that takes.
+        let after = match round + 1 {
+            ROUNDS => DEADLINE,
+            _ => dumping * (round / 2) / (ROUNDS / 3),
+        };
+        run_and_kill((&waiting.scene, &waiting.target), &args, who, after);
+        if state_of(waiting.target.pid).is_some() && !is_gone(&waiting.target) {
+            assert_eq!(waiting.waiting() as usize, waiting.peers.len());
+            assert_eq!(rules().unwrap(), Vec::<String>::new(), "round {round}");
+            lived += 1;
+            continue;
+        }
+        died += 1;
+        let restored = waiting.restore(&images);
+        if waiting.waiting() == 0 && who == ENGINE {
+            // Killed between the end of the tree and the end of the dump.
+            let told = restored.stderr.contains("not in the image");
+            assert!(told, "{}", restored.told());
+            lost += 1;
+            waiting.peers.clear();
+            waiting.connect();
+        }
+        waiting.serve();
+        waiting.connect();
+        fs::remove_dir_all(&dir).unwrap();
+    }
+    assert!(died > lost, "{lived} lived, {died} died, {lost} lost");
+    eprintln!("{lived} lived, {died} died, {lost} had lost them");
+    waiting.serve();
 }

@@ -102,6 +102,14 @@ fn note(image: &str) -> String {
     format!("held off until image {image} is restored, or an hour is over")
 }
 
+/// Ends what a dump that was killed may have left for its image. Where that cannot
+/// be, there is nothing.
+pub fn forget(image: &str) {
+    if let Ok(mut nft) = Nft::open() {
+        let _ = end_of_image(&mut nft, image);
+    }
+}
+
 /// Ends what an image's dump has left, if anything.
 fn end_of_image(nft: &mut Nft, image: &str) -> Result<()> {
     match nft.delete(&format!("{PREFIX}{image}")) {

@@ -27,7 +27,7 @@ use freezeframe_sys::tcp::{self, Info, Seen, state};
 use nix::sys::socket::{MsgFlags, Shutdown, send, shutdown};
 use serde::{Deserialize, Serialize};
 
-use super::hold::Hold;
+use super::hold::{self, Hold};
 use super::options::{self, set, set_int};
 use super::packet::{ACK, FIN, Segment};
 use super::waiting::{DELIVERY, Listener, Queue};
@@ -51,8 +51,8 @@ static ABOUT: About = About {
     title: "TCP sockets (IPv4 and IPv6)",
     manual: "tcp(7), ip(7), ipv6(7)",
     since: "6.0",
-    carried: "unbound, bound, listening (backlog); with `--tcp-established` connections in every state an open descriptor can show: sequence numbers, what is queued either way, MSS, window scales, SACK, timestamps, windows, half-closed and closing ones; with `--tcp-close` connections come back closed. Options (reuse, keepalive and its times, no delay, linger, buffer sizes, timeouts, TOS, IPv6 only, bound device, congestion control, classic BPF filter, ...). Packets are held off by nf_tables while the ends do not answer: by a table that goes with us, and between dump and restore by `inet freezeframe-IMAGE`, which the restore deletes, and which holds nothing any more after an hour",
-    refused: "connections without `--tcp-established` or `--tcp-close` (\"an established TCP connection\"), connections being made (\"a TCP connection that is being made (connect(2))\"), connections not accepted yet (\"have not been accepted\"; with `--skip-in-flight` they are reset), unread urgent data, unread data of a closed connection, MPTCP and kTLS, eBPF filters. Not carried: congestion window and round-trip times, ECN, BPF programs of a SO_REUSEPORT group, MD5 and AO keys, the error that a failed connection waits to tell",
+    carried: "unbound, bound, listening (backlog); with `--tcp-established` connections in every state an open descriptor can show: sequence numbers, what is queued either way, MSS, window scales, SACK, timestamps, windows, half-closed and closing ones, those that wait to be accepted (by a dump that ends the tree: they are taken when it is dead); with `--tcp-close` connections come back closed. Options (reuse, keepalive and its times, no delay, linger, buffer sizes, timeouts, TOS, IPv6 only, bound device, congestion control, classic BPF filter, ...). Packets are held off by nf_tables while the ends do not answer: by a table that goes with us, and between dump and restore by `inet freezeframe-IMAGE`, which the restore deletes, and which holds nothing any more after an hour",
+    refused: "connections without `--tcp-established` or `--tcp-close` (\"an established TCP connection\"), connections being made (\"a TCP connection that is being made (connect(2))\"), connections not accepted yet without `--tcp-established`, with `--leave-running` or `--live`, or on a socket bound to a device (\"have not been accepted\"; with `--skip-in-flight` they are left out: reset if the tree is ended), unread urgent data, unread data of a closed connection, MPTCP and kTLS, eBPF filters. Not carried: congestion window and round-trip times, ECN, BPF programs of a SO_REUSEPORT group (of which any may get those that wait to be accepted), MD5 and AO keys, the error that a failed connection waits to tell",
     programs: &[
         "tcp::fresh",
         "tcp::bound",
@@ -288,6 +288,7 @@ impl Talking for Tcp {
             let given = names(record.base.ino)
                 .iter()
                 .any(|n| options.inherit.contains_key(n));
+            waking.may_be_held |= matches!(record.life, Life::Listening(..));
             let sleepers = match &record.life {
                 Life::Connected(_) => &mut waking.sleepers,
                 Life::Listening(_, queue) if !queue.waiting.is_empty() => &mut waking.listeners,
@@ -577,6 +578,8 @@ struct Connections {
     sleepers: Vec<Sleeper>,
     /// Sockets with connections that wait to be accepted.
     listeners: Vec<Sleeper>,
+    /// Its dump may have been killed while it took such connections.
+    may_be_held: bool,
     hold: Option<Hold>,
 }
 
@@ -607,8 +610,10 @@ impl Waking for Connections {
             let queue = listener.queue();
             queue.map_or(Ok(()), |queue| queue.put_back(listener.socket()?))?;
         }
-        if let Some(hold) = self.hold {
-            hold.end(image)?;
+        match self.hold {
+            Some(hold) => hold.end(image)?,
+            None if self.may_be_held => hold::forget(image),
+            None => {}
         }
         let open_up = |s: &Sleeper| s.open_up().map_err(|e| blame(s.connection(), e));
         self.sleepers.iter().try_for_each(open_up)
