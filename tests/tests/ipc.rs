@@ -95,3 +95,36 @@ fn a_segment_that_others_use_is_refused() {
     scene.finish(target, &program, &before, mode).unwrap();
     assert_eq!(ipc_left().unwrap(), Vec::<String>::new());
 }
+
+#[test]
+fn a_segment_whose_key_is_taken_is_refused() {
+    own_ipc().unwrap();
+    let scene = Scene::new().unwrap();
+    let (program, target, before) = scene.start_program("sysv::segment_by_key").unwrap();
+    let dumped = scene.dump_pid(target.pid, "img", &[]).unwrap();
+    dumped.must_exit(0).unwrap();
+    scene.await_gone(&before, DEADLINE).unwrap();
+    let id = only_segment();
+    sysv::shm_remove(id).unwrap();
+    // Another program has made its own meanwhile.
+    let beside = Scene::new().unwrap();
+    let (_, other, _) = beside.start_program("sysv::segment_by_key").unwrap();
+    let taken = only_segment();
+    assert_ne!(taken, id);
+    let dir = scene.path("img").to_string_lossy().into_owned();
+    let refused = freezeframe(&["restore", "-D", &dir, "-d"], DEADLINE).unwrap();
+    let refused = refused.must_exit(1).unwrap();
+    let words = "shared memory with the key 0x46460005 exists already";
+    assert!(refused.stderr.contains(words), "{}", refused.told());
+    assert_eq!(only_segment(), taken);
+    // The id that the restore wanted is not given to whoever makes the next one.
+    let third = Scene::new().unwrap();
+    let (_, next, _) = third.start_program("sysv::segment_of_postgres").unwrap();
+    assert!(sysv::shm_stat(id).is_err());
+    end(&third, &next);
+    end(&beside, &other);
+    assert_eq!(ipc_left().unwrap(), Vec::<String>::new());
+    let target = scene.restore_pid(target.pid, "img", &[]).unwrap().0;
+    let mode = Mode::Restore;
+    scene.finish(target, &program, &before, mode).unwrap();
+}

@@ -6,7 +6,39 @@ use super::{Cx, Need, Program};
 use std::os::fd::{AsRawFd, OwnedFd};
 
 pub(super) const PROGRAMS: &[Program] = &[
-    Program::new("io_uring", "an io_uring", io_uring).carried_or_refused("io_uring"),
+    Program::new("io_uring", "an io_uring", io_uring).refused("io_uring is not supported"),
+    Program::new(
+        "io_uring_mapped",
+        "an io_uring with its rings mapped",
+        io_uring_mapped,
+    )
+    .refused("an io_uring ring is not supported"),
+    Program::new(
+        "userfaultfd_device",
+        "the device for userfaultfds",
+        userfaultfd_device,
+    )
+    .refused("userfaultfd (/dev/userfaultfd) is not supported")
+    .needs(&[USERFAULTFD_DEVICE]),
+    Program::new("tun", "the device for TUN and TAP interfaces", tun)
+        .refused("TUN/TAP (/dev/net/tun) is not supported")
+        .needs(&[TUN]),
+    Program::new("tap", "a TAP interface", tap)
+        .refused("TUN/TAP (/dev/net/tun) is not supported")
+        .needs(&[TUN]),
+    Program::new("fuse", "the device of FUSE", fuse)
+        .refused("FUSE (/dev/fuse) is not supported")
+        .needs(&[FUSE]),
+    Program::new("kvm", "the device of KVM", kvm)
+        .refused("KVM (/dev/kvm) is not supported")
+        .needs(&[KVM]),
+    Program::new(
+        "kvm_machine",
+        "a virtual machine of KVM, its device closed",
+        kvm_machine,
+    )
+    .refused("a KVM virtual machine is not supported")
+    .needs(&[KVM_MACHINE]),
     Program::new(
         "userfaultfd",
         "a userfaultfd with a registered range",
@@ -78,6 +110,26 @@ const VSOCK: Need = Need {
     what: "kernel option CONFIG_VSOCKETS",
     here: || new_vsock().is_ok(),
 };
+const TUN: Need = Need {
+    what: "kernel option CONFIG_TUN",
+    here: || device("/dev/net/tun").is_ok(),
+};
+const FUSE: Need = Need {
+    what: "kernel option CONFIG_FUSE_FS",
+    here: || device("/dev/fuse").is_ok(),
+};
+const USERFAULTFD_DEVICE: Need = Need {
+    what: "kernel option CONFIG_USERFAULTFD (Linux 6.1)",
+    here: || device("/dev/userfaultfd").is_ok(),
+};
+const KVM: Need = Need {
+    what: "kernel option CONFIG_KVM",
+    here: || device("/dev/kvm").is_ok(),
+};
+const KVM_MACHINE: Need = Need {
+    what: "virtualization by KVM",
+    here: || new_machine().is_ok(),
+};
 const PERF: Need = Need {
     what: "kernel option CONFIG_PERF_EVENTS",
     here: || new_perf_event().is_ok(),
@@ -104,6 +156,81 @@ fn io_uring(cx: &Cx) {
     cx.check(good(cx), || "spoilt".to_owned());
     let entered = os::syscall(libc::SYS_io_uring_enter, [os::raw(&ring), 0, 0, 0, 0, 0]);
     cx.check(entered.is_ok(), || format!("io_uring_enter: {entered:?}"));
+}
+
+fn io_uring_mapped(cx: &Cx) {
+    let mut parameters = [0u32; 30];
+    let args = [4, os::at_mut(&mut parameters), 0, 0, 0, 0];
+    let ring = os::fd_from(libc::SYS_io_uring_setup, args).unwrap();
+    let region = Region::file(&ring, PAGE, libc::MAP_SHARED);
+    // The mapping alone: it keeps the rings.
+    drop(ring);
+    cx.check(good(cx), || "spoilt".to_owned());
+    cx.check(region.smaps("Rss") != "0 kB", || "it is empty".to_owned());
+}
+
+fn device(path: &str) -> os::Result<OwnedFd> {
+    os::open(path.as_ref(), libc::O_RDWR)
+}
+
+/// Has a device open, and finds it open.
+fn has_open(cx: &Cx, path: &str) {
+    let fd = device(path).unwrap();
+    cx.check(good(cx), || "spoilt".to_owned());
+    let link = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()));
+    cx.same("its name", link.ok(), Some(path.into()));
+}
+
+fn userfaultfd_device(cx: &Cx) {
+    has_open(cx, "/dev/userfaultfd");
+}
+
+fn tun(cx: &Cx) {
+    has_open(cx, "/dev/net/tun");
+}
+
+fn fuse(cx: &Cx) {
+    has_open(cx, "/dev/fuse");
+}
+
+fn kvm(cx: &Cx) {
+    has_open(cx, "/dev/kvm");
+}
+
+fn tap(cx: &Cx) {
+    const TUNSETIFF: usize = 0x4004_54ca;
+    const TUNGETIFF: usize = 0x8004_54d2;
+    const IFF_TAP: u8 = 2;
+    let fd = device("/dev/net/tun").unwrap();
+    // struct ifreq: name, flags.
+    let mut request = [0u8; 40];
+    request[..6].copy_from_slice(b"fftap%");
+    request[6] = b'd';
+    request[16] = IFF_TAP;
+    let args = [os::raw(&fd), TUNSETIFF, os::at_mut(&mut request), 0, 0, 0];
+    os::syscall(libc::SYS_ioctl, args).unwrap();
+    cx.check(good(cx), || "spoilt".to_owned());
+    let mut now = [0u8; 40];
+    let args = [os::raw(&fd), TUNGETIFF, os::at_mut(&mut now), 0, 0, 0];
+    os::syscall(libc::SYS_ioctl, args).ok();
+    cx.same("its name", &now[..16], &request[..16]);
+}
+
+fn new_machine() -> os::Result<OwnedFd> {
+    const KVM_CREATE_VM: usize = 0xae01;
+    let fd = device("/dev/kvm")?;
+    os::fd_from(libc::SYS_ioctl, [os::raw(&fd), KVM_CREATE_VM, 0, 0, 0, 0])
+}
+
+fn kvm_machine(cx: &Cx) {
+    const KVM_CHECK_EXTENSION: usize = 0xae03;
+    let fd = new_machine().unwrap();
+    cx.check(good(cx), || "spoilt".to_owned());
+    let asked = os::syscall(
+        libc::SYS_ioctl,
+        [os::raw(&fd), KVM_CHECK_EXTENSION, 3, 0, 0, 0],
+    );
+    cx.check(asked.is_ok(), || format!("KVM_CHECK_EXTENSION: {asked:?}"));
 }
 
 fn userfaultfd(cx: &Cx) {

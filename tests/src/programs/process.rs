@@ -1051,14 +1051,36 @@ fn timeouts_left(cx: &Cx) {
 }
 
 fn membarrier(cx: &Cx) {
-    const REGISTER_PRIVATE_EXPEDITED: usize = 1 << 4;
-    const REGISTER_SYNC_CORE: usize = 1 << 6;
     const GET_REGISTRATIONS: usize = 1 << 9;
-    let command = |command| os::syscall(libc::SYS_membarrier, [command, 0, 0, 0, 0, 0]).unwrap();
-    command(REGISTER_PRIVATE_EXPEDITED);
-    let was = command(GET_REGISTRATIONS);
-    cx.ready(|| command(REGISTER_SYNC_CORE));
-    cx.same("the registrations", command(GET_REGISTRATIONS), was);
+    /// What each is registered for is the bit below.
+    const GLOBAL: usize = 1 << 2;
+    const PRIVATE: usize = 1 << 4;
+    const SYNC_CORE: usize = 1 << 6;
+    const RSEQ: usize = 1 << 8;
+    let command = |command| os::syscall(libc::SYS_membarrier, [command, 0, 0, 0, 0, 0]);
+    for all in [GLOBAL, PRIVATE, RSEQ] {
+        command(all).unwrap();
+    }
+    let was = command(GET_REGISTRATIONS).unwrap();
+    let child = cx.child("child", |cx| {
+        cx.ready_unspoilt();
+        cx.same("a child's", command(GET_REGISTRATIONS).ok(), Some(was));
+    });
+    cx.ready(|| command(SYNC_CORE));
+    cx.same(
+        "the registrations",
+        command(GET_REGISTRATIONS).ok(),
+        Some(was),
+    );
+    for all in [GLOBAL, PRIVATE, RSEQ] {
+        cx.same("a barrier", command(all >> 1).ok(), Some(0));
+    }
+    cx.same(
+        "none registered",
+        os::errno(&command(SYNC_CORE >> 1)),
+        libc::EPERM,
+    );
+    cx.join("child", child);
 }
 
 fn memory_merge(cx: &Cx) {

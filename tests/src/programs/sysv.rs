@@ -63,6 +63,12 @@ pub(super) const PROGRAMS: &[Program] = &[
         "a message queue keeps its messages, and who waits for one goes on waiting",
         message_queue,
     ),
+    Program::new(
+        "own_namespace",
+        "semaphores in an IPC namespace of the tree's own",
+        own_namespace,
+    )
+    .refused("its IPC namespace"),
 ];
 
 const EXCL: i32 = libc::IPC_CREAT | libc::IPC_EXCL;
@@ -453,4 +459,13 @@ fn message_queue(cx: &Cx) {
     );
     cx.same("what", got, message(3));
     os::syscall(libc::SYS_msgctl, [id, libc::IPC_RMID as usize, 0, 0, 0, 0]).unwrap();
+}
+
+fn own_namespace(cx: &Cx) {
+    let args = [libc::CLONE_NEWIPC as usize, 0, 0, 0, 0, 0];
+    os::syscall(libc::SYS_unshare, args).unwrap();
+    let id = semaphores_of(0x4646_2003);
+    operate(id, 0, 3, 0).unwrap();
+    cx.ready(|| operate(id, 0, 1, 0));
+    cx.same("value", semaphore(id, 0, libc::GETVAL).ok(), Some(3));
 }

@@ -26,7 +26,7 @@ static ABOUT: About = About {
     manual: "null(4), full(4), random(4)",
     since: "",
     carried: "/dev/null, /dev/zero, /dev/full, /dev/random, /dev/urandom, by whatever name they were opened",
-    refused: "any other device (\"character device 10:229 is not supported\")",
+    refused: "any other device, by its name or its numbers",
     programs: &["files::char_devices"],
     show: show::<Record>,
 };

@@ -20,10 +20,16 @@ static ABOUT: About = About {
     manual: "proc_pid_fd(5)",
     since: "",
     carried: "what a plugin (`Plugin` in the library) says it carries",
-    refused: "all else: O_PATH descriptors of sockets (\"an O_PATH descriptor of a socket is not supported\"), io_uring, userfaultfd, bpf, perf_event, kvm, namespace files, other anonymous inodes by their names, devices by their numbers (\"character device 10:229 is not supported\")",
+    refused: "all else: O_PATH descriptors of sockets (\"an O_PATH descriptor of a socket is not supported\"), io_uring, userfaultfd, bpf, perf_event, namespace files, other anonymous inodes by their names, /dev/net/tun (\"TUN/TAP (/dev/net/tun) is not supported\"), /dev/kvm and what comes from it, /dev/fuse, /dev/nvidia*, other devices by their numbers (\"character device 10:235 (/dev/autofs) is not supported\")",
     programs: &[
         "beyond::io_uring",
         "beyond::userfaultfd",
+        "beyond::userfaultfd_device",
+        "beyond::tun",
+        "beyond::tap",
+        "beyond::fuse",
+        "beyond::kvm",
+        "beyond::kvm_machine",
         "beyond::perf_event",
         "beyond::bpf_map",
         "beyond::bpf_map_mapped",
@@ -131,11 +137,7 @@ const NAMESPACES: [&str; 8] = ["cgroup", "ipc", "mnt", "net", "pid", "time", "us
 fn what(link: &[u8], mode: u32, rdev: u64, opath: bool) -> String {
     let link = shown(link);
     let name = match mode & libc::S_IFMT {
-        libc::S_IFCHR => format!(
-            "character device {}:{} ({link})",
-            libc::major(rdev),
-            libc::minor(rdev)
-        ),
+        libc::S_IFCHR => device(&link, libc::major(rdev), libc::minor(rdev)),
         libc::S_IFBLK => format!("block device {}:{}", libc::major(rdev), libc::minor(rdev)),
         libc::S_IFSOCK => "a socket".to_string(),
         libc::S_IFDIR => "a directory without a name".to_string(),
@@ -147,6 +149,19 @@ fn what(link: &[u8], mode: u32, rdev: u64, opath: bool) -> String {
         ""
     };
     format!("{opath}{name} is not supported")
+}
+
+/// Character devices known by their numbers (admin-guide/devices.txt; NVIDIA's use 195).
+fn device(link: &str, major: u32, minor: u32) -> String {
+    let what = match (major, minor) {
+        (10, 200) => "TUN/TAP",
+        (10, 229) => "FUSE",
+        (10, 232) => "KVM",
+        (10, 257) => "userfaultfd",
+        (195, _) => "an NVIDIA device",
+        _ => return format!("character device {major}:{minor} ({link})"),
+    };
+    format!("{what} ({link})")
 }
 
 fn by_link(link: &str) -> String {
@@ -193,7 +208,15 @@ mod tests {
         );
         assert_eq!(
             what(b"/dev/fuse", libc::S_IFCHR, libc::makedev(10, 229), false),
-            "character device 10:229 (/dev/fuse) is not supported"
+            "FUSE (/dev/fuse) is not supported"
+        );
+        assert_eq!(
+            what(b"/dev/nvidia0", libc::S_IFCHR, libc::makedev(195, 0), false),
+            "an NVIDIA device (/dev/nvidia0) is not supported"
+        );
+        assert_eq!(
+            what(b"/dev/autofs", libc::S_IFCHR, libc::makedev(10, 235), false),
+            "character device 10:235 (/dev/autofs) is not supported"
         );
         assert_eq!(
             what(b"anon_inode:[eventfd]", 0o600, 0, true),

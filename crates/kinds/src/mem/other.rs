@@ -30,7 +30,12 @@ static ABOUT: About = About {
     since: "",
     carried: "what a plugin (`Plugin` in the library) says it carries",
     refused: "all else: devices (\"a mapping of a device is not supported\"), System V shared memory not attached by shmat(2), AIO rings (nothing tells whether requests are under way), secret memory, hugetlb, io_uring and perf rings, packet rings, dma-buf, uprobes (each as \"... is not supported\")",
-    programs: &["memory::secret", "memory::hugetlb", "beyond::aio"],
+    programs: &[
+        "memory::secret",
+        "memory::hugetlb",
+        "beyond::aio",
+        "beyond::io_uring_mapped",
+    ],
     show: show::<State>,
 };
 

@@ -20,12 +20,18 @@ static ABOUT: About = About {
     tag: Tag::new(*b"RBST"),
     version: 1,
     name: "robust-list",
-    title: "Robust futex list",
+    title: "Futexes: robust lists, and who waits",
     manual: "get_robust_list(2)",
     since: "",
     carried: "address of the list head",
     refused: "",
-    programs: &["threads::robust_list", "futexes::robust"],
+    programs: &[
+        "threads::robust_list",
+        "futexes::robust",
+        "futexes::waited_for",
+        "futexes::priority_inheritance",
+        "futexes::requeued",
+    ],
     show: show::<Record>,
 };
 
