@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 
 use freezeframe::{Error, Result, Target};
 use freezeframe_sys::fd;
-use freezeframe_sys::process::{Forked, fork_single_threaded};
+use freezeframe_sys::process::{self, Forked, fork_single_threaded};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, SigmaskHow, Signal};
@@ -143,6 +143,7 @@ pub(crate) fn in_child(work: impl FnOnce(Link) -> i32) -> Result<Ended> {
                 .into_iter()
                 .collect();
             let _ = stops.thread_swap_mask(SigmaskHow::SIG_BLOCK);
+            process::without_stop_notices();
             take_descriptors();
             let code = work(Link::new(Way::Child(theirs)));
             std::process::exit(code);

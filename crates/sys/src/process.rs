@@ -2,6 +2,7 @@
 #![allow(unsafe_code)]
 
 use freezeframe_error::{Error, Result, SysExt};
+use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 use nix::unistd::{ForkResult, fork};
 
 use crate::ids::Pid;
@@ -38,6 +39,15 @@ pub fn fork_single_threaded() -> Result<Forked> {
         ForkResult::Parent { child } => Ok(Forked::Parent(Pid(child.as_raw()))),
         ForkResult::Child => Ok(Forked::Child),
     }
+}
+
+/// Asks the kernel for no SIGCHLD when a child or tracee of this process stops (`SA_NOCLDSTOP`,
+/// sigaction(2)); the signal's action is the default one from then on. Each stop of a tracee
+/// would wake up a thread only to ignore it: tens of thousands of times for a thousand threads.
+pub fn without_stop_notices() {
+    let action = SigAction::new(SigHandler::SigDfl, SaFlags::SA_NOCLDSTOP, SigSet::empty());
+    // SAFETY: the default action runs no code of ours.
+    let _ = unsafe { sigaction(Signal::SIGCHLD, &action) };
 }
 
 #[cfg(test)]
