@@ -9,6 +9,9 @@ use std::borrow::Cow;
 use freezeframe_error::{Error, Result};
 use freezeframe_stub::layout::{OP_SIZE, OnResult, Op, Undo};
 
+/// How much longer than itself a batch is [for a visitor](Batch::for_a_visitor), at most.
+pub(crate) const VISITORS_MORE: usize = 2 * OP_SIZE + 48;
+
 /// A call within a [`Batch`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct OpRef(pub(crate) usize);
@@ -246,6 +249,42 @@ impl Batch {
             OnResult::Ignore => true,
             OnResult::Expect => result == call.expect,
         }
+    }
+
+    /// The same calls, none of which ends the batch, and then two that tell us of its end by
+    /// `socket` and wait until our end of that is closed.
+    pub(crate) fn for_a_visitor(&self, socket: i32) -> Batch {
+        let mut all = self.clone();
+        for call in &mut all.calls {
+            call.on_result = OnResult::Ignore;
+        }
+        let word = all.data(&1u64.to_le_bytes());
+        // struct pollfd { fd: i32, events: u16, revents: u16 }
+        let mut pollfd = socket.to_le_bytes().to_vec();
+        pollfd.extend_from_slice(&(libc::POLLRDHUP as u32).to_le_bytes());
+        let pollfd = all.data(&pollfd);
+        let tell: [Arg; 6] = [
+            socket.into(),
+            word.into(),
+            8.into(),
+            libc::MSG_NOSIGNAL.into(),
+            0.into(),
+            0.into(),
+        ];
+        let tell = all.call("sendto", libc::SYS_sendto, tell);
+        all.may_fail(tell);
+        let wait = [pollfd.into(), 1.into(), 0.into(), 0.into(), 0.into()];
+        let wait = all.call("ppoll", libc::SYS_ppoll, wait);
+        all.may_fail(wait);
+        all
+    }
+
+    /// How many of the calls were accepted one after the other, had each been made whatever the
+    /// one before returned.
+    pub(crate) fn accepted(&self, replies: &Replies) -> usize {
+        let mut indices = 0..self.calls.len();
+        let ended = indices.find(|&i| !self.accepts(i, replies.results[i]));
+        ended.unwrap_or(self.calls.len())
     }
 
     /// How many undo entries its calls can make.

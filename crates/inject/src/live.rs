@@ -34,7 +34,8 @@
 //! else is needed, and our death releases it. **S**: a SOCK_SEQPACKET pair; the
 //! stub runs the batch freely, sends how far it got and waits for more; our
 //! death is its end of file. S costs some calls to set up, and then a batch of
-//! any length costs two switches.
+//! any length costs two switches. Where many threads are asked the same, one of
+//! them does that for all (`visitors`).
 //!
 //! # What is not covered
 //!
@@ -43,8 +44,6 @@
 //! where that matters. A handler that runs on the death path between the
 //! stub's unblocking and its last jump sees a `rip` in the stub.
 
-use std::borrow::Borrow;
-use std::cell::Cell;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
@@ -52,296 +51,31 @@ use freezeframe_error::{Error, Kind, Result, ResultExt, SysExt};
 use freezeframe_stub::layout::{OP_SIZE, OnResult, Op, Undo};
 use freezeframe_stub::live as stub;
 use freezeframe_sys::ids::{Pid, Tid};
-use freezeframe_sys::mem::{self, Mem};
-use freezeframe_sys::pidfd;
-use freezeframe_sys::proc::{Map, ProcDir};
 use freezeframe_sys::ptrace::{self, Options, Regs, SyscallInfo};
 use nix::errno::Errno;
-use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::sys::socket::{self, MsgFlags, sockopt};
 use nix::sys::time::{TimeVal, TimeValLike};
+
+mod cpu;
+mod site;
+mod visitors;
 
 use crate::arch;
 use crate::batch::{Batch, Replies};
 use crate::step::step;
-use crate::tracer::{StoppedTask, Tracer, stat_fields, timeout};
+use crate::tracer::{StoppedTask, Tracer, timeout};
+
+pub use cpu::CpuPin;
+pub use site::Site;
+use site::SiteState;
+pub(crate) use site::is_in_stub;
+pub use visitors::{collect_by_host, collect_in_threads};
 
 /// Length of the stub's private area.
 const AREA_LEN: u64 = 64 << 10;
 /// Batches from this length on are worth a socket (measured: each call by stops
 /// costs 4-5 us, the socket 20-25 us, a further batch of 66 calls by it 21 us).
 const SOCKET_FROM: usize = 7;
-/// Zero bytes that must lie before the slack we take, too.
-const MARGIN: u64 = 16;
-
-// ---------------------------------------------------------------- the place
-
-/// The place in a process where the stub lies, found once per process; one
-/// thread of the process at a time runs it. Dropping it puts the old bytes
-/// back, ignoring errors.
-#[derive(Debug)]
-pub struct Site {
-    pid: Pid,
-    mem: Mem,
-    base: u64,
-    whose: String,
-    state: SiteState,
-    checked: Cell<bool>,
-    pidfd: Option<OwnedFd>,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum SiteState {
-    /// Nothing of ours is there.
-    Clean,
-    /// The stub of a predecessor lies there, the same as ours.
-    Inherited,
-    /// Ours lies there.
-    Planted,
-    /// A thread may still run it without us: it must stay.
-    Abandoned,
-}
-
-impl Site {
-    /// Looks for the place; changes nothing, so it can be called while the
-    /// target runs: first in the vDSO's tail, then behind the text of mapped
-    /// files.
-    ///
-    /// # Errors
-    /// [`Kind::Unsupported`] if no executable page has room.
-    pub fn find(pid: Pid) -> Result<Site> {
-        let proc = ProcDir::open(pid)?;
-        let maps = proc.maps().on_task(pid.0)?;
-        Site::find_in(&proc, &maps)
-    }
-
-    /// The same, with the process's mappings as they were read already.
-    pub fn find_in(proc: &ProcDir, maps: &[Map]) -> Result<Site> {
-        let pid = proc.pid();
-        let mem = Mem::of(proc, true)?;
-        let is_vdso = |m: &&Map| m.path == b"[vdso]";
-        let is_text = |m: &&Map| m.exec && !m.write && !m.shared && m.inode != 0;
-        let found = maps
-            .iter()
-            .filter(|m| is_vdso(m) && m.exec)
-            .chain(maps.iter().filter(is_text))
-            .find_map(|m| Some((slack(&mem, m)?, m)));
-        step("slack");
-        let Some(((base, state), map)) = found else {
-            return Err(Error::unsupported(
-                "no executable page has room for the stub (neither the vDSO's nor that of any mapped file)",
-            )
-            .on_task(pid.0));
-        };
-        Ok(Site {
-            pid,
-            mem,
-            base,
-            whose: String::from_utf8_lossy(&map.path).into_owned(),
-            state,
-            checked: Cell::new(false),
-            pidfd: None,
-        })
-    }
-
-    /// Whose place it is.
-    pub fn pid(&self) -> Pid {
-        self.pid
-    }
-
-    /// The stub's addresses, first and first behind it.
-    pub fn range(&self) -> (u64, u64) {
-        (self.base, self.base + stub::len() as u64)
-    }
-
-    /// The mapping it lies in: `[vdso]`, or a path.
-    pub fn mapping(&self) -> &str {
-        &self.whose
-    }
-
-    /// Refuses ([`Kind::TargetBusy`]) if one of the stopped threads is still
-    /// leaving the stub of a predecessor that died: let all go and try again.
-    pub fn check(&self, stopped: &[StoppedTask]) -> Result<()> {
-        let (from, to) = self.range();
-        let inside = |addr: u64| (from..to).contains(&addr);
-        let leaving = stopped.iter().find(|t| inside(t.regs.rip)).or_else(|| {
-            // A handler that began while the stub was leaving returns into it.
-            let tid = match self.state {
-                SiteState::Inherited => self.literals_tid()?,
-                _ => return None,
-            };
-            let task = stopped.iter().find(|t| t.tid == tid)?;
-            self.returns_into(task.regs.rsp, inside).then_some(task)
-        });
-        match leaving {
-            None => {
-                self.checked.set(true);
-                Ok(())
-            }
-            Some(task) => Err(Error::new(
-                Kind::TargetBusy,
-                "the stub of an earlier run that was killed is still leaving",
-            )
-            .on_task(task.tid.0)),
-        }
-    }
-
-    fn literals_tid(&self) -> Option<Tid> {
-        let at = self.base + stub::len() as u64 - 8;
-        Some(Tid(self.mem.read_u64(at).ok()? as i32))
-    }
-
-    /// Whether the stack from `sp` up holds a word that lies in the stub, as the
-    /// frame of an interrupting handler does.
-    fn returns_into(&self, sp: u64, inside: impl Fn(u64) -> bool) -> bool {
-        let mut buf = [0u8; 4096];
-        let mut at = sp & !7;
-        for _ in 0..64 {
-            let Ok(n) = self.mem.read_at(at, &mut buf) else {
-                return false;
-            };
-            let word = |c: &[u8]| u64::from_ne_bytes(c.try_into().expect("8 bytes"));
-            if buf[..n].chunks_exact(8).any(|c| inside(word(c))) {
-                return true;
-            }
-            at += n as u64;
-        }
-        false
-    }
-
-    fn write(&self, addr: u64, bytes: &[u8]) -> Result<()> {
-        self.mem.write_all_at(addr, bytes)
-    }
-
-    /// Writes the literals for a thread, and the code if it is not there yet.
-    fn plant(&mut self, literals: &stub::Literals) -> Result<()> {
-        let at = self.base + stub::code().len() as u64;
-        if self.state == SiteState::Planted {
-            self.write(at, &literals.to_bytes())?;
-        } else {
-            let mut all = stub::code().to_vec();
-            all.extend_from_slice(&literals.to_bytes());
-            self.state = SiteState::Planted;
-            self.write(self.base, &all)?;
-        }
-        step("plant");
-        Ok(())
-    }
-
-    fn set_go(&self, go: u32) -> Result<()> {
-        let at = self.base + (stub::code().len() + stub::GO) as u64;
-        self.write(at, &go.to_le_bytes())?;
-        step(if go == 0 { "go=0" } else { "go=1" });
-        Ok(())
-    }
-
-    fn getfd(&mut self, fd: i32) -> Result<OwnedFd> {
-        if self.pidfd.is_none() {
-            self.pidfd = Some(pidfd::pidfd_open(self.pid)?);
-        }
-        let process = self.pidfd.as_ref().expect("was just set");
-        pidfd::pidfd_getfd(process, fd)
-    }
-
-    /// Puts back what lay there (zeros), that of a run that was killed too.
-    pub fn erase(mut self) -> Result<()> {
-        self.erase_inner()
-    }
-
-    fn erase_inner(&mut self) -> Result<()> {
-        // An inherited stub is left alone until it is known that nobody runs it.
-        let ours = match self.state {
-            SiteState::Planted => true,
-            SiteState::Inherited => self.checked.get(),
-            SiteState::Clean | SiteState::Abandoned => false,
-        };
-        if ours {
-            self.write(self.base, &vec![0; stub::len()])?;
-            self.state = SiteState::Clean;
-            step("erase");
-        }
-        Ok(())
-    }
-}
-
-impl Drop for Site {
-    fn drop(&mut self) {
-        let _ = self.erase_inner();
-    }
-}
-
-/// Whether a stopped thread stands in a stub like ours: one that a run that was
-/// killed has left behind, on its way out. Told by the page alone, as the stub
-/// always lies at the same distance from its end.
-pub(crate) fn is_in_stub(tid: Tid, rip: u64) -> bool {
-    let page_end = (rip | 4095) + 1;
-    let base = page_end - room_needed();
-    let mut start = [0u8; 64];
-    rip >= base
-        && matches!(mem::vm_read(Pid(tid.0), base, &mut start), Ok(64))
-        && start[..] == stub::code()[..64]
-}
-
-/// The stub's length in steps of 64 bytes.
-fn room_needed() -> u64 {
-    (stub::len() as u64).next_multiple_of(64)
-}
-
-/// Room for the stub at the end of a mapping, or the same stub left there by a
-/// predecessor.
-fn slack(mem: &Mem, map: &Map) -> Option<(u64, SiteState)> {
-    let need = room_needed();
-    let mut page = [0u8; 4096];
-    mem.read_exact_at(map.end.checked_sub(4096)?, &mut page)
-        .ok()?;
-    let tail = &page[4096 - need as usize..];
-    let base = map.end - need;
-    if tail.starts_with(stub::code()) {
-        return Some((base, SiteState::Inherited));
-    }
-    let free = page[4096 - (need + MARGIN) as usize..]
-        .iter()
-        .all(|&b| b == 0);
-    free.then_some((base, SiteState::Clean))
-}
-
-// ------------------------------------------------------------------ the CPU
-
-/// Keeps the calling thread on one CPU while it talks to a task there: a wake-up
-/// across CPUs costs more than all the rest. Never the task: its affinity
-/// would stay changed if we died. Dropping it gives the old affinity back.
-#[derive(Debug)]
-pub struct CpuPin {
-    old: CpuSet,
-}
-
-impl CpuPin {
-    /// Pins to the CPU a task ran on last; None if that cannot be done (the
-    /// pin makes things faster, not right).
-    pub fn to_task(pid: Pid, tid: Tid) -> Option<CpuPin> {
-        CpuPin::to_cpu(last_cpu(pid, tid)?)
-    }
-
-    fn to_cpu(cpu: usize) -> Option<CpuPin> {
-        let me = nix::unistd::Pid::from_raw(0);
-        let old = sched_getaffinity(me).ok()?;
-        let mut one = CpuSet::new();
-        one.set(cpu).ok()?;
-        sched_setaffinity(me, &one).ok()?;
-        Some(CpuPin { old })
-    }
-}
-
-impl Drop for CpuPin {
-    fn drop(&mut self) {
-        let _ = sched_setaffinity(nix::unistd::Pid::from_raw(0), &self.old);
-    }
-}
-
-/// Field 39 of /proc/PID/task/TID/stat.
-fn last_cpu(pid: Pid, tid: Tid) -> Option<usize> {
-    stat_fields(pid, tid).ok()?.split(' ').nth(36)?.parse().ok()
-}
 
 // -------------------------------------------------------------- the session
 
@@ -440,19 +174,14 @@ impl<'a> LiveSession<'a> {
         if site.state == SiteState::Inherited && !site.checked.get() {
             return Err(Error::bug("Site::check comes before a session").on_task(tid.0));
         }
-        if tracer.is_at_syscall(tid) {
-            // A session before this one has left it at a syscall stop, from which
-            // it would go on without the kernel looking at its restart code.
-            tracer.interrupt_and_wait(tid, Instant::now() + wait)?;
-            tracer.set_at_syscall(tid, false);
-        }
+        settle(tracer, tid, wait)?;
         site.plant(&arch::literals(
             tid,
             &task.regs,
             task.sigmask,
             AREA_LEN as u32,
         ))?;
-        ptrace::setregs(tid, &arch::sent_to(&task.regs, site.base))?;
+        ptrace::setregs(tid, &arch::sent_to(&task.regs, site.entry()))?;
         step("commit");
         let mut session = LiveSession {
             tracer,
@@ -700,9 +429,9 @@ impl<'a> LiveSession<'a> {
             self.at = At::Running;
             ptrace::cont(self.tid, 0)?;
             step("cont");
-            self.receive()?;
+            self.receive(self.tid)?;
         }
-        let done = (self.receive()? as usize)
+        let done = (self.receive(self.tid)? as usize)
             .saturating_sub(prefix)
             .min(placed.ops);
         let mut bytes = vec![0; placed.bytes.len()];
@@ -763,7 +492,8 @@ impl<'a> LiveSession<'a> {
         Ok(())
     }
 
-    fn receive(&mut self) -> Result<u64> {
+    /// The next message, of this thread or of a visitor.
+    fn receive(&mut self, tid: Tid) -> Result<u64> {
         let deadline = self.deadline();
         let mut word = [0u8; 8];
         loop {
@@ -773,18 +503,16 @@ impl<'a> LiveSession<'a> {
                     return Ok(u64::from_le_bytes(word));
                 }
                 Ok(_) => {
-                    return Err(
-                        Error::new(Kind::TargetGone, "its stub hung up").on_task(self.tid.0)
-                    );
+                    return Err(Error::new(Kind::TargetGone, "its stub hung up").on_task(tid.0));
                 }
                 Err(Errno::EAGAIN | Errno::EINTR) => {
-                    self.tracer.nudge(self.tid).inspect_err(|e| {
-                        if e.kind() == Kind::TargetGone {
+                    self.tracer.nudge(tid).inspect_err(|e| {
+                        if e.kind() == Kind::TargetGone && tid == self.tid {
                             self.at = At::Left;
                         }
                     })?;
                     if Instant::now() >= deadline {
-                        return Err(timeout(self.tid, "it did not answer in time"));
+                        return Err(timeout(tid, "it did not answer in time"));
                     }
                 }
                 // It had a word of ours that it did not live to read.
@@ -862,7 +590,7 @@ impl<'a> LiveSession<'a> {
             }
         }
         self.site.set_go(0)?;
-        ptrace::setregs(self.tid, &arch::sent_to(&self.home, self.site.base))?;
+        ptrace::setregs(self.tid, &arch::sent_to(&self.home, self.site.entry()))?;
         step("re-arm");
         ptrace::setsigmask(self.tid, self.mask)?;
         step("unblock-signals");
@@ -872,6 +600,16 @@ impl<'a> LiveSession<'a> {
         self.at = At::Left;
         Ok(())
     }
+}
+
+/// Makes sure that a thread goes on from where the kernel looks at its restart code: a session
+/// before may have left it at a syscall stop.
+fn settle(tracer: &Tracer, tid: Tid, wait: Duration) -> Result<()> {
+    if tracer.is_at_syscall(tid) {
+        tracer.interrupt_and_wait(tid, Instant::now() + wait)?;
+        tracer.set_at_syscall(tid, false);
+    }
+    Ok(())
 }
 
 impl Drop for LiveSession<'_> {
@@ -894,39 +632,6 @@ pub fn collect_in_thread(
     let replies = session.try_run(batch)?;
     session.leave()?;
     Ok(replies)
-}
-
-/// Runs a batch in each of a process's stopped threads, those of one CPU after
-/// each other. The replies are in the order of `tasks`.
-pub fn collect_in_threads<B: Borrow<Batch>>(
-    tracer: &Tracer,
-    site: &mut Site,
-    tasks: &[StoppedTask],
-    mut batch: impl FnMut(&StoppedTask) -> B,
-    wait: Duration,
-) -> Result<Vec<Replies>> {
-    let mut order: Vec<(Option<usize>, usize)> = tasks
-        .iter()
-        .enumerate()
-        .map(|(i, t)| (last_cpu(site.pid, t.tid), i))
-        .collect();
-    order.sort();
-    let mut replies = vec![None; tasks.len()];
-    let mut pin: Option<(usize, CpuPin)> = None;
-    for (cpu, i) in order {
-        if let Some(cpu) = cpu
-            && pin.as_ref().is_none_or(|(at, _)| *at != cpu)
-        {
-            drop(pin.take()); // gives back the first affinity before the next is kept
-            pin = CpuPin::to_cpu(cpu).map(|p| (cpu, p));
-        }
-        let task = &tasks[i];
-        let mut session = LiveSession::enter_on(tracer, site, task, wait, None)?;
-        let reply = session.try_run(batch(task).borrow())?;
-        session.leave()?;
-        replies[i] = Some(reply);
-    }
-    Ok(replies.into_iter().flatten().collect())
 }
 
 /// Stops all threads of a process, those born meanwhile too, having found the

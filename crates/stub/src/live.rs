@@ -25,6 +25,7 @@
 //! 16  socket: i32  the socket to ask for more work on; negative: none
 //! 24  ops: u64     address of the first op
 //! 32  undone: u32  length of the undo list
+//! 40  out: u32     1: the visitor does not use the area any more
 //! 64  undo list    [nr, first argument, second argument, 0] each
 //! ```
 //!
@@ -41,6 +42,19 @@
 //! its own mask: if a handler ran, the restart becomes a return of EINTR, as the
 //! kernel would have made it.
 //!
+//! # Visitors
+//!
+//! Many threads of one process are asked faster if they share one area and one
+//! socket. A first thread, the host, runs the stub as above and waits on its
+//! socket; meanwhile others, one at a time, enter at [`VISIT`] with
+//! literals of their own. A visitor maps nothing: its `area` lies in memory the
+//! host has mapped, with `n` filled in beforehand and no socket. The last ops
+//! of its batch tell us that the answers are there and then wait for our death.
+//!
+//! If we die, the visitor sets `out` in its area when it is done with it, and wakes up
+//! the host, which waits for that before it undoes anything if a visitor's
+//! `go` is 1. So that is 1 only while the visitor cannot but enter with it.
+//!
 //! General registers only, no stack, no relocations.
 
 use std::arch::global_asm;
@@ -52,6 +66,8 @@ use crate::layout::{OP_SIZE, Op};
 /// Where a thread enters, counted from the first byte; 2 bytes before it is
 /// the entry of a restarted syscall.
 pub const ENTRY: usize = 2;
+/// The same for a visitor.
+pub const VISIT: usize = ENTRY + 11;
 
 /// Where [`Area`] has its undo list.
 pub const UNDO_LIST: usize = 64;
@@ -78,6 +94,10 @@ pub struct Area {
     pub ops: u64,
     /// Length of the undo list; only the stub changes it.
     pub undone: u64,
+    /// Of a visitor: whether it has left the area for good.
+    pub out: u32,
+    /// 0
+    pub pad2: u32,
 }
 
 /// What the stub must know to take one thread home, right behind its code.
@@ -118,12 +138,16 @@ pub struct Literals {
     pub check: u32,
     /// A zero timespec.
     pub zero: [u64; 2],
-    /// Whose literals these are (not used by the stub).
+    /// Whose literals these are (the stub does not use it).
     pub tid: u64,
+    /// A visitor's area; 0 for others, which map theirs.
+    pub area: u64,
 }
 
 /// Where [`Literals::go`] lies in the literals.
 pub const GO: usize = offset_of!(Literals, go);
+/// Where [`Literals::tid`] does.
+pub const TID: usize = offset_of!(Literals, tid);
 
 const _: () = {
     assert!(OP_SIZE == 112);
@@ -135,8 +159,9 @@ const _: () = {
     assert!(offset_of!(Area, socket) == 16);
     assert!(offset_of!(Area, ops) == 24);
     assert!(offset_of!(Area, undone) == 32);
+    assert!(offset_of!(Area, out) == 40);
     assert!(size_of::<Area>() <= UNDO_LIST);
-    assert!(size_of::<Literals>() == 192);
+    assert!(size_of::<Literals>() == 200);
     assert!(offset_of!(Literals, rcx) == 104);
     assert!(offset_of!(Literals, rax_return) == 112);
     assert!(offset_of!(Literals, rip_restart) == 136);
@@ -147,6 +172,7 @@ const _: () = {
     assert!(offset_of!(Literals, check) == 164);
     assert!(offset_of!(Literals, zero) == 168);
     assert!(offset_of!(Literals, tid) == 184);
+    assert!(offset_of!(Literals, area) == 192);
 };
 
 impl Literals {
@@ -178,12 +204,34 @@ impl Literals {
             self.zero[0],
             self.zero[1],
             self.tid,
+            self.area,
         ];
         for (at, word) in out.chunks_exact_mut(8).zip(words) {
             at.copy_from_slice(&word.to_le_bytes());
         }
         out
     }
+}
+
+/// The last steps: flags, rbp, r12 and rax, then the jump. `$rax` and `$rip` are offsets in
+/// the literals that begin at `$of`.
+macro_rules! way {
+    ($of:literal, $rax:literal, $rip:literal) => {
+        concat!(
+            "  add al, 0x7f\n", // sets the overflow flag if al was 1
+            "  sahf\n",
+            "  mov rax, [r12 + ",
+            $rax,
+            "]\n",
+            "  mov rbp, [r12 + 80]\n",
+            "  mov r12, [r12 + 32]\n",
+            "  jmp qword ptr [rip + .Lfreezeframe_live_literals + ",
+            $of,
+            " + ",
+            $rip,
+            "]\n",
+        )
+    };
 }
 
 global_asm!(
@@ -193,19 +241,31 @@ global_asm!(
     ".hidden freezeframe_live_start",
     "freezeframe_live_start:",
     "  jmp 21f",
-    "  xor ebp, ebp",
+    "  lea rbp, [rip + .Lfreezeframe_live_literals]",
+    "  jmp 23f",
     "  jmp 22f",
+    "  lea rbp, [rip + .Lfreezeframe_live_literals + 200]",
+    "  jmp 23f",
     "21:",
-    "  mov ebp, 1",
+    "  lea rbp, [rip + .Lfreezeframe_live_literals + 1]",
+    "  jmp 23f",
     "22:",
+    "  lea rbp, [rip + .Lfreezeframe_live_literals + 201]",
+    // rbp: where the literals are, + 1 to restart. r12: where they are.
+    "23:",
+    "  mov r12, rbp",
+    "  and r12, -2",
     "  cld",
-    "  cmp dword ptr [rip + .Lfreezeframe_live_literals + 156], 0",
+    "  cmp dword ptr [r12 + 156], 0",
     "  je 60f",
+    "  mov rbx, [r12 + 192]",
+    "  test rbx, rbx",
+    "  jnz 30f",
     // mmap(NULL, area_len, READ|WRITE, PRIVATE|ANONYMOUS|GROWSDOWN, -1, 0): a
     // stack, as far as the kernel counts, so that a target at its RLIMIT_DATA has room.
     "  mov eax, 9",
     "  xor edi, edi",
-    "  mov esi, [rip + .Lfreezeframe_live_literals + 160]",
+    "  mov esi, [r12 + 160]",
     "  mov edx, 3",
     "  mov r10d, 0x122",
     "  mov r8, -1",
@@ -308,11 +368,28 @@ global_asm!(
     "  je 30b",
     // Leave: undo, newest first.
     "40:",
-    "  mov r12d, [rbx + 32]",
+    "  cmp qword ptr [r12 + 192], 0",
+    "  jne 43f",
+    // The host: a visitor must be out of what is undone here.
+    "44:",
+    "  cmp dword ptr [r12 + 356], 0",
+    "  je 45f",
+    "  mov rdi, [r12 + 392]",
+    "  add rdi, 40",
+    "  cmp dword ptr [rdi], 0",
+    "  jne 45f",
+    "  mov eax, 202", // futex(&out, FUTEX_WAIT | FUTEX_PRIVATE_FLAG, 0, NULL)
+    "  mov esi, 128",
+    "  xor edx, edx",
+    "  xor r10d, r10d",
+    "  syscall",
+    "  jmp 44b",
+    "45:",
+    "  mov r14d, [rbx + 32]",
     "41:",
-    "  sub r12d, 1",
+    "  sub r14d, 1",
     "  js 42f",
-    "  mov edx, r12d",
+    "  mov edx, r14d",
     "  shl edx, 5",
     "  mov rax, [rbx + rdx + 64]",
     "  test rax, rax",
@@ -326,67 +403,77 @@ global_asm!(
     "42:",
     "  mov eax, 11", // munmap(area, area_len)
     "  mov rdi, rbx",
-    "  mov esi, [rip + .Lfreezeframe_live_literals + 160]",
+    "  mov esi, [r12 + 160]",
+    "  syscall",
+    "  jmp 60f",
+    // The visitor: out.
+    "43:",
+    "  lea rdi, [rbx + 40]",
+    "  mov dword ptr [rdi], 1",
+    "  mov eax, 202", // futex(&out, FUTEX_WAKE | FUTEX_PRIVATE_FLAG, 1): looks at no memory
+    "  mov esi, 129",
+    "  mov edx, 1",
     "  syscall",
     // The tail: home.
     "60:",
-    "  test ebp, ebp",
+    "  test bpl, 1",
     "  jz 62f",
-    "  cmp dword ptr [rip + .Lfreezeframe_live_literals + 164], 0",
+    "  cmp dword ptr [r12 + 164], 0",
     "  je 62f",
     "  mov eax, 271", // ppoll(NULL, 0, {0, 0}, &mask, 8)
     "  xor edi, edi",
     "  xor esi, esi",
-    "  lea rdx, [rip + .Lfreezeframe_live_literals + 168]",
-    "  lea r10, [rip + .Lfreezeframe_live_literals + 144]",
+    "  lea rdx, [r12 + 168]",
+    "  lea r10, [r12 + 144]",
     "  mov r8d, 8",
     "  syscall",
     "  cmp eax, -4",
     "  jne 62f",
-    "  xor ebp, ebp", // a handler has just run
+    "  mov rbp, r12", // a handler has just run
     "62:",
     "  mov eax, 14", // rt_sigprocmask(SIG_SETMASK, &mask, NULL, 8)
     "  mov edi, 2",
-    "  lea rsi, [rip + .Lfreezeframe_live_literals + 144]",
+    "  lea rsi, [r12 + 144]",
     "  xor edx, edx",
     "  mov r10d, 8",
     "  syscall",
-    "  test byte ptr [rip + .Lfreezeframe_live_literals + 154], 1",
+    "  test byte ptr [r12 + 154], 1",
     "  jz 63f",
     "  std",
     "63:",
-    "  mov r8, [rip + .Lfreezeframe_live_literals]",
-    "  mov r9, [rip + .Lfreezeframe_live_literals + 8]",
-    "  mov r10, [rip + .Lfreezeframe_live_literals + 16]",
-    "  mov r11, [rip + .Lfreezeframe_live_literals + 24]",
-    "  mov r12, [rip + .Lfreezeframe_live_literals + 32]",
-    "  mov r13, [rip + .Lfreezeframe_live_literals + 40]",
-    "  mov r14, [rip + .Lfreezeframe_live_literals + 48]",
-    "  mov r15, [rip + .Lfreezeframe_live_literals + 56]",
-    "  mov rdi, [rip + .Lfreezeframe_live_literals + 64]",
-    "  mov rsi, [rip + .Lfreezeframe_live_literals + 72]",
-    "  mov rbx, [rip + .Lfreezeframe_live_literals + 88]",
-    "  mov rdx, [rip + .Lfreezeframe_live_literals + 96]",
-    "  mov rcx, [rip + .Lfreezeframe_live_literals + 104]",
-    "  test ebp, ebp",
-    "  mov rbp, [rip + .Lfreezeframe_live_literals + 80]",
-    "  mov eax, [rip + .Lfreezeframe_live_literals + 152]",
+    "  mov r8, [r12]",
+    "  mov r9, [r12 + 8]",
+    "  mov r10, [r12 + 16]",
+    "  mov r11, [r12 + 24]",
+    "  mov r13, [r12 + 40]",
+    "  mov r14, [r12 + 48]",
+    "  mov r15, [r12 + 56]",
+    "  mov rdi, [r12 + 64]",
+    "  mov rsi, [r12 + 72]",
+    "  mov rbx, [r12 + 88]",
+    "  mov rdx, [r12 + 96]",
+    "  mov rcx, [r12 + 104]",
+    // Which of four ways: the last steps find their literals without a register.
+    "  mov eax, [r12 + 152]",
+    "  cmp qword ptr [r12 + 192], 0",
+    "  jne 65f",
+    "  test bpl, 1",
     "  jnz 64f",
-    "  add al, 0x7f", // sets the overflow flag if al was 1
-    "  sahf",
-    "  mov rax, [rip + .Lfreezeframe_live_literals + 112]",
-    "  jmp qword ptr [rip + .Lfreezeframe_live_literals + 120]",
+    way!("0", "112", "120"),
     "64:",
-    "  add al, 0x7f",
-    "  sahf",
-    "  mov rax, [rip + .Lfreezeframe_live_literals + 128]",
-    "  jmp qword ptr [rip + .Lfreezeframe_live_literals + 136]",
+    way!("0", "128", "136"),
+    "65:",
+    "  test bpl, 1",
+    "  jnz 66f",
+    way!("200", "112", "120"),
+    "66:",
+    way!("200", "128", "136"),
     ".balign 8, 0xcc",
     ".globl freezeframe_live_end",
     ".hidden freezeframe_live_end",
     "freezeframe_live_end:",
     ".Lfreezeframe_live_literals:",
-    "  .zero 192",
+    "  .zero 400",
     ".popsection",
 );
 
@@ -406,9 +493,14 @@ pub fn code() -> &'static [u8] {
     }
 }
 
-/// How many bytes code and literals take.
+/// Where the literals of the host lie, and those of a visitor, counted from the first byte.
+pub fn literals() -> [usize; 2] {
+    [code().len(), code().len() + size_of::<Literals>()]
+}
+
+/// How many bytes code and both literals take.
 pub fn len() -> usize {
-    code().len() + size_of::<Literals>()
+    code().len() + 2 * size_of::<Literals>()
 }
 
 #[cfg(test)]
@@ -442,34 +534,42 @@ mod tests {
         }
     }
 
-    /// The code looks for its literals right behind itself: each of its accesses
-    /// relative to rip (modrm 00 reg 101) ends there.
+    /// Where in the literals each instruction of this opcode (with an operand relative to rip)
+    /// looks, in order.
+    fn seen_by(opcode: &[u8]) -> Vec<i64> {
+        let starts = code().windows(opcode.len()).enumerate();
+        let ends = starts
+            .filter(|(_, w)| *w == opcode)
+            .map(|(i, _)| i + opcode.len());
+        ends.map(|at| {
+            let offset = i32::from_le_bytes(code()[at..at + 4].try_into().unwrap());
+            at as i64 + 4 + i64::from(offset) - code().len() as i64
+        })
+        .collect()
+    }
+
+    /// The code looks for its literals right behind itself.
     #[test]
     fn literals_follow_the_code() {
-        let code = code();
-        let range = code.len() as i64..len() as i64;
-        // mov r11, [rip + x] and jmp [rip + x], as they stand once in the tail.
-        for (opcode, want) in [(&[0x4c, 0x8b, 0x1d][..], 24), (&[0xff, 0x25][..], 120)] {
-            let at = code
-                .windows(opcode.len())
-                .position(|w| w == opcode)
-                .unwrap()
-                + opcode.len();
-            let offset = i32::from_le_bytes(code[at..at + 4].try_into().unwrap());
-            let target = at as i64 + 4 + i64::from(offset);
-            assert!(range.contains(&target));
-            assert_eq!(target - range.start, want);
-        }
+        let lea_rbp = &[0x48, 0x8d, 0x2d];
+        assert_eq!(seen_by(lea_rbp), [0, 200, 1, 201]);
+        let jmp = &[0xff, 0x25];
+        assert_eq!(seen_by(jmp), [120, 136, 320, 336]);
+        assert_eq!(literals(), [code().len(), code().len() + 200]);
     }
 
     #[test]
     fn entries_are_two_bytes_apart() {
-        // jmp short; xor ebp, ebp
-        assert_eq!(code()[0], 0xeb);
-        assert!(matches!(code()[ENTRY..ENTRY + 2], [0x31 | 0x33, 0xed]));
-        // The jump leads to `mov ebp, 1`.
-        let to = 2 + usize::from(code()[1]);
-        assert_eq!(code()[to..to + 5], [0xbd, 1, 0, 0, 0]);
+        for (entry, restart) in [(ENTRY, 2), (VISIT, 3)] {
+            // jmp short; lea rbp, [rip + x]
+            assert_eq!(code()[entry - 2], 0xeb);
+            assert_eq!(code()[entry..entry + 3], [0x48, 0x8d, 0x2d]);
+            // The jump leads to the lea that notes the restart.
+            let to = entry + usize::from(code()[entry - 1]);
+            let leas = code().windows(3).enumerate();
+            let mut leas = leas.filter(|(_, w)| *w == [0x48, 0x8d, 0x2d]);
+            assert_eq!(leas.nth(restart).map(|(i, _)| i), Some(to));
+        }
     }
 
     #[test]

@@ -7,11 +7,12 @@ use std::time::Duration;
 use freezeframe_error::{Error, Kind, Result, ResultExt};
 use freezeframe_inject::Batch;
 use freezeframe_inject::live::{self, Site};
-use freezeframe_inject::tracer::Tracer;
+use freezeframe_inject::tracer::{StoppedTask, Tracer};
 use freezeframe_kinds::model::Process;
 use freezeframe_kinds::{DumpCx, Scope, TaskKind, TaskView, registry};
 use freezeframe_sys::ids::Pid;
 use freezeframe_sys::kcmp::{self, KcmpType};
+use freezeframe_sys::proc::SeccompMode;
 
 use crate::freeze::Task;
 
@@ -68,7 +69,14 @@ pub(super) fn collect(
             .zip(&questions)
             .map(|(v, q)| (v.tid, &q.0))
             .collect();
-        let replies = live::collect_in_threads(tracer, &mut site, &all, |t| batches[&t.tid], WAIT)?;
+        let filtered = views
+            .iter()
+            .any(|v| v.status.seccomp != SeccompMode::Disabled);
+        let batch = |t: &StoppedTask| batches[&t.tid];
+        let replies = match filtered {
+            false => live::collect_by_host(tracer, &mut site, &all, batch, WAIT)?,
+            true => live::collect_in_threads(tracer, &mut site, &all, batch, WAIT)?,
+        };
         site.erase().on_task(proc.pid.0)?;
         for ((view, (batch, asked)), replies) in views.iter().zip(&questions).zip(&replies) {
             batch.check(replies).on_task(view.tid.0)?;

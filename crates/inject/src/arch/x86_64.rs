@@ -1,7 +1,7 @@
 //! x86-64.
 
 use freezeframe_error::{Error, Result};
-use freezeframe_stub::live::{ENTRY, Literals};
+use freezeframe_stub::live::Literals;
 use freezeframe_sys::ids::{Pid, Tid};
 use freezeframe_sys::mem;
 use freezeframe_sys::ptrace::{self, Regs};
@@ -148,15 +148,13 @@ pub(crate) fn literals(tid: Tid, regs: &Regs, mask: u64, area_len: u32) -> Liter
         check: u32::from(code == Some(RESTART_NO_HANDLER as i64)),
         zero: [0; 2],
         tid: tid.0 as u64,
+        area: 0,
     }
 }
 
-/// The same registers, but for `rip`, which is the stub's entry.
-pub(crate) fn sent_to(regs: &Regs, stub: u64) -> Regs {
-    Regs {
-        rip: stub + ENTRY as u64,
-        ..*regs
-    }
+/// The same registers, but for `rip`.
+pub(crate) fn sent_to(regs: &Regs, rip: u64) -> Regs {
+    Regs { rip, ..*regs }
 }
 
 /// For a thread stopped in the stub by an interrupt: the call it is in, if any,

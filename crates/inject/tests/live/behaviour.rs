@@ -424,30 +424,30 @@ pub(crate) fn a_thousand_threads() {
         assert_eq!(stopped.len(), threads + 1);
         let stopping = begun.elapsed();
         let mut pid = None;
+        let mut ask = |_: &StoppedTask| {
+            let (batch, op) = getters(3);
+            pid = Some(op);
+            batch
+        };
         let begun = Instant::now();
-        let replies = live::collect_in_threads(
-            &tracer,
-            &mut site,
-            &stopped,
-            |_| {
-                let (batch, op) = getters(3);
-                pid = Some(op);
-                batch
-            },
-            DEFAULT_WAIT,
-        )
-        .unwrap();
+        let one_by_one =
+            live::collect_in_threads(&tracer, &mut site, &stopped, &mut ask, DEFAULT_WAIT).unwrap();
+        let alone = begun.elapsed();
+        let begun = Instant::now();
+        let by_host =
+            live::collect_by_host(&tracer, &mut site, &stopped, &mut ask, DEFAULT_WAIT).unwrap();
         let collecting = begun.elapsed();
         let pid = pid.unwrap();
         let want = Ok(i64::from(crowd.pid().0));
-        assert!(replies.iter().all(|r| r.done == 5 && r.result(pid) == want));
+        let mut replies = one_by_one.iter().chain(&by_host);
+        assert!(replies.all(|r| r.done == 5 && r.result(pid) == want));
         site.erase().unwrap();
         let begun = Instant::now();
         for task in &stopped {
             tracer.detach(task.tid).unwrap();
         }
         println!(
-            "{threads} threads: stop {stopping:?}, 5 calls in each {collecting:?} ({:?} each), detach {:?}",
+            "{threads} threads: stop {stopping:?}, 5 calls in each {alone:?} one by one, {collecting:?} by a host ({:?} each), detach {:?}",
             collecting / threads as u32,
             begun.elapsed()
         );

@@ -277,6 +277,7 @@ fn killed_at_each_step_all_threads() {
         (5, How::Stops),
         (3, How::Socket),
         (7, How::Fork),
+        (0, How::Visits),
     ];
     if long() {
         work.push((0, How::Threads));
@@ -305,12 +306,17 @@ fn killed_at_each_step_all_threads() {
 /// The target is in a job-control stop: the kill may leave a thread stopped inside
 /// the stub; SIGCONT takes it home.
 fn killed_while_stopped() {
-    let work = vec![(0, How::Stops), (4, How::Socket), (5, How::Stops)];
+    let work = vec![
+        (0, How::Stops),
+        (4, How::Socket),
+        (5, How::Stops),
+        (0, How::Visits),
+    ];
     with_victims(3, work, |victim, (class, how)| {
         let job = Job {
             pid: victim.pid(),
             tid: victim.tid(class),
-            all: false,
+            all: how == How::Visits,
             how,
             rounds: 1,
         };
@@ -338,6 +344,7 @@ fn next_run_at_once() {
         (3, How::Socket),
         (5, How::Socket),
         (7, How::Stops),
+        (0, How::Visits),
     ];
     with_victims(2, work, |victim, (class, how)| {
         let job = Job {
@@ -415,7 +422,8 @@ fn killed_at_random() {
             How::Threads,
             How::Nothing,
             How::Fork,
-        ][n % 5];
+            How::Visits,
+        ][n % 6];
         let job = Job {
             pid: victim.pid(),
             tid: victim.tid(n / 5 % CLASSES.len()),

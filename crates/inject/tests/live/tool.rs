@@ -41,6 +41,8 @@ pub(crate) enum How {
     Twice,
     /// A fork of the whole, read while the target runs on.
     Fork,
+    /// All threads, one of them as the host of the others.
+    Visits,
 }
 
 impl fmt::Display for Job {
@@ -72,6 +74,7 @@ impl FromStr for Job {
                 How::Threads,
                 How::Twice,
                 How::Fork,
+                How::Visits,
             ][w[3] as usize],
             rounds: w[4] as u32,
         })
@@ -122,6 +125,17 @@ fn round(job: &Job) -> Result<()> {
     if job.how == How::Fork {
         return fork_round(job, &tracer, &stopped, site);
     }
+    if job.how == How::Visits {
+        let (batch, pid) = getters(3);
+        let replies =
+            live::collect_by_host(&tracer, &mut site, &stopped, |_| &batch, DEFAULT_WAIT)?;
+        let want = Ok(i64::from(job.pid.0));
+        if replies.iter().any(|r| r.done != 5 || r.result(pid) != want) {
+            return Err(Error::bug("wrong replies"));
+        }
+        site.erase()?;
+        return release(&tracer, &stopped);
+    }
     let chosen = |t: &&StoppedTask| job.how == How::Threads || t.tid == job.tid;
     if job.how != How::Nothing {
         for task in stopped.iter().filter(chosen) {
@@ -146,10 +160,11 @@ fn round(job: &Job) -> Result<()> {
         }
         site.erase()?;
     }
-    for task in &stopped {
-        tracer.detach(task.tid)?;
-    }
-    Ok(())
+    release(&tracer, &stopped)
+}
+
+fn release(tracer: &Tracer, stopped: &[StoppedTask]) -> Result<()> {
+    stopped.iter().try_for_each(|task| tracer.detach(task.tid))
 }
 
 /// Forks in one thread, lets the target go, and looks at the fork.
@@ -160,9 +175,7 @@ fn fork_round(job: &Job, tracer: &Tracer, stopped: &[StoppedTask], mut site: Sit
     let (from, to) = site.range();
     let fork = fork::fork(tracer, &mut site, task, DEFAULT_WAIT)??;
     site.erase()?;
-    for task in stopped {
-        tracer.detach(task.tid)?;
-    }
+    release(tracer, stopped)?;
     let mut bytes = vec![1; (to - from) as usize];
     Mem::open(fork.pid(), false)?.read_exact_at(from, &mut bytes)?;
     if bytes.iter().any(|&b| b != 0) {
