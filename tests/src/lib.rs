@@ -6,6 +6,7 @@
     reason = "a test that cannot set itself up has to fail on the spot"
 )]
 
+pub mod busy;
 pub mod compare;
 pub mod harm;
 pub mod programs;

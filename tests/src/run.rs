@@ -665,6 +665,25 @@ impl Scene {
         }
     }
 
+    /// Waits for the end of all other processes below us (a tool that was killed, forks it had made), and reaps them.
+    pub fn await_alone(&self, target: &Target) -> Result<(), String> {
+        let others = || {
+            children(std::process::id() as i32)
+                .into_iter()
+                .filter(|pid| *pid != target.pid)
+        };
+        let over = || {
+            for pid in others() {
+                let _ = waitpid(
+                    Pid::from_raw(pid),
+                    Some(WaitPidFlag::WNOHANG | WaitPidFlag::__WALL),
+                );
+            }
+            Ok(others().next().is_none())
+        };
+        self.await_that("the end of all others", over, None)
+    }
+
     /// No process may be left below us, dead or alive.
     pub fn nothing_left(&self) -> Result<(), String> {
         let left = children(std::process::id() as i32);

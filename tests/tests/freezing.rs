@@ -6,88 +6,14 @@
     reason = "a test that cannot set itself up has to fail on the spot"
 )]
 
-use freezeframe_tests::run::{Scene, Target};
+use freezeframe_tests::busy::Busy;
 use freezeframe_tests::snapshot::{state_of, tree};
 use std::fs;
-use std::path::PathBuf;
-use std::process::Command;
 use std::time::Duration;
 
 type Done = Result<(), String>;
 
 const ROUNDS: usize = 20;
-
-/// A busy.c at its work.
-struct Busy {
-    scene: Scene,
-    target: Target,
-    what: &'static str,
-}
-
-impl Busy {
-    fn start(what: &'static str) -> Result<Self, String> {
-        let scene = Scene::new()?;
-        let source = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("real/busy.c");
-        let program = scene.path("busy");
-        let status = Command::new("gcc")
-            .args(["-O1", "-pthread", "-o"])
-            .args([&program, &source])
-            .status()
-            .map_err(|e| format!("gcc: {e}"))?;
-        if !status.success() {
-            return Err("gcc failed".to_owned());
-        }
-        let program = program.to_string_lossy().into_owned();
-        let target = scene.start_other(&[&program, &scene.dir_text(), what])?;
-        let busy = Busy {
-            scene,
-            target,
-            what,
-        };
-        busy.await_records(1)?;
-        Ok(busy)
-    }
-
-    fn records(&self) -> usize {
-        let log = fs::read_to_string(self.scene.path("log")).unwrap_or_default();
-        log.lines().count()
-    }
-
-    fn await_records(&self, more: usize) -> Done {
-        let wanted = self.records() + more;
-        let goes_on = || Ok(self.records() >= wanted);
-        self.scene
-            .await_that("more records", goes_on, Some(&self.target))
-    }
-
-    /// The tid that traces it, as text.
-    fn tracer(&self) -> String {
-        let status = fs::read_to_string(format!("/proc/{}/status", self.target.pid));
-        let status = status.unwrap_or_default();
-        let line = status.lines().find_map(|l| l.strip_prefix("TracerPid:"));
-        line.unwrap_or_default().trim().to_owned()
-    }
-
-    /// It comes to its end, and each of its records is there once.
-    fn unharmed(&self) -> Done {
-        fs::write(self.scene.path("stop"), "").map_err(|e| e.to_string())?;
-        self.scene
-            .await_exit(&self.target)
-            .map_err(|e| format!("{e}\n{}", self.scene.complaints()))?;
-        let log = fs::read_to_string(self.scene.path("log")).map_err(|e| e.to_string())?;
-        let lines: Vec<&str> = log.lines().collect();
-        let count = lines.len() - 1;
-        for (n, line) in lines[..count].iter().enumerate() {
-            if *line != format!("{} {n}", self.what) {
-                return Err(format!("record {n} is {line:?}"));
-            }
-        }
-        if lines[count] != format!("end {} {count}", self.what) {
-            return Err(format!("the last of {count} is {:?}", lines[count]));
-        }
-        self.scene.nothing_left()
-    }
-}
 
 /// Dumps a busy program again and again; no dump may fail.
 fn rounds(what: &'static str) -> Done {
@@ -212,96 +138,6 @@ fn killed_while_it_is_frozen() -> Done {
                 None,
             )?;
         }
-    }
-    Ok(())
-}
-
-/// A frozen cgroup, thawed and removed in the end; whoever is left in it moves to the root.
-struct Frozen {
-    dir: PathBuf,
-    file: &'static str,
-    thawed: &'static str,
-}
-
-impl Frozen {
-    fn with(
-        root: &str,
-        file: &'static str,
-        words: [&'static str; 2],
-        pid: i32,
-    ) -> Result<Self, String> {
-        let dir = PathBuf::from(format!("{root}/ff-test-{pid}"));
-        let told = |e: std::io::Error| format!("{}: {e}", dir.display());
-        fs::create_dir(&dir).map_err(told)?;
-        let [frozen, thawed] = words;
-        let cgroup = Frozen {
-            dir: dir.clone(),
-            file,
-            thawed,
-        };
-        fs::write(dir.join("cgroup.procs"), pid.to_string()).map_err(told)?;
-        fs::write(dir.join(file), frozen).map_err(told)?;
-        Ok(cgroup)
-    }
-}
-
-impl Drop for Frozen {
-    fn drop(&mut self) {
-        let _ = fs::write(self.dir.join(self.file), self.thawed);
-        let procs = fs::read_to_string(self.dir.join("cgroup.procs")).unwrap_or_default();
-        for pid in procs.lines() {
-            let _ = fs::write(self.dir.join("../cgroup.procs"), pid);
-        }
-        let _ = fs::remove_dir(&self.dir);
-    }
-}
-
-#[test]
-fn in_a_frozen_cgroup() -> Done {
-    for (root, file, words) in [
-        (
-            "/sys/fs/cgroup/freezer",
-            "freezer.state",
-            ["FROZEN", "THAWED"],
-        ),
-        ("/sys/fs/cgroup/unified", "cgroup.freeze", ["1", "0"]),
-        ("/sys/fs/cgroup", "cgroup.freeze", ["1", "0"]),
-    ] {
-        // Where this machine has it.
-        let known = [
-            "freezer.state",
-            "cgroup.controllers",
-            "cgroup.clone_children",
-        ];
-        if !known.iter().any(|f| PathBuf::from(root).join(f).exists()) {
-            continue;
-        }
-        let busy = Busy::start("fork")?;
-        let frozen = Frozen::with(root, file, words, busy.target.pid)?;
-        let name = format!("ff-test-{}", busy.target.pid);
-        let state = || fs::read_to_string(frozen.dir.join(file)).unwrap_or_default();
-        let events = || fs::read_to_string(frozen.dir.join("cgroup.events")).unwrap_or_default();
-        busy.scene.await_that(
-            "the cgroup to be frozen",
-            || Ok(state().trim() == "FROZEN" || events().contains("frozen 1")),
-            Some(&busy.target),
-        )?;
-        let outcome = busy
-            .scene
-            .dump_pid(busy.target.pid, "img", &[])?
-            .must_exit(1)?;
-        if !outcome.stderr.contains(&name) || !outcome.stderr.contains("target=untouched") {
-            return Err(outcome.told());
-        }
-        if busy.tracer() != "0" {
-            return Err(format!("{} traces it", busy.tracer()));
-        }
-        drop(frozen);
-        busy.scene
-            .dump_pid(busy.target.pid, "img", &["--leave-running"])?
-            .must_exit(0)?;
-        busy.await_records(2)?;
-        busy.unharmed()?;
     }
     Ok(())
 }

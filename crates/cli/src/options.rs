@@ -180,7 +180,7 @@ pub(crate) static OPTIONS: &[Opt] = &[
     opt("evasive-devices", "Use any path of a device").on(BOTH).not_yet(),
     opt("force-irmap", "Find the names of inotify watches by search").on(DUMPS).not_yet(),
     opt("irmap-scan-path", "Where to search for them").takes("DIR").on(DUMPS).repeats().not_yet(),
-    opt("freeze-cgroup", "Freeze by this cgroup").takes("DIR").on(DUMPS).not_yet(),
+    opt("freeze-cgroup", "Freeze this cgroup while all in it is seized").takes("DIR").on(DUMPS),
     opt("manage-cgroups", "Carry cgroups").maybe("MODE").on(BOTH).only(&["ignore"]),
     opt("cgroup-root", "Another root of the cgroups").takes("[CTRL:]DIR").on(BOTH).repeats().not_yet(),
     opt("cgroup-props", "Properties of controllers").takes("SPEC").on(BOTH).not_yet(),

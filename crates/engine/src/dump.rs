@@ -49,6 +49,8 @@ pub struct DumpRequest {
     pub after: After,
     /// Bound on freezing and on every single wait.
     pub timeout: Duration,
+    /// A cgroup that is frozen while all that is in it is seized.
+    pub freeze_cgroup: Option<PathBuf>,
     /// Stop the tree only while its state is read and each process is forked, and
     /// take the memory from the forks ([`After::Run`] only).
     pub live: bool,

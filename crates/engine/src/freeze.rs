@@ -6,10 +6,13 @@
 //!
 //! A parent in vfork(2) cannot stop before its child has called execve(2) or
 //! ended, so a child that was stopped before that runs on for so long (`vfork`).
+//!
+//! What is in a frozen cgroup is seized before that is thawed (`freezer`).
 
+mod freezer;
 mod vfork;
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, HashSet};
 use std::time::{Duration, Instant};
@@ -22,6 +25,7 @@ use freezeframe_sys::pidfd;
 use freezeframe_sys::proc::{ProcDir, Status, TaskDir};
 use freezeframe_sys::ptrace::Options;
 
+use self::freezer::Ice;
 use crate::dump::DumpRequest;
 use crate::events::Events;
 use crate::{log, parallel, tree};
@@ -53,6 +57,9 @@ pub struct Frozen {
     /// All threads, by process, the leader first.
     pub tasks: Vec<Task>,
     wait: Duration,
+    /// Stopped because they are in the same cgroup, and let go with the tree.
+    strangers: Vec<Tid>,
+    ice: RefCell<Ice>,
     /// Whether it has been let go already.
     released: Cell<bool>,
 }
@@ -86,8 +93,16 @@ pub fn freeze(request: &DumpRequest, events: &dyn Events) -> Result<Frozen> {
     let mut found: BTreeMap<Pid, Found> = BTreeMap::new();
     let mut order: Vec<Pid> = Vec::new();
     let mut held: BTreeMap<Tid, Held> = BTreeMap::new();
+    // After the tracer, so that it is frozen again before the tracer lets go.
+    let mut ice = Ice::default();
+    if let Some(dir) = &request.freeze_cgroup {
+        hold(&mut held, freezer::freeze(dir, &tracer, deadline)?);
+    }
     for round in 0.. {
-        let fresh = discover(&tracer, Pid(request.pid), &mut found, &mut order, &mut held)?;
+        let root = Pid(request.pid);
+        let fresh = discover(&tracer, root, &mut found, &mut order, &mut held, |pid| {
+            ice.thaw_for(pid, &tracer, deadline)
+        })?;
         if fresh.is_empty() {
             log!(events, Debug, "the tree is stopped after {round} rounds");
             break;
@@ -108,7 +123,25 @@ pub fn freeze(request: &DumpRequest, events: &dyn Events) -> Result<Frozen> {
         }
     }
     tracer.unwatch();
-    details(tracer, found, order, held, request.timeout)
+    details(tracer, ice, found, order, held, request.timeout)
+}
+
+/// Options of all that is seized.
+const OPTIONS: Options = Options::TRACESYSGOOD.with(Options::SUSPEND_SECCOMP);
+
+/// Takes note of tasks that were stopped by their cgroup.
+fn hold(held: &mut BTreeMap<Tid, Held>, all: Vec<StoppedTask>) {
+    for stopped in all {
+        let status = ProcDir::open(Pid(stopped.tid.0)).and_then(|dir| dir.status());
+        if let Ok(status) = status {
+            let now = Held {
+                pid: Pid(status.tgid),
+                stopped,
+                before: BeforeStop::default(),
+            };
+            held.insert(stopped.tid, now);
+        }
+    }
 }
 
 /// The caller wants the operation to stop.
@@ -125,6 +158,7 @@ fn discover(
     found: &mut BTreeMap<Pid, Found>,
     order: &mut Vec<Pid>,
     held: &mut BTreeMap<Tid, Held>,
+    mut thaw: impl FnMut(Pid) -> Result<Vec<StoppedTask>>,
 ) -> Result<Vec<(Pid, Tid)>> {
     let mut fresh = Vec::new();
     let mut seen = HashSet::new();
@@ -136,22 +170,23 @@ fn discover(
         }
         let process = match found.entry(pid) {
             Entry::Occupied(known) => known.into_mut(),
-            Entry::Vacant(vacant) => match ProcDir::open(pid) {
-                Ok(dir) => {
-                    if pid != root {
-                        tree::check_thawed(pid).on_task(pid.0)?;
+            Entry::Vacant(vacant) => {
+                let opened = ProcDir::open(pid).and_then(|dir| Ok((dir, thaw(pid)?)));
+                match opened {
+                    Ok((dir, stopped)) => {
+                        hold(held, stopped);
+                        vacant.insert(Found {
+                            dir,
+                            zombie: false,
+                            first_ended: false,
+                            threads: Vec::new(),
+                        })
                     }
-                    vacant.insert(Found {
-                        dir,
-                        zombie: false,
-                        first_ended: false,
-                        threads: Vec::new(),
-                    })
+                    // It ended while we looked; the root must not.
+                    Err(e) if e.kind() == Kind::TargetGone && pid != root => continue,
+                    Err(e) => return Err(e.on_task(pid.0)),
                 }
-                // It ended while we looked; the root must not.
-                Err(e) if e.kind() == Kind::TargetGone && pid != root => continue,
-                Err(e) => return Err(e.on_task(pid.0)),
-            },
+            }
         };
         let looked = (|| -> Result<_> {
             let stat = process.dir.stat()?;
@@ -226,13 +261,12 @@ fn stop(
         before.insert(*tid, (*pid, seen));
     }
     let tids: Vec<Tid> = fresh.iter().map(|(_, tid)| *tid).collect();
-    let options = Options::TRACESYSGOOD | Options::SUSPEND_SECCOMP;
     if fresh.iter().any(|(pid, tid)| *tid != pid.leader()) {
         tracer.watch();
     }
     let mut done = Vec::new();
     let mut stopping = Stopping::default();
-    tracer.begin_stop(&tids, options, &mut stopping, &mut done)?;
+    tracer.begin_stop(&tids, OPTIONS, &mut stopping, &mut done)?;
     let mut patience = PATIENCE[0];
     loop {
         let until = deadline.min(Instant::now() + patience);
@@ -310,6 +344,7 @@ fn threads_of(held: &BTreeMap<Tid, Held>, pid: Pid) -> Vec<Tid> {
 
 fn details(
     tracer: Tracer,
+    ice: Ice,
     mut found: BTreeMap<Pid, Found>,
     order: Vec<Pid>,
     mut held: BTreeMap<Tid, Held>,
@@ -374,6 +409,8 @@ fn details(
         procs,
         tasks,
         wait,
+        strangers: held.into_keys().collect(),
+        ice: RefCell::new(ice),
         released: Cell::new(false),
     })
 }
@@ -403,8 +440,7 @@ impl Frozen {
                 pidfd::pidfd_send_signal(&proc.pidfd, libc::SIGSTOP).on_task(proc.pid.0)?;
             }
         }
-        let tids: Vec<Tid> = self.tasks.iter().map(|t| t.tid).collect();
-        self.tracer.detach_all(&tids, Instant::now() + self.wait)?;
+        self.let_go()?;
         self.released.set(true);
         let stopped = self
             .procs
@@ -414,13 +450,31 @@ impl Frozen {
         Ok(())
     }
 
+    /// Lets all tasks go that are held, into a frozen cgroup if it was that.
+    fn let_go(&self) -> Result<()> {
+        let refrozen = self.ice.borrow_mut().refreeze();
+        let tree = self.tasks.iter().map(|t| t.tid);
+        let tids: Vec<Tid> = tree.chain(self.strangers.iter().copied()).collect();
+        let held = |tid: &Tid| self.tracer.options(*tid).is_some();
+        let tids: Vec<Tid> = tids.into_iter().filter(held).collect();
+        self.tracer
+            .detach_all(&tids, Instant::now() + self.wait)
+            .and(refrozen)
+    }
+
+    /// Whether it was in a frozen cgroup, in which it will be again.
+    pub fn was_frozen(&self) -> bool {
+        !self.ice.borrow().is_empty()
+    }
+
     /// Kills the tree, children before parents, and waits until it is dead.
     pub fn kill(self) -> Result<()> {
         let deadline = Instant::now() + self.wait;
         // All are stopped: none can start anything, or handle the death of another.
         let alive = self.procs.iter().rev().filter(|p| !p.tids.is_empty());
         let all = alive.map(|p| (p.pid, p.tids.clone())).collect();
-        self.tracer.kill_all(all, deadline)
+        let killed = self.tracer.kill_all(all, deadline);
+        self.let_go().and(killed)
     }
 }
 

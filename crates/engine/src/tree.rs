@@ -1,7 +1,6 @@
 //! Which tasks there are, and whether they may be touched at all.
 
 use freezeframe_error::{Error, Kind, Phase, Result, ResultExt, Target};
-use freezeframe_inject::tracer::frozen_by;
 use freezeframe_kinds::ProcView;
 use freezeframe_sys::ids::{Pid, Tid};
 use freezeframe_sys::proc::ProcDir;
@@ -59,19 +58,7 @@ fn look(pid: i32) -> Result<()> {
             format!("this is an ancestor of freezeframe itself ({name}), which would stop itself"),
         ));
     }
-    check_untraced(status.tracer_pid)?;
-    check_thawed(Pid(pid))
-}
-
-/// Refuses a process in a frozen cgroup: one frozen by version 1 reaches no stop, one
-/// frozen by version 2 runs no call of ours.
-pub fn check_thawed(pid: Pid) -> Result<()> {
-    match frozen_by(pid.leader()) {
-        None => Ok(()),
-        Some(cgroup) => Err(Error::unsupported(format!(
-            "a process in a frozen cgroup is not supported yet; thaw it first (freezer: {cgroup})"
-        ))),
-    }
+    check_untraced(status.tracer_pid)
 }
 
 /// Refuses a task that somebody traces, and says who.

@@ -37,6 +37,7 @@ impl Dump {
                 after: After::Kill,
                 timeout: DEFAULT_DEADLINE,
                 sync: true,
+                freeze_cgroup: None,
                 live: false,
                 options: DumpOptions::default(),
                 pages: PageOptions::default(),
@@ -84,6 +85,16 @@ impl Dump {
         } else if self.request.after == after {
             self.request.after = After::Kill;
         }
+        self
+    }
+
+    /// Freeze this cgroup (a directory of the freezer of version 1, or of version 2)
+    /// while all that is in it is seized, so that nothing in it can fork
+    /// meanwhile. What is in it and not in the tree is let go with the tree. Not
+    /// needed for a tree whose cgroup is frozen already: that is found, and is
+    /// frozen again in the end.
+    pub fn freeze_cgroup(mut self, dir: impl Into<PathBuf>) -> Dump {
+        self.request.freeze_cgroup = Some(dir.into());
         self
     }
 

@@ -26,6 +26,7 @@ use std::marker::PhantomData;
 use std::time::{Duration, Instant};
 
 use freezeframe_error::{Error, Kind, Result, SysExt};
+use freezeframe_sys::cgroup::frozen_by;
 use freezeframe_sys::ids::{Pid, Tid};
 use freezeframe_sys::ptrace::{self, Options, Regs, SigInfo, event};
 use nix::errno::Errno;
@@ -951,35 +952,6 @@ pub(crate) fn timeout(tid: Tid, what: &str) -> Error {
         ),
     )
     .on_task(tid.0)
-}
-
-/// The frozen cgroup a task is in, for people; None if there is none, or the
-/// freezers cannot be found at their usual places. A cgroup is frozen by its ancestors too.
-pub fn frozen_by(tid: Tid) -> Option<String> {
-    let cgroups = std::fs::read_to_string(format!("/proc/{tid}/cgroup")).ok()?;
-    for line in cgroups.lines() {
-        let mut parts = line.splitn(3, ':');
-        let (Some(_), Some(controllers), Some(path)) = (parts.next(), parts.next(), parts.next())
-        else {
-            continue;
-        };
-        if controllers.split(',').any(|c| c == "freezer") {
-            let file = format!("/sys/fs/cgroup/freezer{path}/freezer.state");
-            match std::fs::read_to_string(file).as_deref().map(str::trim) {
-                Ok("THAWED") | Err(_) => {}
-                Ok(state) => return Some(format!("{state}, cgroup {path}")),
-            }
-        }
-        if controllers.is_empty() {
-            for root in ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"] {
-                let events = std::fs::read_to_string(format!("{root}{path}/cgroup.events"));
-                if events.is_ok_and(|e| e.lines().any(|l| l == "frozen 1")) {
-                    return Some(format!("frozen, cgroup {path}"));
-                }
-            }
-        }
-    }
-    None
 }
 
 /// All threads of a process.

@@ -5,12 +5,13 @@
 //! here: reading `/proc` ([`proc`]), the memory of another process ([`mem`],
 //! [`pagemap`]), tracing it ([`ptrace`]), its descriptors ([`fd`], [`pidfd`],
 //! [`kcmp`]), its attributes ([`sched`], [`ioprio`], [`rlimit`],
-//! [`robust_list`]), making new processes ([`clone`]), mappings of our own
+//! [`robust_list`]), making new processes ([`clone`]), the freezer ([`cgroup`]), mappings of our own
 //! ([`mmap`]), System V IPC ([`sysv`]), message queues ([`mqueue`]), pages put into place ([`userfaultfd`]), and the question what this kernel can do and what we may do
 //! ([`probe`]).
 //!
 //! `unsafe` lives in this crate, `freezeframe-stub` and `inject::arch` alone.
 
+pub mod cgroup;
 pub mod clock;
 pub mod clone;
 pub mod fd;

@@ -177,7 +177,7 @@ pub fn run(
             }
         }
         if !harmed {
-            session.alone()?;
+            scene.await_alone(&session.target)?;
             let Session { target, before, .. } = session;
             scene
                 .finish(target, program, &before, Mode::Running)
@@ -306,33 +306,13 @@ impl Session<'_> {
 
     /// The tree runs on as it was, with nothing beside it.
     fn unharmed(&self) -> Result<(), String> {
-        self.alone()?;
+        self.scene.await_alone(&self.target)?;
         self.unharmed_now()?;
         // Those of an image whose tree is dead stay until its restore.
         match rules()?.as_slice() {
             [] => Ok(()),
             rules => Err(format!("rules left behind: {rules:?}")),
         }
-    }
-
-    /// No process below us but the target's.
-    fn alone(&self) -> Result<(), String> {
-        let others = || {
-            let mut all = children(std::process::id() as i32);
-            all.retain(|pid| *pid != self.target.pid);
-            all
-        };
-        self.scene.await_that(
-            "the end of all others",
-            || {
-                for pid in others().into_iter().map(Pid::from_raw) {
-                    let _ =
-                        nix::sys::wait::waitpid(pid, Some(nix::sys::wait::WaitPidFlag::WNOHANG));
-                }
-                Ok(others().is_empty())
-            },
-            None,
-        )
     }
 
     fn after_leaving(&mut self) -> Result<(), String> {
@@ -426,7 +406,7 @@ impl Session<'_> {
         }
         if is.is_err() {
             self.scene.await_gone(&self.before, DEADLINE)?;
-            self.alone()?;
+            self.scene.await_alone(&self.target)?;
             self.restore_whole().map_err(|e| format!("the next: {e}"))?;
         }
         self.unharmed()

@@ -38,7 +38,7 @@ const PROGRAMS: &[&str] = &[
     "unix::waiting",
     "unix::files_in_flight",
     "tcp::established",
-    "udp::connected",
+    "udp::bound",
     "memory::heap",
     "mappings::cow_family",
     "mappings::file_shared",

@@ -177,7 +177,7 @@ pub fn run(words: &[&str], when: When, blow: Blow) -> Result<Struck, String> {
     let mut command = match when {
         When::After(_) => Command::new(binary()),
         _ => {
-            let mut command = Command::new(std::env::current_exe().map_err(told)?);
+            let mut command = Command::new(crate::tool::built("harm"));
             command.arg("traced").arg(binary());
             command
         }

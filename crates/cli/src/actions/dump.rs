@@ -83,6 +83,9 @@ pub(crate) fn run(line: &Line) -> Result<i32, Stop> {
         for name in external {
             dump = dump.external(name);
         }
+        if let Some(cgroup) = line.value("freeze-cgroup") {
+            dump = dump.freeze_cgroup(cgroup);
+        }
         if line.has("live") {
             dump = dump.live(true);
         }

@@ -51,6 +51,9 @@ pub(super) fn fork_of<'a>(forks: &'a [Fork<'a>], pid: Pid) -> Option<&'a Fork<'a
 
 /// What speaks against forks before any is made.
 fn may_fork<'a>(frozen: &Frozen, alive: impl Iterator<Item = &'a ProcView> + Clone) -> Result<()> {
+    if frozen.was_frozen() {
+        return Err(Error::unsupported("its cgroup is frozen"));
+    }
     for proc in alive.clone() {
         // Its end could leave a process group orphaned, which a stopped job is told.
         if frozen.group_stop(proc.pid).is_some() {

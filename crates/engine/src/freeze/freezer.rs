@@ -1,0 +1,137 @@
+//! Cgroups that are frozen: by others already, or by us for the time it takes to
+//! seize all that is in them (`--freeze-cgroup`).
+//!
+//! A task frozen by version 1 reaches no ptrace stop, and one frozen by version 2
+//! runs no call of ours, so they have to be thawed for our work. Before that every
+//! task in them is seized and told to stop, those outside the tree too: none
+//! runs an instruction of its program. In the end the cgroup is frozen again
+//! before any of them is let go. Should we die meanwhile, another process does so
+//! ([`Keeper`]).
+
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use freezeframe_error::{Error, Kind, Result, ResultExt};
+use freezeframe_inject::tracer::{self, StoppedTask, Stopping, Tracer};
+use freezeframe_sys::cgroup::{Freezer, Keeper};
+use freezeframe_sys::ids::{Pid, Tid};
+
+use super::OPTIONS;
+
+/// What was frozen when we came, and is to be again.
+#[derive(Debug, Default)]
+pub(crate) struct Ice {
+    thawed: BTreeSet<Freezer>,
+    /// One for each time we thawed something.
+    keepers: Vec<Keeper>,
+}
+
+impl Ice {
+    /// Whether there was any.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.thawed.is_empty()
+    }
+
+    /// Thaws what a process is frozen by, with all that is in it seized: gives those, stopped.
+    pub(crate) fn thaw_for(
+        &mut self,
+        pid: Pid,
+        tracer: &Tracer,
+        deadline: Instant,
+    ) -> Result<Vec<StoppedTask>> {
+        let mut fresh = Freezer::holding(pid)?;
+        fresh.retain(|freezer| !self.thawed.contains(freezer));
+        if fresh.is_empty() {
+            return Ok(Vec::new());
+        }
+        self.keepers
+            .push(Keeper::start(fresh.iter().map(|f| (f, true)))?);
+        self.thawed.extend(fresh.iter().cloned());
+        seize_and_thaw(&fresh, tracer, deadline)
+    }
+
+    /// Freezes it all again, to be done before its tasks are let go. Waits for nothing.
+    pub(crate) fn refreeze(&mut self) -> Result<()> {
+        let mut result = Ok(());
+        for freezer in std::mem::take(&mut self.thawed) {
+            match freezer.set(true) {
+                // Somebody has removed it, with all that was in it.
+                Err(e) if e.errno() == Some(libc::ENOENT) => {}
+                done => result = result.and(done),
+            }
+        }
+        self.keepers.clear();
+        result
+    }
+}
+
+impl Drop for Ice {
+    fn drop(&mut self) {
+        let _ = self.refreeze();
+    }
+}
+
+/// Freezes a cgroup, seizes all that is in it, and thaws it: nothing in it can make
+/// new tasks meanwhile. One that is frozen already is left to [`Ice`].
+pub(crate) fn freeze(dir: &Path, tracer: &Tracer, deadline: Instant) -> Result<Vec<StoppedTask>> {
+    let freezer = Freezer::at(dir)?;
+    if freezer.is_frozen() {
+        return Ok(Vec::new());
+    }
+    let ours = |tid: &Tid| Path::new(&format!("/proc/self/task/{tid}")).exists();
+    let parent = std::os::unix::process::parent_id();
+    if freezer
+        .tasks()?
+        .iter()
+        .any(|t| ours(t) || t.0 as u32 == parent)
+    {
+        let text = "freezeframe itself is in this cgroup, which it would freeze";
+        return Err(Error::new(Kind::Usage, text).on(dir.display().to_string()));
+    }
+    let all = [freezer];
+    let keeper = Keeper::start([(&all[0], false)])?;
+    let thawed = Thawed(&all[0]);
+    all[0].set(true)?;
+    while !all[0].is_at_rest() {
+        if Instant::now() >= deadline {
+            let text = "the cgroup does not freeze in time";
+            return Err(Error::new(Kind::Timeout, text).on(dir.display().to_string()));
+        }
+        std::thread::sleep(Duration::from_micros(100));
+    }
+    let stopped = seize_and_thaw(&all, tracer, deadline);
+    drop(thawed);
+    drop(keeper);
+    stopped
+}
+
+/// Thaws a cgroup when it is dropped.
+struct Thawed<'a>(&'a Freezer);
+
+impl Drop for Thawed<'_> {
+    fn drop(&mut self) {
+        let _ = self.0.set(false);
+    }
+}
+
+fn seize_and_thaw(all: &[Freezer], tracer: &Tracer, deadline: Instant) -> Result<Vec<StoppedTask>> {
+    let mut tids = BTreeSet::new();
+    for freezer in all {
+        tids.extend(freezer.tasks()?);
+    }
+    let tids: Vec<Tid> = tids.into_iter().collect();
+    let mut stopping = Stopping::default();
+    let mut done = Vec::new();
+    tracer
+        .begin_stop(&tids, OPTIONS, &mut stopping, &mut done)
+        .map_err(|e| e.context("a task of a frozen cgroup cannot be seized"))?;
+    for freezer in all {
+        freezer.set(false)?;
+    }
+    tracer.await_stops(&mut stopping, deadline, &mut done)?;
+    match stopping.tids().next() {
+        None => Ok(done),
+        Some(tid) => Err(tracer::not_stopped(tid)).on_task(tid.0),
+    }
+}

@@ -1,0 +1,327 @@
+//! The cgroup freezer (cgroups(7)): of version 1 wherever it is mounted, and of
+//! version 2 (`cgroup.freeze`, Linux 5.2).
+#![allow(unsafe_code)]
+
+use std::ffi::OsStr;
+use std::fs::{self, File, OpenOptions};
+use std::io::{ErrorKind, Write};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use freezeframe_error::{Error, Kind, Result, SysExt};
+use nix::errno::Errno;
+
+use crate::ids::{Pid, Tid};
+use crate::pidfd;
+use crate::proc::{Mount, ProcDir};
+
+/// Version 1 or 2.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Version {
+    V1,
+    V2,
+}
+
+/// A cgroup that can be frozen.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Freezer {
+    dir: PathBuf,
+    version: Version,
+}
+
+impl Freezer {
+    /// The cgroup that is this directory.
+    ///
+    /// # Errors
+    /// [`Kind::Usage`] if it is none that can be frozen.
+    pub fn at(dir: &Path) -> Result<Freezer> {
+        let with = |version| Freezer {
+            dir: dir.to_owned(),
+            version,
+        };
+        let found = [Version::V1, Version::V2].map(with);
+        let found = found.into_iter().find(|f| f.file().exists());
+        found.ok_or_else(|| {
+            let text = "not a cgroup that can be frozen (no freezer.state, no cgroup.freeze)";
+            Error::new(Kind::Usage, text).on(dir.display().to_string())
+        })
+    }
+
+    /// The frozen cgroups a process is in, its own and those above: those to be
+    /// thawed for it to run.
+    ///
+    /// # Errors
+    /// [`Kind::Unsupported`] if it is frozen by one that cannot be seen from here.
+    pub fn holding(pid: Pid) -> Result<Vec<Freezer>> {
+        let dir = ProcDir::open(pid)?;
+        let mounts = ProcDir::open(Pid::this())?.mountinfo()?;
+        let mut all = Vec::new();
+        for cgroup in dir.cgroups()? {
+            let version = match cgroup.hierarchy {
+                0 => Version::V2,
+                _ if cgroup.controllers.iter().any(|c| c == "freezer") => Version::V1,
+                _ => continue,
+            };
+            let mut here = mounts.iter().filter_map(|m| seen(m, version, &cgroup.path));
+            let Some((top, own)) = here.find(|(_, own)| own.exists()) else {
+                continue;
+            };
+            let up = own.ancestors().take_while(|dir| dir.starts_with(&top));
+            let up = up.map(|dir| Freezer {
+                dir: dir.to_owned(),
+                version,
+            });
+            let up: Vec<Freezer> = up.collect();
+            let frozen = up.first().is_some_and(Freezer::is_frozen);
+            let before = all.len();
+            all.extend(up.into_iter().filter(Freezer::freezes));
+            if frozen && all.len() == before {
+                let text = "frozen by a cgroup that cannot be seen from here";
+                return Err(Error::unsupported(text).on(own.display().to_string()));
+            }
+        }
+        Ok(all)
+    }
+
+    /// Its directory.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    fn file(&self) -> PathBuf {
+        self.dir.join(match self.version {
+            Version::V1 => "freezer.state",
+            Version::V2 => "cgroup.freeze",
+        })
+    }
+
+    /// What is written to freeze it, or to thaw it.
+    fn word(&self, frozen: bool) -> &'static str {
+        match (self.version, frozen) {
+            (Version::V1, true) => "FROZEN",
+            (Version::V1, false) => "THAWED",
+            (Version::V2, true) => "1",
+            (Version::V2, false) => "0",
+        }
+    }
+
+    fn says(&self, file: &str, wanted: impl Fn(&str) -> bool) -> bool {
+        fs::read_to_string(self.dir.join(file)).is_ok_and(|text| text.lines().any(wanted))
+    }
+
+    /// Whether it was asked to be frozen (the root of version 1 cannot be).
+    pub fn freezes(&self) -> bool {
+        match self.version {
+            Version::V1 => self.says("freezer.self_freezing", |l| l == "1"),
+            Version::V2 => self.says("cgroup.freeze", |l| l == "1"),
+        }
+    }
+
+    /// Whether all in it is frozen, by it or by one above.
+    pub fn is_frozen(&self) -> bool {
+        match self.version {
+            // On its way counts: nothing in it goes on.
+            Version::V1 => self.says("freezer.state", |l| l != "THAWED"),
+            Version::V2 => self.says("cgroup.events", |l| l == "frozen 1"),
+        }
+    }
+
+    /// Whether all in it has come to rest.
+    pub fn is_at_rest(&self) -> bool {
+        match self.version {
+            Version::V1 => self.says("freezer.state", |l| l == "FROZEN"),
+            Version::V2 => self.is_frozen(),
+        }
+    }
+
+    /// Freezes or thaws it. Does not wait.
+    pub fn set(&self, frozen: bool) -> Result<()> {
+        let path = self.file();
+        let mut file = OpenOptions::new().write(true).open(&path);
+        let written = match &mut file {
+            Ok(file) => file.write_all(self.word(frozen).as_bytes()),
+            Err(e) => Err(std::io::Error::from(e.kind())),
+        };
+        written
+            .sys("write(freezer)")
+            .map_err(|e| e.on(path.display().to_string()))
+    }
+
+    /// All threads in it and in those below.
+    pub fn tasks(&self) -> Result<Vec<Tid>> {
+        let name = match self.version {
+            Version::V1 => "tasks",
+            Version::V2 => "cgroup.threads",
+        };
+        let mut tids = Vec::new();
+        let mut dirs = vec![self.dir.clone()];
+        while let Some(dir) = dirs.pop() {
+            let path = dir.join(name);
+            let on = |e: Error| e.on(path.display().to_string());
+            match fs::read_to_string(&path) {
+                Ok(text) => tids.extend(text.lines().filter_map(|l| l.parse().ok().map(Tid))),
+                // It was removed meanwhile, or is a domain of threaded ones, which has none of its own.
+                Err(e) if e.kind() == ErrorKind::NotFound => continue,
+                Err(e) if e.raw_os_error() == Some(libc::EOPNOTSUPP) => {}
+                Err(e) => return Err(on(Error::io("read", e))),
+            }
+            let below = fs::read_dir(&dir).sys("opendir").map_err(on)?;
+            let is_dir = |e: &fs::DirEntry| e.file_type().is_ok_and(|t| t.is_dir());
+            dirs.extend(below.flatten().filter(is_dir).map(|e| e.path()));
+        }
+        Ok(tids)
+    }
+}
+
+/// Where a cgroup of this path (as /proc/PID/cgroup has it) is seen by a mount,
+/// and where that mount is.
+fn seen(mount: &Mount, version: Version, path: &[u8]) -> Option<(PathBuf, PathBuf)> {
+    let fits = match version {
+        Version::V1 => {
+            let mut options = mount.super_options.split(|b| *b == b',');
+            mount.fs_type == b"cgroup" && options.any(|o| o == b"freezer")
+        }
+        Version::V2 => mount.fs_type == b"cgroup2",
+    };
+    let root = mount.root.strip_suffix(b"/").unwrap_or(&mount.root);
+    let below = path.strip_prefix(root).filter(|_| fits)?;
+    let below = match below {
+        [] => below,
+        [b'/', rest @ ..] => rest,
+        _ => return None,
+    };
+    let top = PathBuf::from(OsStr::from_bytes(&mount.mount_point));
+    let own = top.join(OsStr::from_bytes(below));
+    // A path that leads up out of our cgroup namespace is not below the mount.
+    (!below.starts_with(b"..")).then_some((top, own))
+}
+
+/// The frozen cgroup a task is in, for people; None if there is none that we know of.
+pub fn frozen_by(tid: Tid) -> Option<String> {
+    match Freezer::holding(Pid(tid.0)) {
+        Ok(all) => all
+            .first()
+            .map(|f| format!("frozen, cgroup {}", f.dir.display())),
+        Err(e) if e.kind() == Kind::Unsupported => Some(e.to_string()),
+        Err(_) => None,
+    }
+}
+
+/// A process that freezes or thaws cgroups if we die: whoever kills us must not
+/// decide whether a frozen container goes on. Dropping it ends it, and nothing
+/// is done.
+#[derive(Debug)]
+pub struct Keeper {
+    pid: libc::pid_t,
+    pidfd: OwnedFd,
+}
+
+impl Keeper {
+    /// Starts it: on our death each of these is frozen or thawed, in this order.
+    ///
+    /// # Errors
+    /// What clone says.
+    pub fn start<'a>(all: impl IntoIterator<Item = (&'a Freezer, bool)>) -> Result<Keeper> {
+        let us = pidfd::pidfd_open(Pid::this())?;
+        let mut files: Vec<(File, &'static str)> = Vec::new();
+        for (freezer, frozen) in all {
+            let path = freezer.file();
+            let file = OpenOptions::new().write(true).open(&path);
+            let file = file
+                .sys("open")
+                .map_err(|e| e.on(path.display().to_string()))?;
+            files.push((file, freezer.word(frozen)));
+        }
+        let mut kept: Vec<i32> = files.iter().map(|(file, _)| file.as_raw_fd()).collect();
+        kept.push(us.as_raw_fd());
+        kept.sort_unstable();
+        let zero = 0usize;
+        // SAFETY: a new process with a copy of our memory, and none of our threads but this
+        // one (no CLONE_VM, no stack given: it goes on as a fork does). It makes system
+        // calls only, allocates nothing and takes no lock, so it does not matter which were
+        // held. No signal at its end: nobody but us learns of it.
+        let pid = unsafe { libc::syscall(libc::SYS_clone, zero, zero, zero, zero, zero) };
+        match Errno::result(pid).sys("clone")? {
+            0 => keep(us.as_raw_fd(), &files, &kept),
+            pid => {
+                let pid = pid as libc::pid_t;
+                Ok(Keeper {
+                    pid,
+                    pidfd: pidfd::pidfd_open(Pid(pid))?,
+                })
+            }
+        }
+    }
+}
+
+/// The keeper's life.
+fn keep(us: i32, files: &[(File, &'static str)], kept: &[i32]) -> ! {
+    let mut poll = libc::pollfd {
+        fd: us,
+        events: libc::POLLIN,
+        revents: 0,
+    };
+    // SAFETY: system calls on memory of our own (a copy: nobody else has it). Descriptors
+    // that are closed are this process's copies, and nothing here uses them any more.
+    unsafe {
+        // A kill of our process group is not meant for it.
+        libc::setsid();
+        let mut from = 0u32;
+        for fd in kept {
+            if *fd as u32 > from {
+                libc::syscall(libc::SYS_close_range, from, *fd as u32 - 1, 0);
+            }
+            from = *fd as u32 + 1;
+        }
+        libc::syscall(libc::SYS_close_range, from, u32::MAX, 0);
+        while libc::poll(&raw mut poll, 1, -1) < 1 {}
+        for (file, word) in files {
+            libc::write(file.as_raw_fd(), word.as_ptr().cast(), word.len());
+        }
+        libc::_exit(0)
+    }
+}
+
+impl Drop for Keeper {
+    fn drop(&mut self) {
+        let _ = pidfd::pidfd_send_signal(&self.pidfd, libc::SIGKILL);
+        let flags = libc::__WALL;
+        // SAFETY: waitpid with no status. Somebody else may have waited for it.
+        while unsafe { libc::waitpid(self.pid, std::ptr::null_mut(), flags) } < 0
+            && Errno::last() == Errno::EINTR
+        {}
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    fn mount(fs_type: &str, root: &str, point: &Path, options: &str) -> Mount {
+        Mount {
+            fs_type: fs_type.into(),
+            root: root.into(),
+            mount_point: point.as_os_str().as_bytes().to_owned(),
+            super_options: options.into(),
+            ..Mount::default()
+        }
+    }
+
+    #[test]
+    fn cgroups_are_found_where_they_are_mounted() {
+        let top = Path::new("/sys/somewhere");
+        let of = |m: &Mount, version, path: &str| Some(seen(m, version, path.as_bytes())?.1);
+        let v1 = mount("cgroup", "/", top, "rw,freezer");
+        assert_eq!(of(&v1, Version::V1, "/a/b"), Some(top.join("a/b")));
+        assert_eq!(of(&v1, Version::V1, "/"), Some(top.join("")));
+        assert_eq!(of(&v1, Version::V2, "/a/b"), None);
+        assert_eq!(of(&v1, Version::V1, "/../x"), None);
+        let other = mount("cgroup", "/", top, "rw,memory");
+        assert_eq!(of(&other, Version::V1, "/a/b"), None);
+        let part = mount("cgroup2", "/pod", top, "rw");
+        assert_eq!(of(&part, Version::V2, "/pod/a"), Some(top.join("a")));
+        assert_eq!(of(&part, Version::V2, "/podium/a"), None);
+    }
+}

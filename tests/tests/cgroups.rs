@@ -1,0 +1,347 @@
+//! Cgroups that somebody has frozen already, and those that we are asked to freeze. Each test makes its own, and removes
+//! it.
+
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test that cannot set itself up has to fail on the spot"
+)]
+
+use freezeframe_tests::busy::Busy;
+use freezeframe_tests::harm::strike::{self, Blow, When, Whom};
+use freezeframe_tests::run::Scene;
+use freezeframe_tests::snapshot::{Snapshot, state_of};
+use nix::sys::signal::Signal;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+type Done = Result<(), String>;
+
+/// A version of the freezer, where this machine has it.
+#[derive(Clone, Copy)]
+struct Version {
+    root: &'static str,
+    file: &'static str,
+    /// To freeze and to thaw.
+    words: [&'static str; 2],
+}
+
+const V1: Version = Version {
+    root: "/sys/fs/cgroup/freezer",
+    file: "freezer.state",
+    words: ["FROZEN", "THAWED"],
+};
+const V2: Version = Version {
+    root: "/sys/fs/cgroup/unified",
+    file: "cgroup.freeze",
+    words: ["1", "0"],
+};
+const V2_ALONE: Version = Version {
+    root: "/sys/fs/cgroup",
+    ..V2
+};
+
+fn versions() -> Vec<Version> {
+    let marks = [
+        "freezer.state",
+        "cgroup.controllers",
+        "cgroup.clone_children",
+    ];
+    let here = |v: &Version| marks.iter().any(|m| Path::new(v.root).join(m).exists());
+    [V1, V2, V2_ALONE].into_iter().filter(here).collect()
+}
+
+/// A cgroup with one below it, thawed and removed in the end; whoever is left moves to the root.
+struct Cgroup {
+    version: Version,
+    dir: PathBuf,
+}
+
+impl Cgroup {
+    fn new(version: Version) -> Result<Self, String> {
+        let name = format!("ff-test-{}", std::process::id());
+        let dir = Path::new(version.root).join(name);
+        fs::create_dir_all(dir.join("below")).map_err(|e| format!("{}: {e}", dir.display()))?;
+        Ok(Cgroup { version, dir })
+    }
+
+    fn write(&self, file: &str, word: &str) -> Done {
+        let path = self.dir.join(file);
+        fs::write(&path, word).map_err(|e| format!("{}: {e}", path.display()))
+    }
+
+    /// Puts a process into the one below.
+    fn put(&self, pid: i32) -> Done {
+        self.write("below/cgroup.procs", &pid.to_string())
+    }
+
+    fn set(&self, below: &str, frozen: bool) -> Done {
+        let word = self.version.words[usize::from(!frozen)];
+        self.write(&format!("{below}{}", self.version.file), word)
+    }
+
+    /// Whether it is frozen as it was asked to be, and at rest.
+    fn is(&self, below: &str, frozen: bool) -> bool {
+        let read =
+            |name: &str| fs::read_to_string(self.dir.join(below).join(name)).unwrap_or_default();
+        if self.version.file == "freezer.state" {
+            let wanted = self.version.words[usize::from(!frozen)];
+            read("freezer.state").trim() == wanted
+                && read("freezer.self_freezing").trim() == ["0", "1"][usize::from(frozen)]
+        } else {
+            read("cgroup.freeze").trim() == self.version.words[usize::from(!frozen)]
+                && read("cgroup.events").contains(&format!("frozen {}", u8::from(frozen)))
+        }
+    }
+
+    fn await_is(&self, scene: &Scene, below: &str, frozen: bool) -> Done {
+        let what = format!("the cgroup {below:?} to be frozen: {frozen}");
+        scene.await_that(&what, || Ok(self.is(below, frozen)), None)
+    }
+
+    /// Freezes it (or that below it) and waits.
+    fn freeze(&self, scene: &Scene, below: &str) -> Done {
+        self.set(below, true)?;
+        self.await_is(scene, below, true)
+    }
+}
+
+impl Drop for Cgroup {
+    fn drop(&mut self) {
+        for below in ["below/", ""] {
+            let _ = self.set(below, false);
+            let dir = self.dir.join(below);
+            for _ in 0..1000 {
+                let procs = fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default();
+                for pid in procs.lines() {
+                    let _ = fs::write(Path::new(self.version.root).join("cgroup.procs"), pid);
+                }
+                if fs::remove_dir(&dir).is_ok() {
+                    break;
+                }
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        }
+    }
+}
+
+/// Each version, frozen by its own cgroup or by the one above it: dumped with --leave-running it stays frozen, and not
+/// one instruction of it has run.
+fn left_frozen(version: Version, below: &str) -> Done {
+    let busy = Busy::start("fork")?;
+    let cgroup = Cgroup::new(version)?;
+    cgroup.put(busy.target.pid)?;
+    busy.await_records(1)?;
+    cgroup.freeze(&busy.scene, below)?;
+    let records = busy.records();
+    for more in [&["--leave-running"][..], &["--live"]] {
+        let outcome = busy.scene.dump_pid(busy.target.pid, "img", more)?;
+        let outcome = outcome.must_exit(0)?;
+        if more == ["--live"] && !outcome.stderr.contains("its cgroup is frozen") {
+            return Err(format!("no word of why it is not live: {}", outcome.told()));
+        }
+        cgroup.await_is(&busy.scene, below, true)?;
+        if busy.tracer() != "0" || busy.records() != records {
+            return Err(format!(
+                "traced by {}, {records} records have become {}",
+                busy.tracer(),
+                busy.records()
+            ));
+        }
+    }
+    busy.scene.verify("img")?;
+    cgroup.set(below, false)?;
+    busy.await_records(2)?;
+    drop(cgroup);
+    busy.unharmed()
+}
+
+#[test]
+fn left_running_in_a_frozen_cgroup_it_stays_frozen() -> Done {
+    versions()
+        .into_iter()
+        .try_for_each(|v| left_frozen(v, "below/"))
+}
+
+#[test]
+fn left_running_below_a_frozen_cgroup_it_stays_frozen() -> Done {
+    versions().into_iter().try_for_each(|v| left_frozen(v, ""))
+}
+
+#[test]
+fn dumped_from_a_frozen_cgroup_it_is_restored() -> Done {
+    for version in versions() {
+        let scene = Scene::new()?;
+        let (program, target, before) = scene.start_program("tree::family")?;
+        let cgroup = Cgroup::new(version)?;
+        for pid in &before.pids {
+            cgroup.put(*pid)?;
+        }
+        cgroup.freeze(&scene, "")?;
+        scene.dump(&program, &target, "img", &[])?.must_exit(0)?;
+        scene.await_gone(&before, Duration::from_secs(10))?;
+        cgroup.await_is(&scene, "", true)?;
+        drop(cgroup);
+        let target = scene.restore(&program, &target, "img")?;
+        scene.finish(
+            target,
+            &program,
+            &before,
+            freezeframe_tests::run::Mode::Restore,
+        )?;
+    }
+    Ok(())
+}
+
+#[test]
+fn who_else_is_in_a_frozen_cgroup_stays_as_it_was() -> Done {
+    for version in versions() {
+        let busy = Busy::start("thread")?;
+        let other = busy.scene.start_other(&["/bin/sleep", "1000"])?;
+        busy.scene.await_that(
+            "the other's exec",
+            || {
+                Ok(
+                    fs::read_to_string(format!("/proc/{}/comm", other.pid)).unwrap_or_default()
+                        == "sleep\n",
+                )
+            },
+            Some(&other),
+        )?;
+        let cgroup = Cgroup::new(version)?;
+        cgroup.put(busy.target.pid)?;
+        cgroup.put(other.pid)?;
+        cgroup.freeze(&busy.scene, "")?;
+        let before = Snapshot::take(other.pid);
+        let outcome = busy.scene.dump_pid(busy.target.pid, "img", &[])?;
+        outcome.must_exit(0)?;
+        cgroup.await_is(&busy.scene, "", true)?;
+        let after = Snapshot::take(other.pid);
+        let found = freezeframe_tests::compare::differences(&before, &after, &[]);
+        if !found.is_empty() {
+            return Err(found.join("\n"));
+        }
+        cgroup.set("", false)?;
+        let pid = nix::unistd::Pid::from_raw(other.pid);
+        nix::sys::signal::kill(pid, Signal::SIGTERM).unwrap();
+        busy.scene.await_that(
+            "its end",
+            || Ok(matches!(state_of(other.pid), None | Some('Z'))),
+            None,
+        )?;
+    }
+    Ok(())
+}
+
+/// The words of a dump, and how many steps it takes.
+fn steps_of(words: &[&str]) -> Result<u64, String> {
+    let whole = strike::run(
+        words,
+        When::Never,
+        Blow::Signal(Whom::Both, Signal::SIGKILL),
+    )?;
+    whole.outcome.must_exit(0)?;
+    Ok(whole.steps)
+}
+
+/// Kills the tool at steps from one end to the other; `holds` has to hold after each.
+fn killed(busy: &Busy, more: &[&str], holds: impl Fn() -> Done) -> Done {
+    let pid = busy.target.pid.to_string();
+    let dir = busy.scene.path("img");
+    fs::create_dir_all(&dir).unwrap();
+    let dir = dir.to_string_lossy();
+    let words = [
+        &[
+            "dump",
+            "-t",
+            &pid,
+            "-D",
+            &dir,
+            "--no-sync",
+            "--leave-running",
+        ],
+        more,
+    ]
+    .concat();
+    let steps = steps_of(&words)?;
+    for n in 0..24 {
+        let (step, whom) = (1 + n * steps / 24, Whom::ALL[n as usize % 3]);
+        let struck = strike::run(
+            &words,
+            When::Step(step),
+            Blow::Signal(whom, Signal::SIGKILL),
+        )?;
+        busy.scene.await_alone(&busy.target)?;
+        holds().map_err(|e| format!("{whom:?} at {:?}: {e}", struck.place))?;
+    }
+    Ok(())
+}
+
+#[test]
+fn killed_with_a_frozen_cgroup_thawed_it_is_frozen_again() -> Done {
+    for version in versions() {
+        let busy = Busy::start("thread")?;
+        let cgroup = Cgroup::new(version)?;
+        cgroup.put(busy.target.pid)?;
+        cgroup.freeze(&busy.scene, "")?;
+        killed(&busy, &[], || {
+            cgroup.await_is(&busy.scene, "", true)?;
+            busy.scene
+                .await_that("no tracer", || Ok(busy.tracer() == "0"), None)
+        })?;
+        cgroup.set("", false)?;
+        busy.await_records(2)?;
+        drop(cgroup);
+        busy.unharmed()?;
+    }
+    Ok(())
+}
+
+#[test]
+fn frozen_by_us_while_it_forks_all_the_time() -> Done {
+    for version in versions() {
+        let busy = Busy::start("fork")?;
+        let cgroup = Cgroup::new(version)?;
+        cgroup.put(busy.target.pid)?;
+        let dir = cgroup.dir.to_string_lossy().into_owned();
+        let more = ["--freeze-cgroup", &dir];
+        killed(&busy, &more, || {
+            cgroup.await_is(&busy.scene, "", false)?;
+            busy.await_records(2)
+        })?;
+        let all = [&["--leave-running"][..], &more].concat();
+        busy.scene
+            .dump_pid(busy.target.pid, "img", &all)?
+            .must_exit(0)?;
+        busy.scene.verify("img")?;
+        busy.await_records(2)?;
+        drop(cgroup);
+        busy.unharmed()?;
+    }
+    Ok(())
+}
+
+#[test]
+fn what_is_no_cgroup_or_holds_us_is_refused() -> Done {
+    let busy = Busy::start("fork")?;
+    for version in versions() {
+        let cgroup = Cgroup::new(version)?;
+        cgroup.put(std::process::id() as i32)?;
+        let dir = cgroup.dir.to_string_lossy().into_owned();
+        let outcome = busy
+            .scene
+            .dump_pid(busy.target.pid, "img", &["--freeze-cgroup", &dir])?
+            .must_exit(2)?;
+        if !outcome.stderr.contains("freezeframe itself") {
+            return Err(outcome.told());
+        }
+    }
+    let outcome = busy
+        .scene
+        .dump_pid(busy.target.pid, "img", &["--freeze-cgroup", "/tmp"])?
+        .must_exit(2)?;
+    if !outcome.stderr.contains("/tmp: not a cgroup") {
+        return Err(outcome.told());
+    }
+    busy.unharmed()
+}
