@@ -22,16 +22,24 @@ use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-/// Writes down how it is called. Fails at the action that the file `fails` names, never ends at the one that `hangs`
-/// names, and knows no actions where there is a file `old`.
+/// Writes down how it is called, and in what state that leaves the process. Fails at the action that the file `fails`
+/// names, does not end once it has done the one that `hangs` names, and knows no actions where there is a file `old`.
 const FAKE: &str = r#"#!/bin/sh
 cd "$(dirname "$0")" || exit 9
-if [ "$1" = --help ]; then
+case "$1" in
+--help)
     [ -e old ] || echo "--action lock | checkpoint | restore | unlock --pid <pid>"
-    exit 0
-fi
+    exit 0 ;;
+--get-state)
+    exec cat state ;;
+esac
+[ "$2" != "$(cat fails)" ] || { echo "$*" >> calls; echo "no such GPU" >&2; exit 1; }
+case "$2" in
+lock | restore) echo locked ;;
+checkpoint) echo checkpointed ;;
+*) echo running ;;
+esac > state
 echo "$*" >> calls
-[ "$2" != "$(cat fails)" ] || { echo "no such GPU" >&2; exit 1; }
 [ "$2" != "$(cat hangs)" ] || exec sleep 600
 "#;
 
@@ -240,6 +248,11 @@ fn one_that_hangs_ends_with_the_dump() {
         code.is_some()
     });
     assert!(!code.unwrap().success());
+    assert_eq!(cuda.calls(), [LOCK, CHECKPOINT, BACK[0], BACK[1]]);
+    assert_eq!(
+        fs::read_to_string(cuda.scene.path("state")).unwrap(),
+        "running\n"
+    );
     cuda.sleeps();
 }
 

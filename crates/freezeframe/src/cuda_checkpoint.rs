@@ -132,11 +132,26 @@ impl CudaCheckpoint {
         if !actions {
             return self.toggle(pid, tree);
         }
-        self.action("lock", pid, tree)?;
-        self.action("checkpoint", pid, tree).inspect_err(|_| {
-            // The failure that is told is that of the checkpoint.
+        self.action("lock", pid, tree)
+            .and_then(|()| self.action("checkpoint", pid, tree))
+            .inspect_err(|_| self.back_out(pid, tree))
+    }
+
+    /// Undoes what was done of a suspension that has failed or was cut off.
+    fn back_out(&self, pid: i32, tree: &PluginTree<'_>) {
+        let tree = &PluginTree {
+            cancelled: &|| false,
+            ..*tree
+        };
+        let state = self.run(&["--get-state", "--pid", &pid.to_string()], tree);
+        let state = state.unwrap_or_default();
+        // The failure that is told is that of the suspension.
+        if state.contains("checkpointed") {
+            let _ = self.action("restore", pid, tree);
+        }
+        if !state.contains("running") {
             let _ = self.action("unlock", pid, tree);
-        })
+        }
     }
 
     fn resume(&self, pid: i32, actions: bool, tree: &PluginTree<'_>) -> Result<()> {
@@ -144,8 +159,9 @@ impl CudaCheckpoint {
         if !actions {
             return self.toggle(pid, tree);
         }
-        self.action("restore", pid, tree)?;
-        self.action("unlock", pid, tree)
+        let restored = self.action("restore", pid, tree);
+        let unlocked = self.action("unlock", pid, tree);
+        restored.and(unlocked)
     }
 
     /// Resumes all of these; the first failure.
