@@ -18,7 +18,7 @@ use freezeframe_kinds::{DumpCx, DumpOptions, Held, Made, Orphan, registry};
 use freezeframe_pages::{PageDumper, PageOptions};
 use freezeframe_sys::ids::Pid;
 use freezeframe_sys::proc::Status;
-use freezeframe_sys::{clock, fd};
+use freezeframe_sys::{clock, fd, pidfd};
 
 use self::seen::Seen;
 use crate::events::{Events, Step};
@@ -272,10 +272,35 @@ fn take_orphans(
 
 /// Lets the tree go on after a failure, and says so in the error.
 fn release_after(e: Error, frozen: Frozen) -> Error {
+    let e = match killed(&frozen) {
+        // What failed may have failed in any way.
+        Some(pid) if e.kind() != Kind::TargetGone => {
+            let phase = e.phase().unwrap_or(Phase::Collect);
+            Error::new(Kind::TargetGone, "it was killed while it was held")
+                .on_task(pid.0)
+                .in_phase(phase)
+                .caused_by(e)
+        }
+        _ => e,
+    };
     match frozen.release(false) {
         Ok(()) => e.leaving(Target::Running),
         Err(also) => e.leaving(Target::Unknown).left_behind(format!("{also:?}")),
     }
+}
+
+/// How long one that is being killed may take to be dead.
+const DYING: Duration = Duration::from_millis(20);
+
+/// A process of the tree that somebody has killed: nothing else wakes what we hold.
+fn killed(frozen: &Frozen) -> Option<Pid> {
+    let alive = frozen.procs.iter().filter(|p| !p.tids.is_empty());
+    let mut awake = alive.filter(|p| {
+        let stat = p.dir.stat();
+        stat.map_or(true, |s| !matches!(s.state, 't' | 'T'))
+    });
+    let dead = awake.find(|p| pidfd::poll_dead(&p.pidfd, DYING).unwrap_or_default());
+    dead.map(|p| p.pid)
 }
 
 /// What is read before anything is frozen: what the image says of where it was made.

@@ -49,6 +49,8 @@ pub enum Fault {
     Asked(Signal),
     /// A call that fails with this error.
     Error(i32),
+    /// SIGSTOP at any instant, and SIGCONT a while later: only a pause.
+    Paused(Whom),
 }
 
 impl Fault {
@@ -73,9 +75,15 @@ impl Fault {
         Fault::Error(all[n as usize % all.len()] as i32)
     }
 
+    /// The `n`-th of the pauses.
+    pub fn paused(n: u64) -> Fault {
+        Fault::Paused(Whom::ALL[n as usize % Whom::ALL.len()])
+    }
+
     /// For tables.
     pub fn name(self) -> String {
         match self {
+            Fault::Paused(whom) => format!("SIGSTOP for 30 ms at any instant, {}", whom.name()),
             Fault::KillAtStep(whom) => format!("SIGKILL after a step, {}", whom.name()),
             Fault::KillAnyTime(whom) => format!("SIGKILL at any instant, {}", whom.name()),
             Fault::Asked(signal) => format!("{signal}, at a step"),
@@ -92,6 +100,7 @@ impl Fault {
             Fault::Asked(Signal::SIGINT) => Blow::Signal(Whom::Both, Signal::SIGINT),
             Fault::Asked(signal) => Blow::Signal(Whom::Visible, signal),
             Fault::Error(errno) => Blow::Fail(Errno::from_raw(errno)),
+            Fault::Paused(whom) => Blow::Pause(whom, Duration::from_millis(30)),
         }
     }
 }
@@ -294,6 +303,9 @@ impl Session<'_> {
         let told = |e: String| format!("{said}: {e}\n{}", struck.outcome.told());
         if struck.outcome.stderr.contains("panicked") {
             return Err(told("it panicked".to_owned()));
+        }
+        if matches!(fault, Fault::Paused(_)) && struck.outcome.code != Some(0) {
+            return Err(told("it did not end well".to_owned()));
         }
         match self.action {
             Action::Dump => self.after_dump(),

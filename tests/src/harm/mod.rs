@@ -56,6 +56,8 @@ pub struct Size {
     pub signals: usize,
     /// Calls that fail.
     pub errors: usize,
+    /// Pauses.
+    pub pauses: usize,
 }
 
 impl Size {
@@ -64,12 +66,14 @@ impl Size {
         kills: 200,
         signals: 16,
         errors: 40,
+        pauses: 12,
     };
     /// What proves something.
     pub const LONG: Size = Size {
         kills: 2000,
-        signals: 250,
-        errors: 1000,
+        signals: 150,
+        errors: 500,
+        pauses: 90,
     };
 }
 
@@ -91,6 +95,7 @@ const CLASSES: &[Class] = &[
     ("kill", Fault::kill),
     ("signal", Fault::asked),
     ("error", Fault::error),
+    ("pause", Fault::paused),
 ];
 
 fn program(name: &str) -> Option<Program> {
@@ -143,7 +148,11 @@ fn jobs(size: Size, filter: &[&str]) -> Vec<Job> {
         .filter(|name| filter.is_empty() || filter.iter().any(|f| name.contains(f)))
         .collect();
     let mut jobs = Vec::new();
-    for ((class, _), whole) in CLASSES.iter().zip([size.kills, size.signals, size.errors]) {
+    for ((class, _), whole) in
+        CLASSES
+            .iter()
+            .zip([size.kills, size.signals, size.errors, size.pauses])
+    {
         // A job has some set-up, so that fewer programs with more blows each are the better use of little time.
         let pairs = names.len() * Action::ALL.len();
         let parts = pairs.min(whole.div_ceil(4)).max(1);

@@ -61,6 +61,8 @@ pub enum Blow {
     Signal(Whom, Signal),
     /// The step is not taken: the call fails with this error.
     Fail(Errno),
+    /// SIGSTOP, and SIGCONT after so long. (At an instant only.)
+    Pause(Whom, Duration),
 }
 
 /// How a run of the command went.
@@ -276,10 +278,14 @@ impl Chase {
         self.reap(WaitPidFlag::WNOHANG)?;
         if self.ended.is_none() {
             self.engine = engine_of(self.visible);
-            if let Blow::Signal(whom, signal) = self.blow
+            let whom = match self.blow {
+                Blow::Signal(whom, _) | Blow::Pause(whom, _) => Some(whom),
+                Blow::Fail(_) => None,
+            };
+            if let Some(whom) = whom
                 && (self.engine.is_some() || whom != Whom::Tracer)
             {
-                self.signal(whom, signal);
+                self.hit(whom);
                 self.place = Some(format!("after {delay:?}"));
             }
         }
@@ -291,6 +297,18 @@ impl Chase {
             std::thread::sleep(Duration::from_micros(200));
         }
         Ok(())
+    }
+
+    fn hit(&self, whom: Whom) {
+        match self.blow {
+            Blow::Signal(_, signal) => self.signal(whom, signal),
+            Blow::Pause(_, time) => {
+                self.signal(whom, Signal::SIGSTOP);
+                std::thread::sleep(time);
+                self.signal(whom, Signal::SIGCONT);
+            }
+            Blow::Fail(_) => {}
+        }
     }
 
     /// Whether one of its processes is there. (That which traces is ours once the other has ended.)
@@ -386,7 +404,9 @@ impl Chase {
             Ok(SyscallInfo::Entry { nr, args }) => {
                 let nr = nr as i64;
                 let step = match self.blow {
-                    Blow::Signal(..) => DEEDS.contains(&nr) && !is_poll(nr, &args),
+                    Blow::Signal(..) | Blow::Pause(..) => {
+                        DEEDS.contains(&nr) && !is_poll(nr, &args)
+                    }
                     Blow::Fail(_) => !never_fails(nr, &args),
                 };
                 self.only_threads(thread, nr, &args);
@@ -435,8 +455,8 @@ impl Chase {
         }
         self.place = Some(format!("step {} {}", self.steps, name_of(nr)));
         match self.blow {
-            Blow::Signal(whom, signal) => self.signal(whom, signal),
             Blow::Fail(errno) => self.fail(thread, errno),
+            Blow::Signal(whom, _) | Blow::Pause(whom, _) => self.hit(whom),
         }
     }
 
