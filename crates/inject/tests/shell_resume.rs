@@ -97,7 +97,7 @@ fn vector_registers_arrive() {
     let tid = shells.tid(root);
     ptrace::interrupt(tid).unwrap();
     tracer
-        .wait_stop(tid, Instant::now() + Duration::from_secs(5))
+        .wait_stop(tid, Instant::now() + Duration::from_secs(30))
         .unwrap();
     let mut xstate = ptrace::getregset(tid, nt::X86_XSTATE).unwrap();
     ptrace::cont(tid, 0).unwrap();
@@ -210,15 +210,15 @@ fn nanosleep_goes_on_for_the_time_that_was_left() {
     let pid = shells.pid(root).0;
     let start = Instant::now();
     let resumed = shells
-        .resume_all(vec![sleeper(root, fd, 300_000_000)])
+        .resume_all(vec![sleeper(root, fd, 1_000_000_000)])
         .unwrap();
     assert_eq!(resumed[0].how, How::Interrupted);
     let mut result = [0; 8];
     read.read_exact(&mut result).unwrap();
     let took = start.elapsed();
     assert_eq!(i64::from_le_bytes(result), 0);
-    assert!(took >= Duration::from_millis(300), "{took:?}");
-    assert!(took < Duration::from_secs(5), "{took:?}");
+    assert!(took >= Duration::from_secs(1), "{took:?}");
+    assert!(took < Duration::from_secs(30), "{took:?}");
     exited(pid, 5);
 }
 
@@ -295,7 +295,7 @@ fn many_sleeping_threads_go_on() {
         .iter()
         .chain([&root])
         .map(|&task| {
-            let mut f = sleeper(task, fd, 700_000_000);
+            let mut f = sleeper(task, fd, 2_000_000_000);
             f.regs.r14 = 1;
             f
         })
@@ -305,7 +305,7 @@ fn many_sleeping_threads_go_on() {
     assert!(resumed.iter().all(|r| r.how == How::Interrupted));
     let mut all = [0; 51];
     read.read_exact(&mut all).unwrap();
-    assert!(start.elapsed() >= Duration::from_millis(700));
+    assert!(start.elapsed() >= Duration::from_secs(2));
     exited(pid, 5);
 }
 

@@ -1,5 +1,5 @@
-//! What restore shells cost. Prints; the bounds are generous, since tests run
-//! beside each other.
+//! What restore shells cost. Prints; the bounds are those of a machine far slower
+//! and busier than any, since tests run beside each other.
 
 #![allow(clippy::unwrap_used)]
 
@@ -37,7 +37,7 @@ fn costs() {
         median(spawn.clone())
     );
     println!("drop: {:?}", median(drops));
-    assert!(median(spawn) < Duration::from_millis(20));
+    assert!(median(spawn) < Duration::from_millis(500));
 
     let (mut shells, root) = Shells::spawn_root(&tracer, SpawnOptions::at(BASE)).unwrap();
     for calls in [1, 10, 100, 1000] {
@@ -54,7 +54,7 @@ fn costs() {
             .collect();
         let trip = median(trips);
         println!("batch of {calls}: {trip:?}, {:?} a call", trip / calls);
-        assert!(trip < Duration::from_millis(10));
+        assert!(trip < Duration::from_millis(200));
     }
     let forks = (0..20)
         .map(|_| {
@@ -69,7 +69,7 @@ fn costs() {
     let took = start.elapsed();
     println!("1000 threads: {took:?}");
     assert_eq!(made.len(), 1000);
-    assert!(took < Duration::from_secs(1));
+    assert!(took < Duration::from_secs(30));
     let start = Instant::now();
     for &task in &made {
         shells.start(task, &one).unwrap();

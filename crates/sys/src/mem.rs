@@ -242,12 +242,18 @@ mod tests {
 
     /// A child that waits, to be killed and reaped by its user.
     fn cat() -> std::process::Child {
-        std::process::Command::new("cat")
+        let child = std::process::Command::new("cat")
             .env("FF_MARK", "the mark of this test")
             .stdin(std::process::Stdio::piped())
             .stdout(std::process::Stdio::null())
             .spawn()
-            .unwrap()
+            .unwrap();
+        // The parent of a vfork goes on when the child has new memory, before that is filled.
+        let proc = ProcDir::open(Pid(child.id() as i32)).unwrap();
+        while proc.stat().is_ok_and(|stat| stat.env_end == stat.env_start) {
+            std::thread::yield_now();
+        }
+        child
     }
 
     #[test]
@@ -255,13 +261,7 @@ mod tests {
         let mut child = cat();
         let pid = Pid(child.id() as i32);
         let proc = ProcDir::open(pid).unwrap();
-        // The parent of a vfork goes on when the child has new memory, before that is filled.
-        let stat = loop {
-            match proc.stat().unwrap() {
-                stat if stat.env_end > stat.env_start => break stat,
-                _ => std::thread::yield_now(),
-            }
-        };
+        let stat = proc.stat().unwrap();
         let mem = Mem::of(&proc, true).unwrap();
         let len = (stat.env_end - stat.env_start) as usize;
         let mut env = vec![0; len];

@@ -549,7 +549,7 @@ mod tests {
             // It goes with its socket.
             drop(nft);
             other
-                .set_read_timeout(Some(Duration::from_secs(10)))
+                .set_read_timeout(Some(Duration::from_secs(30)))
                 .unwrap();
             let mut got = [0; 4];
             other.read_exact(&mut got).unwrap();

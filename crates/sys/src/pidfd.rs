@@ -113,7 +113,7 @@ mod tests {
         drop(theirs);
         pidfd_send_signal(&pidfd, 0).unwrap();
         pidfd_send_signal(&pidfd, libc::SIGKILL).unwrap();
-        assert!(poll_dead(&pidfd, Duration::from_secs(10)).unwrap());
+        assert!(poll_dead(&pidfd, Duration::from_secs(30)).unwrap());
         let mut all = String::new();
         reader.read_to_string(&mut all).unwrap();
         assert_eq!(all, "hello");
@@ -136,7 +136,7 @@ mod tests {
         assert!(pidfd_open(Pid(tid.0)).is_err());
         assert!(!poll_dead(&pidfd, Duration::ZERO).unwrap());
         drop(stop);
-        assert!(poll_dead(&pidfd, Duration::from_secs(10)).unwrap());
+        assert!(poll_dead(&pidfd, Duration::from_secs(30)).unwrap());
         thread.join().unwrap();
     }
 }

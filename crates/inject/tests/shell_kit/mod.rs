@@ -12,12 +12,17 @@ use nix::sys::wait::{WaitStatus, waitpid};
 /// A hole in every process of these tests.
 pub(crate) const BASE: u64 = 0x1000_0000_0000;
 
-/// PIDs that nobody has, different from those other tests running now choose.
+/// PIDs that nobody has, different from those other tests running now choose, and far from those that the kernel gives
+/// away next.
 pub(crate) fn free_pids(n: usize) -> Vec<i32> {
-    let mut pid = 2000
-        + (std::process::id() as i32)
-            .wrapping_mul(97)
-            .rem_euclid(28_000);
+    // The last field of /proc/loadavg: the last PID that was given.
+    let load = std::fs::read_to_string("/proc/loadavg").unwrap();
+    let last = load.split_whitespace().last().unwrap();
+    let last: i32 = last.parse().unwrap();
+    let apart = (std::process::id() as i32)
+        .wrapping_mul(97)
+        .rem_euclid(16_000);
+    let mut pid = 2000 + (last - 2000 + 8000 + apart).rem_euclid(30_000);
     let mut pids = Vec::new();
     while pids.len() < n {
         pid += 1;
@@ -46,7 +51,7 @@ pub(crate) fn state(pid: i32) -> char {
 
 /// Polls until `f` holds.
 pub(crate) fn until(what: &str, mut f: impl FnMut() -> bool) {
-    let end = Instant::now() + Duration::from_secs(10);
+    let end = Instant::now() + Duration::from_secs(30);
     while !f() {
         assert!(Instant::now() < end, "{what}");
         std::thread::sleep(Duration::from_millis(1));

@@ -28,12 +28,12 @@ impl Drop for Sleeper {
 }
 
 fn until<T>(mut found: impl FnMut() -> Option<T>) -> T {
-    let deadline = Instant::now() + Duration::from_secs(10);
+    let deadline = Instant::now() + Duration::from_secs(30);
     loop {
         if let Some(t) = found() {
             return t;
         }
-        assert!(Instant::now() < deadline, "condition not met in 10 s");
+        assert!(Instant::now() < deadline, "condition not met in 30 s");
         std::thread::yield_now();
     }
 }
