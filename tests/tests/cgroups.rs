@@ -6,16 +6,38 @@
     reason = "a test that cannot set itself up has to fail on the spot"
 )]
 
+use freezeframe::{Dump, Events, Kind, Level, Phase, Step};
 use freezeframe_tests::busy::Busy;
 use freezeframe_tests::harm::strike::{self, Blow, When, Whom};
 use freezeframe_tests::run::Scene;
 use freezeframe_tests::snapshot::{Snapshot, state_of};
 use nix::sys::signal::Signal;
+use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 type Done = Result<(), String>;
+
+/// Freezes a cgroup while the tree in it is being asked for its state.
+struct Freezes(PathBuf, &'static str);
+
+impl Events for Freezes {
+    fn log(&self, _: Level, _: fmt::Arguments<'_>) {}
+    fn phase(&self, phase: Phase) {
+        if phase == Phase::Collect {
+            fs::write(&self.0, self.1).unwrap();
+        }
+    }
+    fn progress(&self, _: u64, _: u64) {}
+    fn step(&self, _: Step) -> freezeframe::Result<()> {
+        Ok(())
+    }
+    fn cancelled(&self) -> bool {
+        false
+    }
+}
 
 /// A version of the freezer, where this machine has it.
 #[derive(Clone, Copy)]
@@ -344,4 +366,34 @@ fn what_is_no_cgroup_or_holds_us_is_refused() -> Done {
         return Err(outcome.told());
     }
     busy.unharmed()
+}
+
+#[test]
+fn frozen_by_somebody_in_the_middle_it_is_let_go_in_time() -> Done {
+    for version in versions() {
+        let busy = Busy::start("thread")?;
+        let cgroup = Cgroup::new(version)?;
+        cgroup.put(busy.target.pid)?;
+        let file = cgroup.dir.join(version.file);
+        let begun = Instant::now();
+        let result = Dump::new(busy.target.pid)
+            .images_dir(busy.scene.path("img"))
+            .deadline(Duration::from_secs(1))
+            .events(Arc::new(Freezes(file, version.words[0])))
+            .run();
+        let error = result.err().ok_or("nothing stood in its way")?;
+        if error.kind() != Kind::Timeout
+            || !error.to_string().contains(&*cgroup.dir.to_string_lossy())
+        {
+            return Err(format!("{error:?}"));
+        }
+        if begun.elapsed() > Duration::from_secs(8) {
+            return Err(format!("it took {:?}: {error:?}", begun.elapsed()));
+        }
+        cgroup.set("", false)?;
+        busy.await_records(2)?;
+        drop(cgroup);
+        busy.unharmed()?;
+    }
+    Ok(())
 }

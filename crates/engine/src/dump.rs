@@ -359,12 +359,7 @@ fn gather(
         clock::realtime_ns(),
     );
     let processes = describe(frozen, request).in_phase(Phase::Collect)?;
-    let Frozen {
-        tracer,
-        procs,
-        tasks,
-        ..
-    } = frozen;
+    let Frozen { procs, tasks, .. } = frozen;
     let options = DumpOptions {
         kills: request.after == After::Kill,
         ..request.options.clone()
@@ -384,7 +379,7 @@ fn gather(
     let tables = files::collect(&mut cx, &mut blockers).in_phase(Phase::Collect)?;
     let mut spaces =
         memory::collect(&mut cx, &host.seen, &mut blockers).in_phase(Phase::Collect)?;
-    tasks::collect(&mut cx, tracer, tasks, &mut blockers).in_phase(Phase::Collect)?;
+    tasks::collect(&mut cx, frozen, &mut blockers).in_phase(Phase::Collect)?;
     if events.cancelled() {
         return Err(freeze::cancelled());
     }

@@ -421,6 +421,11 @@ impl Frozen {
         self.tasks.len()
     }
 
+    /// Bound on any single wait.
+    pub(crate) fn wait(&self) -> Duration {
+        self.wait
+    }
+
     /// The signal of the job-control stop a process was in.
     pub fn group_stop(&self, pid: Pid) -> Option<i32> {
         self.tasks

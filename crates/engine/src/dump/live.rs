@@ -12,7 +12,6 @@ use freezeframe_sys::ids::Pid;
 use freezeframe_sys::proc::{ProcDir, SeccompMode};
 use freezeframe_sys::ptrace::Options;
 
-use super::tasks::WAIT;
 use crate::freeze::Frozen;
 
 /// Forks every process of a stopped tree, parents first. The inner result is
@@ -35,7 +34,7 @@ pub(super) fn fork_all(frozen: &Frozen) -> Result<std::result::Result<Vec<Fork<'
         };
         let mut site = Site::find(proc.pid).on_task(proc.pid.0)?;
         site.check(&stopped)?;
-        match fork::fork(&frozen.tracer, &mut site, first, WAIT)? {
+        match fork::fork(&frozen.tracer, &mut site, first, frozen.wait())? {
             Ok(fork) => forks.push(fork),
             Err(e) => return Ok(Err(e)),
         }

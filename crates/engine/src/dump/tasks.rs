@@ -2,30 +2,26 @@
 //! batch per thread, run inside it.
 
 use std::collections::HashMap;
-use std::time::Duration;
 
 use freezeframe_error::{Error, Kind, Result, ResultExt};
 use freezeframe_inject::Batch;
 use freezeframe_inject::live::{self, Site};
-use freezeframe_inject::tracer::{StoppedTask, Tracer};
+use freezeframe_inject::tracer::StoppedTask;
 use freezeframe_kinds::model::Process;
 use freezeframe_kinds::{DumpCx, Scope, TaskKind, TaskView, registry};
 use freezeframe_sys::ids::Pid;
 use freezeframe_sys::kcmp::{self, KcmpType};
 use freezeframe_sys::proc::SeccompMode;
 
-use crate::freeze::Task;
-
-/// Bound on every single wait for a thread that runs our calls.
-pub(super) const WAIT: Duration = Duration::from_secs(10);
+use crate::freeze::Frozen;
 
 /// Dumps every task kind of every thread.
 pub(super) fn collect(
     cx: &mut DumpCx<'_>,
-    tracer: &Tracer,
-    tasks: &[Task],
+    frozen: &Frozen,
     blockers: &mut Vec<Error>,
 ) -> Result<()> {
+    let Frozen { tracer, tasks, .. } = frozen;
     for (index, proc) in cx
         .procs
         .iter()
@@ -74,8 +70,8 @@ pub(super) fn collect(
             .any(|v| v.status.seccomp != SeccompMode::Disabled);
         let batch = |t: &StoppedTask| batches[&t.tid];
         let replies = match filtered {
-            false => live::collect_by_host(tracer, &mut site, &all, batch, WAIT)?,
-            true => live::collect_in_threads(tracer, &mut site, &all, batch, WAIT)?,
+            false => live::collect_by_host(tracer, &mut site, &all, batch, frozen.wait())?,
+            true => live::collect_in_threads(tracer, &mut site, &all, batch, frozen.wait())?,
         };
         site.erase().on_task(proc.pid.0)?;
         for ((view, (batch, asked)), replies) in views.iter().zip(&questions).zip(&replies) {
