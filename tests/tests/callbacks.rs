@@ -8,13 +8,12 @@
 
 use freezeframe::{Dump, Events, Kind, Level, Phase, Restore, Result, Step};
 use freezeframe_tests::programs::Program;
-use freezeframe_tests::run::{Mode, Scene, Target};
+use freezeframe_tests::run::{DEADLINE, Mode, Scene, Target};
 use freezeframe_tests::snapshot::{Snapshot, state_of};
 use std::fmt;
 use std::fs;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
-use std::time::Duration;
 
 type Done = std::result::Result<(), String>;
 
@@ -146,8 +145,7 @@ fn a_panic_at_each_point_of_a_dump() -> Done {
 fn a_panic_at_each_point_of_a_restore() -> Done {
     let case = Case::start()?;
     case.dumped_at_last(|dump| dump)?;
-    case.scene
-        .await_gone(&case.before, Duration::from_secs(10))?;
+    case.scene.await_gone(&case.before, DEADLINE)?;
     let alive = || {
         let pids = case.before.pids.iter();
         pids.filter(|pid| !matches!(state_of(**pid), None | Some('Z')))
@@ -166,7 +164,7 @@ fn a_panic_at_each_point_of_a_restore() -> Done {
             break;
         }
         case.scene
-            .await_gone(&case.before, Duration::from_secs(10))
+            .await_gone(&case.before, DEADLINE)
             .map_err(|e| format!("at point {at}: {e}"))?;
     }
     case.unharmed()?;
