@@ -287,7 +287,7 @@ impl Session<'_> {
         // Each blow has its part of the way, and falls anywhere in it.
         let mut within = |whole: u64| 1 + (place * whole + dice.below(whole)) / of.max(1);
         let when = match fault {
-            Fault::KillAnyTime(_) => When::After(Duration::from_micros(within(
+            Fault::KillAnyTime(_) | Fault::Paused(_) => When::After(Duration::from_micros(within(
                 measure.time.as_micros() as u64,
             ))),
             Fault::Error(_) => When::Step(within(measure.calls)),

@@ -85,6 +85,8 @@ struct Job {
     class: &'static str,
     from: u64,
     count: usize,
+    /// How much of its class comes before it, in thousandths.
+    share: usize,
 }
 
 /// A kind of faults.
@@ -112,8 +114,8 @@ pub struct Tally {
     took: Duration,
 }
 
-/// Does all of it, on as many processors as there are.
-pub fn run(size: Size, filter: &[&str], seed: u64) -> Result<Tally, String> {
+/// Does all of it, on as many processors as there are, or as much as there is time for.
+pub fn run(size: Size, filter: &[&str], seed: u64, most: Duration) -> Result<Tally, String> {
     let begun = Instant::now();
     let jobs = Mutex::new(jobs(size, filter));
     let tally = Mutex::new(Tally::default());
@@ -121,7 +123,7 @@ pub fn run(size: Size, filter: &[&str], seed: u64) -> Result<Tally, String> {
     std::thread::scope(|scope| {
         for _ in 0..workers {
             scope.spawn(|| {
-                loop {
+                while begun.elapsed() < most {
                     let Some(job) = jobs.lock().ok().and_then(|mut jobs| jobs.pop()) else {
                         return;
                     };
@@ -168,10 +170,13 @@ fn jobs(size: Size, filter: &[&str]) -> Vec<Job> {
                 class,
                 from: from as u64,
                 count,
+                share: part * 1000 / parts,
             });
             from += count;
         }
     }
+    // Taken from the end: if there is no time for all, then for a part of each class.
+    jobs.sort_by_key(|job| job.share);
     jobs
 }
 
