@@ -334,9 +334,7 @@ impl Waiting {
             .current_dir("/");
         let pid = command.spawn().unwrap().id() as i32;
         let target = Target { pid };
-        let is_asleep = || Ok(state_of(target.pid) == Some('S') && comm_of(&target) == "sleep");
-        let asleep = scene.await_that("sleep", is_asleep, None);
-        asleep.unwrap();
+        scene.await_program(pid, "sleep").unwrap();
         let mut waiting = Waiting {
             scene,
             target,
@@ -407,11 +405,6 @@ impl Waiting {
             .restore_pid(self.target.pid, images, &[ESTABLISHED]);
         restored.unwrap().1
     }
-}
-
-fn comm_of(target: &Target) -> String {
-    let comm = fs::read_to_string(format!("/proc/{}/comm", target.pid));
-    comm.unwrap_or_default().trim_end().to_owned()
 }
 
 #[test]

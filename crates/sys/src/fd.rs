@@ -17,7 +17,7 @@ pub mod terminal;
 pub use attributes::{Attribute, attributes, set_attribute, set_times};
 pub use pipe::{peek_pipe, pipe_pair, splice, tee};
 pub use socket::{
-    Credentials, Datagram, GroupFilter, Message, attach_filter, bind, connect, getsockopt,
+    Credentials, Datagram, GroupFilter, Message, accept, attach_filter, bind, connect, getsockopt,
     getsockopt_i32, getsockopt_linger, group_filter, interface_name, interface_number, new_socket,
     peek_datagrams, peek_messages, peek_queue, peek_stream, peer_address, poll_now, recv_fds,
     send_fds, send_to, setsockopt, setsockopt_i32, socket_address, socket_filter,

@@ -8,7 +8,7 @@
 //! takes the sockets out of repair mode; if it is killed, we do so.
 #![allow(unsafe_code)]
 
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 use freezeframe_error::{Error, Kind, Result, SysExt};
 use nix::errno::Errno;
@@ -84,29 +84,6 @@ impl Info {
             receive_scale: byte(6) >> 4,
             waiting: word(24),
             backlog: word(28),
-        }
-    }
-}
-
-/// Takes the oldest connection that waits to be accepted, with the other side's
-/// `sockaddr`; one that has ended meanwhile too. None if there is none: `listener` does not block.
-pub fn accept(listener: impl AsFd) -> Result<Option<(OwnedFd, Vec<u8>)>> {
-    let mut address = [0u8; 128];
-    loop {
-        let mut len = address.len() as libc::socklen_t;
-        let listener = listener.as_fd().as_raw_fd();
-        let at = address.as_mut_ptr().cast();
-        // SAFETY: the kernel writes at most `len` bytes to `address`, and the length.
-        let got = unsafe { libc::accept4(listener, at, &raw mut len, libc::SOCK_CLOEXEC) };
-        match Errno::result(got) {
-            Ok(fd) => {
-                // SAFETY: the kernel has just made this descriptor, nobody else has it.
-                let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-                return Ok(Some((fd, address[..len as usize].to_vec())));
-            }
-            Err(Errno::EAGAIN) => return Ok(None),
-            Err(Errno::EINTR | Errno::ECONNABORTED) => {}
-            Err(errno) => return Err(errno).sys("accept4"),
         }
     }
 }

@@ -26,7 +26,20 @@ pub(super) const PROGRAMS: &[Program] = &[
     ),
     Program::new("peer", "a socket connected to another", peer),
     Program::new("queued", "an answer that has not been read", queued).refused("unread messages"),
-    Program::new("dump", "an answer that goes on", long_answer).refused("netlink socket with"),
+    Program::new("dump", "an answer that goes on", long_answer).refused("an answer that goes on"),
+    Program::new("overrun", "messages that did not fit", overrun).refused("ENOBUFS"),
+    Program::new("log", "a log of packets (NFLOG)", log)
+        .refused("nfnetlink queue or log")
+        .needs(&[LOGS]),
+    Program::new("packets", "a queue of packets (NFQUEUE)", packets)
+        .refused("nfnetlink queue or log")
+        .needs(&[QUEUES]),
+    Program::new(
+        "other_network",
+        "a socket of another network",
+        other_network,
+    )
+    .refused("another network namespace"),
     Program::new("audit", "a protocol that is not carried", audit)
         .refused("netlink protocol 9")
         .needs(&[AUDIT]),
@@ -35,6 +48,16 @@ pub(super) const PROGRAMS: &[Program] = &[
 const AUDIT: Need = Need {
     what: "kernel option CONFIG_AUDIT",
     here: || new_audit().is_ok(),
+};
+
+const LOGS: Need = Need {
+    what: "kernel option CONFIG_NETFILTER_NETLINK_LOG",
+    here: || std::path::Path::new("/proc/net/netfilter/nfnetlink_log").exists(),
+};
+
+const QUEUES: Need = Need {
+    what: "kernel option CONFIG_NETFILTER_NETLINK_QUEUE",
+    here: || std::path::Path::new("/proc/net/netfilter/nfnetlink_queue").exists(),
 };
 
 const NETLINK: i32 = libc::SOL_NETLINK;
@@ -225,15 +248,94 @@ fn queued(cx: &Cx) {
 }
 
 fn long_answer(cx: &Cx) {
-    let fd = socket(libc::NETLINK_ROUTE);
+    let fd = socket(libc::NETLINK_SOCK_DIAG);
+    // More than fits into one message.
+    let _pairs: Vec<_> = (0..200)
+        .map(|_| os::socketpair(libc::SOCK_STREAM))
+        .collect();
     set_option(&fd, libc::SOL_SOCKET, libc::SO_RCVBUF, 1);
-    ask(&fd).unwrap();
+    // SOCK_DIAG_BY_FAMILY for all unix sockets, in every state, with their peers.
+    let all = [40, 20 | 0x301 << 16, 1, 0, 1, u32::MAX, 0, 4, 0, 0];
+    os::write(&fd, &bytes(&all)).unwrap();
     cx.ready(|| {
         while os::polled(&fd, libc::POLLIN) & libc::POLLIN != 0 {
             os::read_vec(&fd, 65536).ok();
         }
     });
     answer(cx, &fd);
+}
+
+fn overrun(cx: &Cx) {
+    let [one, other] = [0; 2].map(|_| socket(libc::NETLINK_USERSOCK));
+    set_option(&other, libc::SOL_SOCKET, libc::SO_RCVBUF, 1);
+    bind(&other, 0, 1);
+    let send = || {
+        let to = [libc::AF_NETLINK as u32, 0, 1];
+        let data = [7u8; 2000];
+        let args = [os::raw(&one), os::at(&data), 2000, 0, os::at(&to), 12];
+        os::syscall(libc::SYS_sendto, args).ok();
+    };
+    let full = cx.until(|| {
+        send();
+        os::polled(&other, 0) & libc::POLLERR != 0
+    });
+    cx.check(full, || "it takes all".to_owned());
+    cx.ready(|| os::read_vec(&other, 9));
+    let told = os::errno(&os::read_vec(&other, 9));
+    cx.same("the first that is told", told, libc::ENOBUFS);
+}
+
+/// Binds a log or queue, number 5, by a message with this attribute.
+fn netfilter(kind: u32, command: u32, len: u32) -> OwnedFd {
+    let fd = socket(libc::NETLINK_NETFILTER);
+    bind(&fd, 0, 0);
+    let attribute = len | 1 << 16;
+    let all = [28, kind | 1 << 16, 1, 0, 5 << 24, attribute, command];
+    os::write(&fd, &bytes(&all)).unwrap();
+    fd
+}
+
+/// How often the socket is in a list of those with queues or logs.
+fn listed(fd: &OwnedFd, list: &str) -> usize {
+    let port = u32::from_ne_bytes(name(fd)[4..8].try_into().unwrap()).to_string();
+    let text = std::fs::read_to_string(format!("/proc/net/netfilter/{list}")).unwrap();
+    let ports = text.lines().filter_map(|l| l.split_whitespace().nth(1));
+    ports.filter(|p| *p == port).count()
+}
+
+fn log(cx: &Cx) {
+    // NFULNL_MSG_CONFIG with NFULNL_CFG_CMD_BIND.
+    in_list(cx, netfilter(4 << 8 | 1, 1, 5), "nfnetlink_log");
+}
+
+fn packets(cx: &Cx) {
+    // NFQNL_MSG_CONFIG with NFQNL_CFG_CMD_BIND.
+    in_list(cx, netfilter(3 << 8 | 2, 1, 8), "nfnetlink_queue");
+}
+
+fn in_list(cx: &Cx, fd: OwnedFd, list: &str) {
+    let mut fd = fd;
+    cx.same("set up", listed(&fd, list), 1);
+    cx.ready(|| {
+        fd = socket(libc::NETLINK_NETFILTER);
+        bind(&fd, 0, 0);
+    });
+    cx.same("listed", listed(&fd, list), 1);
+}
+
+fn other_network(cx: &Cx) {
+    let fd = elsewhere(|| socket(libc::NETLINK_ROUTE));
+    cx.ready(|| bind(&fd, 77, 0));
+    cx.same("name", name(&fd), bytes(&[libc::AF_NETLINK as u32, 0, 0]));
+}
+
+/// Makes something in a network of its own, and comes back from there.
+pub(super) fn elsewhere<T>(make: impl FnOnce() -> T) -> T {
+    let here = std::fs::File::open("/proc/self/ns/net").unwrap();
+    nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+    let made = make();
+    nix::sched::setns(&here, nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+    made
 }
 
 fn new_audit() -> os::Result<OwnedFd> {

@@ -3,7 +3,7 @@
 use super::os;
 use super::tcp::{option, set_option};
 use super::udp::{call_with, get_bytes, name_of, new_socket, set_bytes};
-use super::{Cx, Program};
+use super::{Cx, Need, Program};
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 
@@ -42,7 +42,51 @@ pub(super) const PROGRAMS: &[Program] = &[
         queued,
     ),
     Program::new("more", "data held back by MSG_MORE", more).refused("MSG_MORE"),
+    Program::new("router", "a multicast router", router)
+        .refused("MRT_INIT")
+        .needs(&[ROUTER]),
+    Program::new("router6", "the same of IPv6", router6)
+        .refused("MRT_INIT")
+        .needs(&[ROUTER6]),
 ];
+
+const ROUTER: Need = Need {
+    what: "kernel option CONFIG_IP_MROUTE",
+    here: || std::path::Path::new("/proc/net/ip_mr_vif").exists(),
+};
+
+const ROUTER6: Need = Need {
+    what: "kernel option CONFIG_IPV6_MROUTE",
+    here: || std::path::Path::new("/proc/net/ip6_mr_vif").exists(),
+};
+
+/// MRT_INIT, MRT_DONE and their like of IPv6.
+const MRT_INIT: i32 = 200;
+const MRT_DONE: i32 = 201;
+
+fn router(cx: &Cx) {
+    routes(
+        cx,
+        &raw(libc::AF_INET, libc::IPPROTO_IGMP),
+        libc::IPPROTO_IP,
+    );
+}
+
+fn router6(cx: &Cx) {
+    routes(
+        cx,
+        &raw(libc::AF_INET6, libc::IPPROTO_ICMPV6),
+        libc::IPPROTO_IPV6,
+    );
+}
+
+fn routes(cx: &Cx, fd: &OwnedFd, level: i32) {
+    set_option(fd, level, MRT_INIT, 1);
+    cx.ready(|| set_option(fd, level, MRT_DONE, 1));
+    // There is one router.
+    let again = set_bytes(fd, level, MRT_INIT, &1i32.to_ne_bytes());
+    cx.same("once more", os::errno(&again), libc::EADDRINUSE);
+}
 
 /// A protocol for experiments (RFC 3692).
 const OURS: i32 = 253;

@@ -1,7 +1,9 @@
 //! TCP sockets of IPv4 and IPv6.
 
+use super::netlink::elsewhere;
 use super::os;
 use super::sockets::{receive_fd, send_fd};
+use super::udp::{name_of, sockaddr};
 use super::{Cx, Program};
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
@@ -128,6 +130,44 @@ pub(super) const PROGRAMS: &[Program] = &[
     Program::new("urgent", "urgent data that has not been read", urgent)
         .network(ESTABLISHED)
         .refused("urgent"),
+    Program::new(
+        "urgent_inline",
+        "the mark of urgent data among other (SO_OOBINLINE)",
+        urgent_inline,
+    )
+    .network(ESTABLISHED)
+    .refused("urgent"),
+    Program::new(
+        "urgent_taken",
+        "urgent data that has been taken from among other",
+        urgent_taken,
+    )
+    .network(ESTABLISHED)
+    .refused("urgent"),
+    Program::new(
+        "connecting",
+        "connections that are being made, of both families",
+        connecting,
+    )
+    .network(ESTABLISHED),
+    Program::new(
+        "connecting_blocked",
+        "a process blocked in connect(2)",
+        connecting_blocked,
+    )
+    .network(ESTABLISHED),
+    Program::new(
+        "connecting_without",
+        "a connection that is being made, without the option that says to carry it",
+        connecting,
+    )
+    .refused("connect(2)"),
+    Program::new(
+        "other_network",
+        "a socket of another network",
+        other_network,
+    )
+    .refused("another network namespace"),
 ];
 
 fn pair_at(address: &str) -> (TcpStream, TcpStream) {
@@ -483,18 +523,9 @@ fn reuse_port(cx: &Cx) {
 
 fn filter(cx: &Cx) {
     // "Take everything": ret 0xffffffff.
-    let program = [0x06u64 | 0xffff_ffff << 32];
-    let fprog = [1usize, os::at(&program)];
+    let program = 0x06u64 | 0xffff_ffff << 32;
     let fd = socket(libc::AF_INET);
-    let args = [
-        os::raw(&fd),
-        SOCKET as usize,
-        libc::SO_ATTACH_FILTER as usize,
-        os::at(&fprog),
-        16,
-        0,
-    ];
-    os::syscall(libc::SYS_setsockopt, args).unwrap();
+    attach(&fd, &program);
     cx.ready(|| set_option(&fd, SOCKET, libc::SO_DETACH_FILTER, 0));
     let mut got = [0u64; 4];
     let mut len = 4u32;
@@ -507,7 +538,7 @@ fn filter(cx: &Cx) {
         0,
     ];
     os::syscall(libc::SYS_getsockopt, args).unwrap();
-    cx.same("instructions", (len, got[0]), (1, program[0]));
+    cx.same("instructions", (len, got[0]), (1, program));
 }
 
 fn conversation(cx: &Cx, address: &str) {
@@ -595,15 +626,12 @@ fn blocked(cx: &Cx) {
     cx.join("server", server);
 }
 
-fn full(cx: &Cx) {
-    let (mut one, mut other) = pair_at("127.0.0.1:0");
-    one.set_nonblocking(true).unwrap();
-    let all = os::bytes(7, 32 << 20);
-    let mut at = 0;
-    // Until neither side takes any more.
-    let mut idle = 0;
+/// Writes, without blocking from now on, until neither side takes any more. How much that was.
+fn fill(end: &mut TcpStream, all: &[u8]) -> usize {
+    end.set_nonblocking(true).unwrap();
+    let (mut at, mut idle) = (0, 0);
     while idle < 20 {
-        match one.write(&all[at..(at + 70_000).min(all.len())]) {
+        match end.write(&all[at..(at + 70_000).min(all.len())]) {
             Ok(n) if n > 0 => (at, idle) = (at + n, 0),
             _ => {
                 idle += 1;
@@ -611,6 +639,13 @@ fn full(cx: &Cx) {
             }
         }
     }
+    at
+}
+
+fn full(cx: &Cx) {
+    let (mut one, mut other) = pair_at("127.0.0.1:0");
+    let all = os::bytes(7, 32 << 20);
+    let at = fill(&mut one, &all);
     let sizes =
         |s: &TcpStream| [libc::SO_SNDBUF, libc::SO_RCVBUF].map(|name| option(s, SOCKET, name));
     let before = (sizes(&one)[0], sizes(&other)[1]);
@@ -692,18 +727,8 @@ fn check_half_closed(cx: &Cx, mut one: TcpStream, mut other: TcpStream) {
 
 fn closing(cx: &Cx) {
     let (mut one, mut other) = pair_at("127.0.0.1:0");
-    one.set_nonblocking(true).unwrap();
     let all = os::bytes(9, 32 << 20);
-    let (mut at, mut idle) = (0, 0);
-    while idle < 20 {
-        match one.write(&all[at..(at + 70_000).min(all.len())]) {
-            Ok(n) if n > 0 => (at, idle) = (at + n, 0),
-            _ => {
-                idle += 1;
-                os::sleep_ms(5);
-            }
-        }
-    }
+    let at = fill(&mut one, &all);
     one.shutdown(Shutdown::Write).unwrap();
     cx.ready(|| other.read(&mut [0; 1]));
     // What waited may fit by now, and with it the end.
@@ -719,18 +744,8 @@ fn closing(cx: &Cx) {
 fn both_shut(cx: &Cx) {
     // The window of the one is full, so that the other's end waits behind its bytes.
     let (mut one, mut other) = pair_at("127.0.0.1:0");
-    other.set_nonblocking(true).unwrap();
     let all = os::bytes(9, 32 << 20);
-    let (mut at, mut idle) = (0, 0);
-    while idle < 20 {
-        match other.write(&all[at..(at + 70_000).min(all.len())]) {
-            Ok(n) if n > 0 => (at, idle) = (at + n, 0),
-            _ => {
-                idle += 1;
-                os::sleep_ms(5);
-            }
-        }
-    }
+    let at = fill(&mut other, &all);
     one.shutdown(Shutdown::Write).unwrap();
     cx.check(cx.until(|| (state(&one), state(&other)) == (5, 8)), || {
         "CLOSE_WAIT".to_owned()
@@ -957,33 +972,156 @@ fn waiting_without(cx: &Cx) {
     cx.join("client", end);
 }
 
-fn urgent(cx: &Cx) {
-    let (one, other) = pair_at("127.0.0.1:0");
+fn other_network(cx: &Cx) {
+    let listener = elsewhere(|| {
+        os::loopback_up().unwrap();
+        TcpListener::bind("127.0.0.1:4321").unwrap()
+    });
+    cx.ready(|| os::syscall(libc::SYS_shutdown, [os::raw(&listener), 2, 0, 0, 0, 0]));
+    cx.same("state", state(&listener), 10);
+    cx.check(TcpStream::connect("127.0.0.1:4321").is_err(), || {
+        "it is here".to_owned()
+    });
+}
+
+/// Has the socket run a BPF program of one instruction.
+fn attach(fd: &impl AsRawFd, program: &u64) {
+    let fprog = [1usize, os::at(program)];
     let args = [
-        os::raw(&one),
-        os::at(b"!".as_slice()),
-        1,
-        libc::MSG_OOB as usize,
-        0,
+        os::raw(fd),
+        SOCKET as usize,
+        libc::SO_ATTACH_FILTER as usize,
+        os::at(&fprog),
+        16,
         0,
     ];
+    os::syscall(libc::SYS_setsockopt, args).unwrap();
+}
+
+/// A listening socket that hears nothing of what comes, and one to be connected to it.
+fn unheard(address: &str) -> (TcpListener, OwnedFd, SocketAddr) {
+    let listener = TcpListener::bind(address).unwrap();
+    // "Take nothing": ret 0.
+    attach(&listener, &0x06);
+    let to = listener.local_addr().unwrap();
+    let six = to.is_ipv6();
+    let end = socket(if six { libc::AF_INET6 } else { libc::AF_INET });
+    (listener, end, to)
+}
+
+fn connect(end: &OwnedFd, to: SocketAddr) -> os::Result<i64> {
+    let (address, len) = sockaddr(to);
+    let args = [os::raw(end), os::at(&address), len, 0, 0, 0];
+    os::syscall(libc::SYS_connect, args)
+}
+
+/// Is heard from now on, and talks.
+fn hear(cx: &Cx, listener: &TcpListener, end: OwnedFd) {
+    set_option(listener, SOCKET, libc::SO_DETACH_FILTER, 0);
+    cx.check(cx.until(|| state(&end) == 1), || "no connection".to_owned());
+    cx.same("outcome", option(&end, SOCKET, libc::SO_ERROR), 0);
+    let mut one = TcpStream::from(end);
+    one.set_nonblocking(false).unwrap();
+    talk(cx, "later", &mut one, &mut listener.accept().unwrap().0);
+}
+
+fn connecting(cx: &Cx) {
+    let local = |end: &OwnedFd| name_of(libc::SYS_getsockname, end).unwrap();
+    let all = ["127.0.0.1:0", "[::1]:0"].map(|address| {
+        let (listener, end, to) = unheard(address);
+        let end = TcpStream::from(end);
+        end.set_nonblocking(true).unwrap();
+        let end = OwnedFd::from(end);
+        cx.same("errno", os::errno(&connect(&end, to)), libc::EINPROGRESS);
+        let was = local(&end);
+        (listener, end, was)
+    });
+    let states = || all.iter().map(|(_, end, _)| state(end)).collect::<Vec<_>>();
+    cx.same("set up", states(), vec![2, 2]);
+    cx.ready(|| os::syscall(libc::SYS_shutdown, [os::raw(&all[0].1), 2, 0, 0, 0, 0]));
+    cx.same("states", states(), vec![2, 2]);
+    for (listener, end, was) in all {
+        cx.same("address", local(&end), was);
+        if state(&end) == 2 {
+            hear(cx, &listener, end);
+        }
+    }
+}
+
+fn connecting_blocked(cx: &Cx) {
+    let (listener, end, to) = unheard("127.0.0.1:0");
+    let client = os::fork_run(|| i32::from(connect(&end, to).is_err()));
+    cx.check(cx.until(|| state(&end) == 2), || "on its way".to_owned());
+    cx.ready(|| os::kill(client, libc::SIGKILL));
+    hear(cx, &listener, end);
+    let ended = os::waitpid(client, 0).map(|(_, status)| os::exited_with(status));
+    cx.same("outcome over there", ended.ok().flatten(), Some(0));
+}
+
+/// MSG_OOB.
+fn send_urgent(end: &TcpStream) {
+    let byte = b"!".as_slice();
+    let args = [os::raw(end), os::at(byte), 1, libc::MSG_OOB as usize, 0, 0];
     os::syscall(libc::SYS_sendto, args).unwrap();
-    let read = |flags: i32| {
-        let mut byte = [0u8; 1];
-        let args = [
-            os::raw(&other),
-            os::at_mut(&mut byte),
-            1,
-            flags as usize,
-            0,
-            0,
-        ];
-        os::syscall(libc::SYS_recvfrom, args).map(|_| byte[0])
-    };
+}
+
+/// Takes it, or looks at it.
+fn receive_urgent(end: &TcpStream, flags: i32) -> os::Result<u8> {
+    let mut byte = [0u8; 1];
+    let flags = (libc::MSG_OOB | flags) as usize;
+    let args = [os::raw(end), os::at_mut(&mut byte), 1, flags, 0, 0];
+    os::syscall(libc::SYS_recvfrom, args).map(|_| byte[0])
+}
+
+/// Urgent data among other, all arrived.
+fn urgent_among(cx: &Cx, inline: i32) -> (TcpStream, TcpStream) {
+    let (mut one, other) = pair_at("127.0.0.1:0");
+    set_option(&other, SOCKET, libc::SO_OOBINLINE, inline);
+    one.write_all(b"before").unwrap();
+    send_urgent(&one);
+    one.write_all(b"after").unwrap();
+    let arrived = cx.until(|| unacknowledged(&one) == 0);
+    cx.check(arrived, || "all has arrived".to_owned());
+    (one, other)
+}
+
+/// SIOCATMARK.
+fn at_mark(end: &TcpStream) -> i32 {
+    let mut mark = 0i32;
+    let args = [os::raw(end), 0x8905, os::at_mut(&mut mark), 0, 0, 0];
+    os::syscall(libc::SYS_ioctl, args).unwrap();
+    mark
+}
+
+fn urgent_inline(cx: &Cx) {
+    let (one, mut other) = urgent_among(cx, 1);
+    cx.ready(|| {
+        one.shutdown(Shutdown::Both).ok();
+        read_for(&mut other, 7)
+    });
+    cx.same("before it", read_for(&mut other, 6), b"before".to_vec());
+    cx.same("at the mark", at_mark(&other), 1);
+    cx.same("the rest", read_for(&mut other, 6), b"!after".to_vec());
+}
+
+fn urgent_taken(cx: &Cx) {
+    let (one, mut other) = urgent_among(cx, 0);
+    cx.same("urgent byte", receive_urgent(&other, 0).ok(), Some(b'!'));
+    cx.ready(|| {
+        one.shutdown(Shutdown::Both).ok();
+        read_for(&mut other, 7)
+    });
+    let rest = read_for(&mut other, 11);
+    cx.same("all but that", rest, b"beforeafter".to_vec());
+}
+
+fn urgent(cx: &Cx) {
+    let (one, other) = pair_at("127.0.0.1:0");
+    send_urgent(&one);
     cx.check(
-        cx.until(|| read(libc::MSG_OOB | libc::MSG_PEEK).is_ok()),
+        cx.until(|| receive_urgent(&other, libc::MSG_PEEK).is_ok()),
         || "it came".to_owned(),
     );
-    cx.ready(|| read(libc::MSG_OOB));
-    cx.same("urgent byte", read(libc::MSG_OOB).ok(), Some(b'!'));
+    cx.ready(|| receive_urgent(&other, 0));
+    cx.same("urgent byte", receive_urgent(&other, 0).ok(), Some(b'!'));
 }

@@ -54,13 +54,27 @@ pub(super) const PROGRAMS: &[Program] = &[
         "a connection that waits to be accepted and was closed again",
         waiting_closed,
     )
-    .refused("waits to be accepted and whose other end is closed"),
+    .refused_running("waits to be accepted and whose other end is closed"),
     Program::new(
         "waiting_with_data",
         "a connection that waits to be accepted and has been sent to",
         waiting_with_data,
     )
-    .refused("waits to be accepted and has data"),
+    .refused_running("waits to be accepted and has data"),
+    Program::new("waiting_packets", "the same, of packets", waiting_packets)
+        .refused_running("waits to be accepted and has data"),
+    Program::new(
+        "waiting_with_files",
+        "a connection that waits to be accepted and has been sent a file",
+        waiting_with_files,
+    )
+    .refused("descriptors in flight in a connection"),
+    Program::new(
+        "other_network",
+        "a socket of another network",
+        other_network,
+    )
+    .refused("another network namespace"),
     Program::new(
         "peers",
         "SO_PEERCRED, SO_PEERGROUPS and SO_PEERPIDFD of both ends, another user's",
@@ -533,16 +547,68 @@ fn waiting(cx: &Cx) {
 fn waiting_closed(cx: &Cx) {
     let path = cx.path("s");
     let listener = UnixListener::bind(&path).unwrap();
-    let mut client = UnixStream::connect(&path).unwrap();
-    client.write_all(b"early").unwrap();
-    drop(client);
-    let expected = Cell::new("early");
-    cx.ready(|| expected.set("spoilt"));
-    listener.set_nonblocking(true).unwrap();
-    match listener.accept() {
-        Ok((server, _)) => cx.same("data", got(&server), expected.get().to_owned()),
-        Err(e) => cx.fault(format!("accept: {e}")),
+    for words in ["early", "", "and late"] {
+        let mut client = UnixStream::connect(&path).unwrap();
+        client.write_all(words.as_bytes()).unwrap();
     }
+    cx.ready(|| listener.accept());
+    listener.set_nonblocking(true).unwrap();
+    for words in ["early", "", "and late"] {
+        let Ok((mut server, _)) = listener.accept() else {
+            return cx.fault("it is not there");
+        };
+        let mut all = String::new();
+        server.set_nonblocking(true).unwrap();
+        let read = server.read_to_string(&mut all).ok();
+        cx.same(
+            "data, and the end",
+            (read, &all[..]),
+            (Some(words.len()), words),
+        );
+    }
+}
+
+fn waiting_packets(cx: &Cx) {
+    let path = cx.path("s");
+    let listener = socket(libc::SOCK_SEQPACKET);
+    bind(&listener, &at_path(&path));
+    os::syscall(libc::SYS_listen, [os::raw(&listener), 8, 0, 0, 0, 0]).unwrap();
+    let client = socket(libc::SOCK_SEQPACKET);
+    connect(&client, &at_path(&path));
+    for packet in [&b"one"[..], b"and two"] {
+        os::write(&client, packet).unwrap();
+    }
+    cx.ready(|| os::write(&client, b"spoilt"));
+    let args = [os::raw(&listener), 0, 0, libc::SOCK_NONBLOCK as usize, 0, 0];
+    let server = os::fd_from(libc::SYS_accept4, args).unwrap();
+    for packet in [&b"one"[..], b"and two"] {
+        let got = os::read_vec(&server, 99).ok();
+        cx.same("packet", got, Some(packet.to_vec()));
+    }
+    let more = os::errno(&os::read_vec(&server, 99));
+    cx.same("no more", more, libc::EAGAIN);
+    goes(cx, "later", &client, &server);
+}
+
+fn waiting_with_files(cx: &Cx) {
+    let path = cx.path("s");
+    let listener = UnixListener::bind(&path).unwrap();
+    let client = OwnedFd::from(UnixStream::connect(&path).unwrap());
+    super::sockets::send_fd(&client, &fs::File::open("/dev/null").unwrap());
+    cx.ready(|| listener.accept());
+    listener.set_nonblocking(true).unwrap();
+    let server = listener.accept().map(|(server, _)| server);
+    let got = server
+        .ok()
+        .and_then(|s| super::sockets::receive_fd(&s.into()));
+    cx.check(got.is_some(), || "the file is not there".to_owned());
+}
+
+fn other_network(cx: &Cx) {
+    let fd = super::netlink::elsewhere(|| socket(libc::SOCK_STREAM));
+    cx.ready(|| bind(&fd, &at_path(&cx.path("s"))));
+    let fresh = socket(libc::SOCK_STREAM);
+    cx.same("name", names(&[&fd]), names(&[&fresh]));
 }
 
 fn waiting_with_data(cx: &Cx) {

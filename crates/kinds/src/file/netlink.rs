@@ -38,6 +38,10 @@ static ABOUT: About = About {
         "netlink::queued",
         "netlink::dump",
         "netlink::audit",
+        "netlink::overrun",
+        "netlink::log",
+        "netlink::packets",
+        "netlink::other_network",
     ],
     show: show::<Record>,
 };
@@ -153,12 +157,12 @@ fn dump(cx: &mut DumpCx<'_>, file: &FileView<'_>, what: (i32, i32, i32)) -> Resu
         return Err(file.refuse(words));
     }
     let events = fd::poll_now(ours, libc::POLLIN)?;
-    if unread > 0 || events & libc::POLLIN != 0 {
-        return Err(file.refuse("a netlink socket with unread messages is not supported"));
-    }
     if events & libc::POLLERR != 0 {
         let words = "a netlink socket that has lost messages (ENOBUFS) is not supported";
         return Err(file.refuse(words));
+    }
+    if unread > 0 || events & libc::POLLIN != 0 {
+        return Err(file.refuse("a netlink socket with unread messages is not supported"));
     }
     let level = libc::SOL_NETLINK;
     let bits = getsockopt(ours, level, libc::NETLINK_LIST_MEMBERSHIPS, 1024);

@@ -70,6 +70,29 @@ pub struct Message {
     pub credentials: Option<Credentials>,
 }
 
+/// Takes the oldest connection that waits to be accepted, with the other side's
+/// `sockaddr`; one that has ended meanwhile too. None if there is none: `listener` does not block.
+pub fn accept(listener: impl AsFd) -> Result<Option<(OwnedFd, Vec<u8>)>> {
+    let mut address = [0u8; 128];
+    loop {
+        let mut len = address.len() as libc::socklen_t;
+        let listener = listener.as_fd().as_raw_fd();
+        let at = address.as_mut_ptr().cast();
+        // SAFETY: the kernel writes at most `len` bytes to `address`, and the length.
+        let got = unsafe { libc::accept4(listener, at, &raw mut len, libc::SOCK_CLOEXEC) };
+        match Errno::result(got) {
+            Ok(fd) => {
+                // SAFETY: the kernel has just made this descriptor, nobody else has it.
+                let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+                return Ok(Some((fd, address[..len as usize].to_vec())));
+            }
+            Err(Errno::EAGAIN) => return Ok(None),
+            Err(Errno::EINTR | Errno::ECONNABORTED) => {}
+            Err(errno) => return Err(errno).sys("accept4"),
+        }
+    }
+}
+
 /// bind(2) to a `sockaddr`.
 pub fn bind(socket: impl AsFd, address: &[u8]) -> Result<()> {
     let (fd, len) = (socket.as_fd().as_raw_fd(), address.len() as libc::socklen_t);

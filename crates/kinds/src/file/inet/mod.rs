@@ -11,6 +11,7 @@ pub(crate) mod table;
 pub mod tcp;
 pub mod udp;
 mod waiting;
+mod waking;
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 

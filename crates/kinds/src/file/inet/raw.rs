@@ -41,6 +41,8 @@ static ABOUT: About = About {
         "raw::ping6",
         "raw::queued",
         "raw::more",
+        "raw::router",
+        "raw::router6",
     ],
     show: show::<Record>,
 };
@@ -82,13 +84,14 @@ pub(in crate::file) fn warn_of_queue(
 
 /// Refuses what may be a multicast router: there is one, and it has such a socket.
 fn refuse_router(file: &FileView<'_>, (domain, kind, protocol): (i32, i32, i32)) -> Result<()> {
-    let name = match (domain, protocol) {
-        (libc::AF_INET, libc::IPPROTO_IGMP) => "ip_mr_vif",
-        (libc::AF_INET6, libc::IPPROTO_ICMPV6) => "ip6_mr_vif",
+    let family = match (domain, protocol) {
+        (libc::AF_INET, libc::IPPROTO_IGMP) => "ipv4",
+        (libc::AF_INET6, libc::IPPROTO_ICMPV6) => "ipv6",
         _ => return Ok(()),
     };
-    let interfaces = std::fs::read_to_string(format!("/proc/self/net/{name}")).unwrap_or_default();
-    if kind == libc::SOCK_RAW && interfaces.lines().count() > 1 {
+    let path = format!("/proc/sys/net/{family}/conf/all/mc_forwarding");
+    let forwards = std::fs::read_to_string(path).is_ok_and(|text| text.trim() != "0");
+    if kind == libc::SOCK_RAW && forwards {
         return Err(file.refuse("a multicast router (MRT_INIT) is not supported"));
     }
     Ok(())

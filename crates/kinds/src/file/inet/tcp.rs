@@ -13,25 +13,23 @@
 //! where we are), and what had not been sent yet is written.
 
 use std::collections::HashMap;
-use std::fmt;
 use std::net::SocketAddr;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::time::{Duration, Instant};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use freezeframe_error::{Error, Kind, Result};
 use freezeframe_image::{RawRecord, Tag};
 use freezeframe_inject::Arg;
-use freezeframe_sys::fd::{self, setsockopt, setsockopt_i32};
+use freezeframe_sys::fd;
 use freezeframe_sys::nft::Connection;
+use freezeframe_sys::sock_diag;
 use freezeframe_sys::tcp::{self, Info, Seen, state};
-use nix::sys::socket::{MsgFlags, Shutdown, send, shutdown};
 use serde::{Deserialize, Serialize};
 
-use super::hold::{self, Hold};
+use super::hold::Hold;
 use super::options::{self, set, set_int};
-use super::packet::{ACK, FIN, Segment};
-use super::waiting::{DELIVERY, Listener, Queue};
-use super::{Base, SOL, call_with, give, make, names, parse, what};
+use super::waiting::{Listener, Queue};
+use super::waking::{Connections, Sleeper};
+use super::{Base, SOL, call_with, give, make, names, parse, sockaddr, what};
 use crate::about::{About, show};
 use crate::bytes::Bytes;
 use crate::cx::{
@@ -51,8 +49,8 @@ static ABOUT: About = About {
     title: "TCP sockets (IPv4 and IPv6)",
     manual: "tcp(7), ip(7), ipv6(7)",
     since: "6.0",
-    carried: "unbound, bound, listening (backlog); with `--tcp-established` connections in every state an open descriptor can show: sequence numbers, what is queued either way, MSS, window scales, SACK, timestamps, windows, half-closed and closing ones, those that wait to be accepted (by a dump that ends the tree: they are taken when it is dead); with `--tcp-close` connections come back closed. Options (reuse, keepalive and its times, no delay, linger, buffer sizes, timeouts, TOS, IPv6 only, bound device, congestion control, classic BPF filter, ...). Packets are held off by nf_tables while the ends do not answer: by a table that goes with us, and between dump and restore by `inet freezeframe-IMAGE`, which the restore deletes, and which holds nothing any more after an hour",
-    refused: "connections without `--tcp-established` or `--tcp-close` (\"an established TCP connection\"), connections being made (\"a TCP connection that is being made (connect(2))\"), connections not accepted yet without `--tcp-established`, with `--leave-running` or `--live`, or on a socket bound to a device (\"have not been accepted\"; with `--skip-in-flight` they are left out: reset if the tree is ended), unread urgent data, unread data of a closed connection, MPTCP and kTLS, eBPF filters. Not carried: congestion window and round-trip times, ECN, BPF programs of a SO_REUSEPORT group (of which any may get those that wait to be accepted), MD5 and AO keys, the error that a failed connection waits to tell",
+    carried: "unbound, bound, listening (backlog); with `--tcp-established` connections in every state an open descriptor can show: sequence numbers, what is queued either way, MSS, window scales, SACK, timestamps, windows, half-closed and closing ones, those that wait to be accepted (by a dump that ends the tree: they are taken when it is dead), and those being made (connect(2): they are made anew); with `--tcp-close` connections come back closed. Options (reuse, keepalive and its times, no delay, linger, buffer sizes, timeouts, TOS, IPv6 only, bound device, congestion control, classic BPF filter, ...). Packets are held off by nf_tables while the ends do not answer: by a table that goes with us, and between dump and restore by `inet freezeframe-IMAGE`, which the restore deletes, and which holds nothing any more after an hour",
+    refused: "connections without `--tcp-established` or `--tcp-close` (\"an established TCP connection\", \"a TCP connection that is being made\"), connections not accepted yet without `--tcp-established`, with `--leave-running` or `--live`, or on a socket bound to a device (\"have not been accepted\"; with `--skip-in-flight` they are left out: reset if the tree is ended), urgent data that is not read and its mark (\"urgent data of a TCP connection\"; of a connection that waits to be accepted it becomes ordinary data, with a warning), unread data of a closed connection, MPTCP and kTLS, eBPF filters. Not carried: congestion window and round-trip times, ECN, BPF programs of a SO_REUSEPORT group (of which any may get those that wait to be accepted), MD5 and AO keys, the error that a failed connection waits to tell",
     programs: &[
         "tcp::fresh",
         "tcp::bound",
@@ -79,13 +77,19 @@ static ABOUT: About = About {
         "tcp::waiting6",
         "tcp::waiting_mapped",
         "tcp::urgent",
+        "tcp::urgent_inline",
+        "tcp::urgent_taken",
+        "tcp::connecting",
+        "tcp::connecting_blocked",
+        "tcp::connecting_without",
+        "tcp::other_network",
     ],
     show: show::<Record>,
 };
 
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Record {
-    base: Base,
+    pub(super) base: Base,
     pub(super) life: Life,
 }
 
@@ -108,6 +112,8 @@ pub(super) enum Life {
     Closed,
     /// Is connected.
     Connected(Box<Connected>),
+    /// connect(2) is under way to this `sockaddr`.
+    Connecting(Bytes),
     /// Given by the caller.
     External,
 }
@@ -118,13 +124,13 @@ pub(super) struct Connected {
     pub(super) state: u8,
     pub(super) peer: Bytes,
     /// Behind everything written, a FIN included.
-    send_seq: u32,
+    pub(super) send_seq: u32,
     /// Written, and not acknowledged.
-    send: Bytes,
+    pub(super) send: Bytes,
     /// How much at the end of that has never been sent.
-    unsent: u32,
+    pub(super) unsent: u32,
     /// Behind everything received, a FIN included.
-    receive_seq: u32,
+    pub(super) receive_seq: u32,
     /// Received, and not read.
     pub(super) receive: Bytes,
     pub(super) mss: u32,
@@ -135,7 +141,7 @@ pub(super) struct Connected {
     /// `struct tcp_repair_window`.
     pub(super) window: [u32; 5],
     /// The program has said that it reads no more.
-    deaf: bool,
+    pub(super) deaf: bool,
 }
 
 impl Connected {
@@ -161,11 +167,11 @@ impl Connected {
             deaf: false,
         }
     }
-    fn sent_fin(&self) -> bool {
+    pub(super) fn sent_fin(&self) -> bool {
         use state::{CLOSING, FIN_WAIT1, FIN_WAIT2, LAST_ACK};
         matches!(self.state, FIN_WAIT1 | FIN_WAIT2 | CLOSING | LAST_ACK)
     }
-    fn received_fin(&self) -> bool {
+    pub(super) fn received_fin(&self) -> bool {
         use state::{CLOSE_WAIT, CLOSING, LAST_ACK};
         matches!(self.state, CLOSE_WAIT | CLOSING | LAST_ACK)
     }
@@ -185,7 +191,10 @@ impl Connected {
 /// The connections of a tree as they were read.
 #[derive(Debug, Default)]
 pub(crate) struct Gathered {
-    seen: HashMap<FileId, Seen>,
+    /// With how much was there to be read before.
+    seen: HashMap<FileId, (Seen, usize)>,
+    /// Those that are being made, and to whom.
+    connecting: HashMap<FileId, SocketAddr>,
 }
 
 /// The connections of a tree that is to be killed.
@@ -229,6 +238,42 @@ fn is_connected(state: u8) -> bool {
     connected.contains(&state)
 }
 
+/// The ends of a connection, and whether it is made: connect(2) may be under way.
+/// None of a socket without one.
+fn connection(file: &FileView<'_>) -> Result<Option<(Connection, bool)>> {
+    let ours = file.ours()?;
+    let odd = || Error::bug("an address of no known form");
+    for _ in 0..10 {
+        let state = tcp::info(ours)?.state;
+        if state != state::SYN_SENT && !is_connected(state) {
+            break;
+        }
+        let local = parse(&fd::socket_address(ours)?).ok_or_else(odd)?;
+        let peer = match state {
+            // getpeername(2) does not tell whom a connection is still to reach.
+            state::SYN_SENT => sock_diag::connecting_to(file.stat.ino, local)?,
+            _ => Some(parse(&fd::peer_address(ours)?).ok_or_else(odd)?),
+        };
+        // If it is not in that state any more: once again.
+        if let Some(peer) = peer {
+            return Ok(Some((Connection { local, peer }, state != state::SYN_SENT)));
+        }
+    }
+    Ok(None)
+}
+
+/// How much a connection has received that is not read, a FIN included: urgent
+/// data, and what is behind it, is not seen otherwise.
+fn unread(file: &FileView<'_>, connection: Connection) -> Result<usize> {
+    let ours = file.ours()?;
+    if fd::ioctl::readable_bytes(ours).map_err(|e| file.blame(e))? == 0 {
+        return Ok(0);
+    }
+    let seen = sock_diag::tcp_connection(connection.local, connection.peer);
+    let seen = seen.map_err(|e| file.blame(e))?;
+    Ok(seen.map_or(0, |seen| seen.unread as usize))
+}
+
 impl Talking for Tcp {
     /// If connections are to be carried.
     fn gather(&self, cx: &mut DumpCx<'_>, views: &[FileView<'_>]) -> Result<()> {
@@ -237,26 +282,29 @@ impl Talking for Tcp {
         }
         let mut ids = Vec::new();
         let mut sockets = Vec::new();
+        let mut in_the_making = Vec::new();
         let mut connections = Vec::new();
         for file in views.iter().filter(|f| is_tcp(f)) {
             let ours = file.ours()?;
             let external = names(file.stat.ino).iter().any(|n| cx.is_external(n));
-            if external || !is_connected(tcp::info(ours).map_err(|e| file.blame(e))?.state) {
+            if external {
                 continue;
             }
-            let address = |bytes: Result<Vec<u8>>| -> Result<SocketAddr> {
-                let bytes = bytes.map_err(|e| file.blame(e))?;
-                parse(&bytes).ok_or_else(|| file.blame(Error::bug("an address of no known form")))
+            let Some((connection, made)) = connection(file).map_err(|e| file.blame(e))? else {
+                continue;
             };
-            connections.push(Connection {
-                local: address(fd::socket_address(ours))?,
-                peer: address(fd::peer_address(ours))?,
-            });
+            connections.push(connection);
             let dup = ours.try_clone_to_owned();
-            sockets.push(dup.map_err(|e| Error::io("dup", e))?);
-            ids.push(file.id);
+            let dup = dup.map_err(|e| Error::io("dup", e))?;
+            if !made {
+                cx.tcp.connecting.insert(file.id, connection.peer);
+                in_the_making.push(dup);
+                continue;
+            }
+            sockets.push(dup);
+            ids.push((file.id, unread(file, connection)?));
         }
-        if ids.is_empty() {
+        if connections.is_empty() {
             return Ok(());
         }
         // A tree that runs on goes on talking.
@@ -267,8 +315,12 @@ impl Talking for Tcp {
         };
         let seen = tcp::read(&sockets)
             .map_err(|e| e.context("the TCP connections of the tree cannot be read"))?;
-        cx.tcp.seen = ids.into_iter().zip(seen).collect();
+        let seen = ids.into_iter().zip(seen);
+        cx.tcp.seen = seen
+            .map(|((id, unread), seen)| (id, (seen, unread)))
+            .collect();
         if kills {
+            sockets.append(&mut in_the_making);
             cx.held.push(Box::new(Ending { sockets, hold }));
         }
         Ok(())
@@ -292,6 +344,7 @@ impl Talking for Tcp {
             let sleepers = match &record.life {
                 Life::Connected(_) => &mut waking.sleepers,
                 Life::Listening(_, queue) if !queue.waiting.is_empty() => &mut waking.listeners,
+                Life::Connecting(_) => &mut waking.connecting,
                 _ => continue,
             };
             if !given {
@@ -303,7 +356,8 @@ impl Talking for Tcp {
             }
         }
         let of_queues = waking.listeners.iter().filter_map(Sleeper::queue);
-        let all = waking.sleepers.iter().map(Sleeper::connection);
+        let all = waking.sleepers.iter().chain(&waking.connecting);
+        let all = all.map(Sleeper::connection);
         let all: Vec<_> = all
             .chain(of_queues.flat_map(Queue::connections))
             .collect::<Result<_>>()?;
@@ -322,6 +376,13 @@ fn life(cx: &mut DumpCx<'_>, file: &FileView<'_>) -> Result<Life> {
     let info = tcp::info(ours).map_err(|e| file.blame(e))?;
     let (deaf, ..) = tcp::ends(ours).map_err(|e| file.blame(e))?;
     let peer = || fd::peer_address(ours).map_err(|e| file.blame(e));
+    if let Some(peer) = cx.tcp.connecting.remove(&file.id) {
+        // It may have come about since: then it is made anew.
+        return Ok(match info.state {
+            state::CLOSE => Life::Closed,
+            _ => Life::Connecting(Bytes(sockaddr(peer))),
+        });
+    }
     match info.state {
         state::LISTEN => {
             let mut queue = Queue::default();
@@ -343,16 +404,15 @@ fn life(cx: &mut DumpCx<'_>, file: &FileView<'_>) -> Result<Life> {
             }
             Ok(if deaf { Life::Closed } else { Life::Idle })
         }
-        state::SYN_SENT => {
-            // getpeername(2) does not tell whom a connection is still to reach.
-            Err(file
-                .refuse("a TCP connection that is being made (connect(2)) is not supported yet"))
-        }
+        state::SYN_SENT if cx.options.tcp_close => Ok(Life::Closed),
+        state::SYN_SENT => Err(file.refuse(
+            "a TCP connection that is being made (connect(2)) needs --tcp-established, or --tcp-close",
+        )),
         now if is_connected(now) => {
             if cx.options.tcp_close {
                 return Ok(Life::Closed);
             }
-            let Some(seen) = cx.tcp.seen.remove(&file.id) else {
+            let Some((seen, unread)) = cx.tcp.seen.remove(&file.id) else {
                 let peer = parse(&peer()?).map(|a| a.to_string()).unwrap_or_default();
                 return Err(file.refuse(format!(
                     "an established TCP connection (with {peer}) needs --tcp-established, or --tcp-close"
@@ -365,11 +425,16 @@ fn life(cx: &mut DumpCx<'_>, file: &FileView<'_>) -> Result<Life> {
                     .to_string();
                 return Err(file.refuse(format!("a TCP socket with ULP {name} is not supported")));
             }
-            let urgent = MsgFlags::MSG_OOB | MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
-            if nix::sys::socket::recv(ours.as_raw_fd(), &mut [0], urgent).is_ok() {
-                return Err(file.refuse("unread urgent data of a TCP connection is not supported"));
-            }
             let mut found = Connected::of(info, seen, peer()?);
+            // Of a mark beyond which bytes are to be read, the peek that found them tells.
+            let cut = found.receive.len() + usize::from(found.received_fin()) < unread;
+            let events = fd::poll_now(ours, libc::POLLPRI).map_err(|e| file.blame(e))?;
+            let urgent = events & libc::POLLPRI != 0;
+            if cut || urgent || fd::ioctl::at_mark(ours).map_err(|e| file.blame(e))? {
+                return Err(file.refuse(
+                    "urgent data of a TCP connection, or its mark (SIOCATMARK), is not supported",
+                ));
+            }
             let never_sent = fd::ioctl::never_sent_bytes(ours).map_err(|e| file.blame(e))?;
             let fin = usize::from(found.sent_fin());
             found.unsent = never_sent.saturating_sub(fin).min(found.send.len()) as u32;
@@ -435,11 +500,17 @@ impl FileKind for Tcp {
             let kind = libc::SOCK_STREAM | libc::SOCK_NONBLOCK;
             let socket = make(cx, base, kind, libc::IPPROTO_TCP);
             match &record.life {
-                Life::Connected(_) if cx.options.tcp_close => close(cx, socket, base),
+                Life::Connected(_) | Life::Connecting(_) if cx.options.tcp_close => {
+                    close(cx, socket, base);
+                }
                 Life::Connected(connected) if cx.options.tcp_established => {
                     connect(cx, socket, base, connected);
                 }
-                Life::Connected(_) => {
+                Life::Connecting(_) if cx.options.tcp_established => {
+                    bind(cx, socket, base);
+                    options::set_late(cx, socket, base);
+                }
+                Life::Connected(_) | Life::Connecting(_) => {
                     return Err(Error::new(
                         Kind::Usage,
                         "the image has established TCP connections: restore it with --tcp-established, or --tcp-close",
@@ -502,7 +573,7 @@ fn close(cx: &mut RestoreFiles<'_>, socket: Arg, base: &Base) {
 }
 
 /// Longest piece that repair mode takes in one call.
-const PIECE: usize = 64 << 10;
+pub(super) const PIECE: usize = 64 << 10;
 /// A buffer size that lets anything through.
 const LARGE_BUFFER: i32 = 1 << 29;
 
@@ -568,215 +639,4 @@ fn connect(cx: &mut RestoreFiles<'_>, socket: Arg, base: &Base, found: &Connecte
         }
     }
     set_int(cx, socket, tcp(libc::TCP_REPAIR_QUEUE), tcp::NO_QUEUE);
-}
-
-// ---------------------------------------------------------------- waking
-
-/// Connections made on restore, which wait for the last moment.
-#[derive(Default)]
-struct Connections {
-    sleepers: Vec<Sleeper>,
-    /// Sockets with connections that wait to be accepted.
-    listeners: Vec<Sleeper>,
-    /// Its dump may have been killed while it took such connections.
-    may_be_held: bool,
-    hold: Option<Hold>,
-}
-
-struct Sleeper {
-    id: FileId,
-    record: Record,
-    socket: Option<OwnedFd>,
-}
-
-impl fmt::Debug for Connections {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} connections", self.sleepers.len())
-    }
-}
-
-impl Waking for Connections {
-    fn take(&mut self, get: &mut dyn FnMut(FileId) -> Result<OwnedFd>) -> Result<()> {
-        for sleeper in self.sleepers.iter_mut().chain(&mut self.listeners) {
-            sleeper.socket = Some(get(sleeper.id)?);
-        }
-        Ok(())
-    }
-
-    fn wake(self: Box<Self>, image: &str) -> Result<()> {
-        let close_in = |s: &Sleeper| s.close_in().map_err(|e| blame(s.connection(), e));
-        self.sleepers.iter().try_for_each(close_in)?;
-        for listener in &self.listeners {
-            let queue = listener.queue();
-            queue.map_or(Ok(()), |queue| queue.put_back(listener.socket()?))?;
-        }
-        match self.hold {
-            Some(hold) => hold.end(image)?,
-            None if self.may_be_held => hold::forget(image),
-            None => {}
-        }
-        let open_up = |s: &Sleeper| s.open_up().map_err(|e| blame(s.connection(), e));
-        self.sleepers.iter().try_for_each(open_up)
-    }
-}
-
-/// Says in an error which connection it is about.
-pub(super) fn blame(connection: Result<Connection>, e: Error) -> Error {
-    match connection {
-        Ok(c) => e.on(format!("TCP connection {} to {}", c.local, c.peer)),
-        Err(_) => e,
-    }
-}
-
-/// `struct tcp_repair_window` of a connection that gets `next` next, before
-/// packets are made for it: the peer's window and its largest.
-pub(super) fn repaired(next: u32, window: u32, largest: u32) -> [u32; 5] {
-    [next.wrapping_sub(1), window, largest, PIECE as u32, next]
-}
-
-/// Sets the windows, which packets change.
-pub(super) fn set_window(socket: &OwnedFd, window: [u32; 5]) -> Result<()> {
-    let bytes: Vec<u8> = window.iter().flat_map(|w| w.to_ne_bytes()).collect();
-    setsockopt(socket, libc::SOL_TCP, tcp::TCP_REPAIR_WINDOW, &bytes)
-}
-
-/// Sends our FIN, to nobody.
-pub(super) fn shut(socket: &OwnedFd) -> Result<()> {
-    setsockopt_i32(
-        socket,
-        libc::SOL_TCP,
-        libc::TCP_REPAIR_QUEUE,
-        tcp::SEND_QUEUE,
-    )?;
-    let shut = shutdown(socket.as_raw_fd(), Shutdown::Write);
-    shut.map_err(|e| Error::syscall("shutdown(TCP)", e as i32))?;
-    setsockopt_i32(socket, libc::SOL_TCP, libc::TCP_REPAIR_QUEUE, tcp::NO_QUEUE)
-}
-
-impl Sleeper {
-    fn connection(&self) -> Result<Connection> {
-        let peer = parse(&self.connected()?.peer);
-        Ok(Connection {
-            local: self.record.base.address()?,
-            peer: peer.ok_or_else(|| Error::corrupt("a connection without its peer"))?,
-        })
-    }
-    fn queue(&self) -> Option<&Queue> {
-        match &self.record.life {
-            Life::Listening(_, queue) => Some(queue),
-            _ => None,
-        }
-    }
-    fn connected(&self) -> Result<&Connected> {
-        match &self.record.life {
-            Life::Connected(connected) => Ok(connected),
-            _ => Err(Error::bug("a socket that is not connected is woken")),
-        }
-    }
-    fn socket(&self) -> Result<&OwnedFd> {
-        let socket = self.socket.as_ref();
-        socket.ok_or_else(|| Error::bug("a connection that nobody has taken"))
-    }
-    fn set(&self, option: i32, value: i32) -> Result<()> {
-        setsockopt_i32(self.socket()?, libc::SOL_TCP, option, value)
-    }
-
-    /// Brings it into the state it was in, by the packets that led there, and
-    /// sets the window, which those change.
-    fn close_in(&self) -> Result<()> {
-        let found = self.connected()?;
-        let Connection { local, peer } = self.connection()?;
-        let (send_start, _) = found.starts();
-        let scale = found.scales.map_or(0, |(send, _)| send);
-        let window = u16::try_from(found.window[1] >> scale).unwrap_or(u16::MAX);
-        // Where the next byte of the peer's would be, before its FIN.
-        let next = found.receive_seq - u32::from(found.received_fin());
-        if found.state != state::ESTABLISHED {
-            let window = repaired(next, found.window[1], found.window[2]);
-            set_window(self.socket()?, window)?;
-        }
-        let segment = |flags, seq, ack| Segment {
-            from: peer,
-            to: local,
-            seq,
-            ack,
-            flags,
-            window,
-            options: &[],
-            data: &[],
-        };
-        // With unsent bytes our FIN has not been sent either: it comes after them.
-        if found.sent_fin() && found.state != state::LAST_ACK && found.unsent == 0 {
-            shut(self.socket()?)?;
-        }
-        if found.received_fin() {
-            segment(FIN | ACK, next, send_start).deliver()?;
-            self.reaches(|now| !matches!(now, state::ESTABLISHED | state::FIN_WAIT1))?;
-        }
-        match found.state {
-            state::LAST_ACK if found.unsent == 0 => shut(self.socket()?)?,
-            state::FIN_WAIT2 => {
-                segment(ACK, next, found.send_seq).deliver()?;
-                self.reaches(|now| now == state::FIN_WAIT2)?;
-            }
-            _ => {}
-        }
-        set_window(self.socket()?, found.window)
-    }
-
-    fn shutdown(&self, how: Shutdown) -> Result<()> {
-        shutdown(self.socket()?.as_raw_fd(), how)
-            .map_err(|e| Error::syscall("shutdown(TCP)", e as i32))
-    }
-
-    fn reaches(&self, there: impl Fn(u8) -> bool) -> Result<()> {
-        let until = Instant::now() + DELIVERY;
-        loop {
-            let now = tcp::info(self.socket()?)?.state;
-            if there(now) {
-                return Ok(());
-            }
-            if Instant::now() > until {
-                let what = format!("a packet made for it did not arrive (it is in state {now})");
-                return Err(Error::new(Kind::Timeout, what));
-            }
-            std::thread::sleep(Duration::from_micros(50));
-        }
-    }
-
-    /// Lets it talk again.
-    fn open_up(&self) -> Result<()> {
-        let found = self.connected()?;
-        let base = &self.record.base;
-        let socket = self.socket()?;
-        // With a probe: the peer's answer tells what it has.
-        self.set(libc::TCP_REPAIR, tcp::REPAIR_OFF)?;
-        for (level, option, value) in base
-            .options
-            .iter()
-            .filter(|(l, o, _)| options::is_late(*l, *o))
-        {
-            setsockopt(socket, *level, *option, value)?;
-        }
-        let unsent = found.send.len() - (found.unsent as usize).min(found.send.len());
-        let mut rest = &found.send[unsent..];
-        while !rest.is_empty() {
-            let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
-            match send(socket.as_raw_fd(), rest, flags) {
-                Ok(n) => rest = &rest[n..],
-                Err(e) => return Err(Error::syscall("send(TCP)", e as i32)),
-            }
-        }
-        if found.sent_fin() && found.unsent > 0 {
-            self.shutdown(Shutdown::Write)?;
-        }
-        if found.deaf {
-            self.shutdown(Shutdown::Read)?;
-        }
-        for (option, value) in options::sizes(base) {
-            setsockopt_i32(socket, SOL, option, value)?;
-        }
-        setsockopt_i32(socket, SOL, libc::SO_REUSEADDR, base.reuse)?;
-        Ok(())
-    }
 }

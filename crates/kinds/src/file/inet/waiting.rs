@@ -22,13 +22,15 @@ use freezeframe_sys::fd::{self, getsockopt_i32, new_socket, setsockopt_i32};
 use freezeframe_sys::nft::Connection;
 use freezeframe_sys::sock_diag::{TcpSocket, tcp_connection};
 use freezeframe_sys::tcp::{self, Seen, state};
+use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::sys::socket::{MsgFlags, recv};
 use serde::{Deserialize, Serialize};
 
 use super::hold::Hold;
 use super::packet::{ACK, FIN, RST, SYN, Segment};
-use super::tcp::{Connected, Life, Record, blame, repaired, set_window, shut};
+use super::tcp::{Connected, Life, Record};
+use super::waking::{blame, repaired, set_window, shut};
 use super::{parse, sockaddr};
 use crate::bytes::Bytes;
 use crate::cx::Orphan;
@@ -60,20 +62,20 @@ pub(super) struct Listener {
 }
 
 impl Orphan for Listener {
-    fn take(self: Box<Self>, image: &str, _: &mut Vec<String>) -> Result<Option<RawRecord>> {
-        let taken = self.all(image);
+    fn take(self: Box<Self>, image: &str, warnings: &mut Vec<String>) -> Result<Option<RawRecord>> {
+        let taken = self.all(image, warnings);
         taken.map_err(|e| e.context("TCP connections that waited to be accepted are lost"))
     }
 }
 
 impl Listener {
-    fn all(&self, image: &str) -> Result<Option<RawRecord>> {
+    fn all(&self, image: &str, warnings: &mut Vec<String>) -> Result<Option<RawRecord>> {
         let flags = fd::status_flags(&self.socket)?;
         fd::set_status_flags(&self.socket, flags | OFlag::O_NONBLOCK)?;
         let mut live = Vec::new();
         let mut all = Vec::new();
         let mut connections = Vec::new();
-        while let Some((socket, peer)) = tcp::accept(&self.socket)? {
+        while let Some((socket, peer)) = fd::accept(&self.socket)? {
             let local = fd::socket_address(&socket)?;
             if tcp::info(&socket)?.state == state::CLOSE {
                 // Its peer has reset it: nobody minds its sequence numbers.
@@ -93,7 +95,15 @@ impl Listener {
         if !self.unlocked && !connections.is_empty() {
             Hold::also(image, &connections)?;
         }
-        let seen = tcp::read(&live)?;
+        let mut seen = tcp::read(&live)?;
+        for (socket, seen) in live.iter().zip(&mut seen) {
+            if past_urgent(socket, seen)? {
+                warnings.push(format!(
+                    "{}: urgent data in a connection that waited to be accepted is ordinary data now",
+                    fd::peer_address(socket).ok().and_then(|a| parse(&a)).map(|a| a.to_string()).unwrap_or_default()
+                ));
+            }
+        }
         let infos: Vec<tcp::Info> = live.iter().map(tcp::info).collect::<Result<_>>()?;
         // They end without a word to their peers.
         tcp::end_silently(&[], &live, None)?;
@@ -117,6 +127,24 @@ impl Listener {
         }
         record.write(self.record.subject).map(Some)
     }
+}
+
+/// Reads what is behind urgent data, where a peek ends. Gives whether there is some.
+fn past_urgent(socket: &OwnedFd, seen: &mut Seen) -> Result<bool> {
+    if fd::poll_now(socket, libc::POLLPRI)? & libc::POLLPRI == 0 {
+        return Ok(false);
+    }
+    setsockopt_i32(socket, libc::SOL_SOCKET, libc::SO_OOBINLINE, 1)?;
+    let mut all = Vec::new();
+    let mut buffer = [0; 4096];
+    loop {
+        match recv(socket.as_raw_fd(), &mut buffer, MsgFlags::MSG_DONTWAIT) {
+            Ok(0) | Err(Errno::EAGAIN) => break,
+            n => all.extend_from_slice(&buffer[..n.sys("recv")?]),
+        }
+    }
+    seen.receive = all;
+    Ok(true)
 }
 
 /// What is queued in a connection that is over.
@@ -151,6 +179,8 @@ fn reset(receive: Vec<u8>) -> (tcp::Info, Seen) {
 
 /// How long the kernel may take for a packet from ourselves to ourselves.
 pub(super) const DELIVERY: Duration = Duration::from_secs(5);
+/// How often it is looked whether it has arrived.
+pub(super) const DELIVERY_STEP: Duration = Duration::from_micros(50);
 /// What fits, with what the kernel adds, into an allocation of 8 KiB.
 const PIECE: usize = 7 << 10;
 /// How far behind one in TIME_WAIT a new connection begins (tcp_minisocks.c).
@@ -341,6 +371,6 @@ fn reaches(connection: &Connection, there: impl Fn(&TcpSocket) -> bool) -> Resul
             let what = format!("a packet made for it did not arrive ({now:?})");
             return Err(Error::new(Kind::Timeout, what));
         }
-        std::thread::sleep(Duration::from_micros(50));
+        std::thread::sleep(DELIVERY_STEP);
     }
 }

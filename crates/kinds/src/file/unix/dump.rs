@@ -14,7 +14,7 @@ use freezeframe_sys::unix_diag::{UnixDiag, UnixSocket};
 use nix::poll::{PollFd, PollFlags, PollTimeout};
 use nix::sys::socket::{MsgFlags, recv};
 
-use super::record::{Listening, Message, Name, Peer, Record, SocketFile};
+use super::record::{Listening, Message, Name, Peer, Record, SocketFile, Waiting};
 use super::{OPTIONS, SO_PEERGROUPS, SOL, STRUCTURES};
 use crate::bytes::Bytes;
 use crate::cx::{DumpCx, FileView};
@@ -30,10 +30,15 @@ pub(super) fn is_unix(file: &FileView<'_>) -> Result<bool> {
 pub(super) fn peek(file: &FileView<'_>) -> Result<Vec<fd::Message>> {
     let ours = file.ours()?;
     let kind = getsockopt_i32(ours, SOL, libc::SO_TYPE).map_err(|e| file.blame(e))?;
-    let peeked = match fd::peek_queue(ours) {
+    messages(ours, kind).map_err(|e| file.blame(e))
+}
+
+/// The messages in the queue of a socket of this type.
+pub(super) fn messages(socket: impl AsFd, kind: i32) -> Result<Vec<fd::Message>> {
+    let peeked = match fd::peek_queue(socket) {
         // A socket that listens or is not connected has no queue.
         Err(e) if matches!(e.errno(), Some(libc::ENOTCONN | libc::EINVAL)) => Vec::new(),
-        other => other.map_err(|e| file.blame(e))?,
+        other => other?,
     };
     // The end of a stream reads as nothing, which is not a message.
     let is_message = |m: &fd::Message| kind != libc::SOCK_STREAM || !m.data.is_empty();
@@ -196,19 +201,39 @@ fn listening(
             waiting,
         });
     }
-    for client in &seen.waiting {
+    // Of one that listens: in what its connections have received.
+    let descriptors = file.info.lines("scm_fds").next();
+    if descriptors.is_some_and(|n| n.trim() != "0") {
+        return Err(file.refuse(
+            "descriptors in flight in a connection that waits to be accepted are not supported",
+        ));
+    }
+    for (before, client) in (0..).zip(&seen.waiting) {
+        let mut push = |client, full| {
+            waiting.push(Waiting {
+                client,
+                before,
+                full,
+                queue: Vec::new(),
+            });
+        };
         if *client == 0 {
-            return Err(file.refuse(
-                "a connection that waits to be accepted and whose other end is closed is not supported: what it has cannot be read before it is accepted",
-            ));
+            if !cx.options.kills {
+                return Err(file.refuse(
+                    "a connection that waits to be accepted and whose other end is closed is not supported for a tree that runs on: what it has cannot be read before it is accepted",
+                ));
+            }
+            push(None, false);
+            continue;
         }
-        if diag.look(*client).map_err(|e| file.blame(e))?.unread > 0 {
+        let full = diag.look(*client).map_err(|e| file.blame(e))?.unread > 0;
+        if full && !cx.options.kills {
             return Err(file.refuse(
-                "a connection that waits to be accepted and has data in it is not supported: what it has cannot be read before it is accepted",
+                "a connection that waits to be accepted and has data in it is not supported for a tree that runs on: what it has cannot be read before it is accepted",
             ));
         }
         match cx.files_of_inode(file.stat.dev, u64::from(*client)).first() {
-            Some(client) => waiting.push(Some(client.id)),
+            Some(client) => push(Some(client.id), full),
             None if may_be_outside(cx, file) => {
                 let text = format!(
                     "fd {} ({}) of process {}: a connection from outside the tree that waits to be accepted is left out",
@@ -238,15 +263,25 @@ fn may_be_outside(cx: &DumpCx<'_>, file: &FileView<'_>) -> bool {
 
 fn queue(cx: &DumpCx<'_>, id: FileId) -> Vec<Message> {
     let waiting = cx.waiting_in(id).iter();
-    let own = |c: fd::Credentials| (c.pid, c.uid, c.gid);
     waiting
         .map(|w| Message {
-            data: w.message.data.clone().into(),
-            credentials: w.message.credentials.map(own),
             files: w.files.clone(),
-            from: after_family(&w.message.from),
+            ..Message::plain(&w.message)
         })
         .collect()
+}
+
+impl Message {
+    /// Without files in flight.
+    pub(super) fn plain(message: &fd::Message) -> Message {
+        let own = |c: fd::Credentials| (c.pid, c.uid, c.gid);
+        Message {
+            data: message.data.clone().into(),
+            credentials: message.credentials.map(own),
+            files: Vec::new(),
+            from: after_family(&message.from),
+        }
+    }
 }
 
 /// Says that a PID will be known to the kernel only while its process lives.

@@ -36,6 +36,8 @@ pub(super) struct Made<'a> {
     pub(super) by_id: HashMap<FileId, usize>,
     /// The other ends of sockets whose peer was closed.
     pub(super) temporary: HashMap<usize, OwnedFd>,
+    /// The closed ends of connections that wait to be accepted.
+    pub(super) clients: HashMap<(usize, usize), OwnedFd>,
     /// Files not in their places yet.
     pub(super) bound: Vec<Bound>,
     /// Where those are.
@@ -49,6 +51,9 @@ enum Key {
     Socket(usize),
     /// The other end of that socket, which is closed in the image.
     Other(usize),
+    /// The closed end of a connection that waits to be accepted: of that listening
+    /// socket, and which of its connections.
+    Client(usize, usize),
     /// A listening socket for the moment.
     Listener(usize),
 }
@@ -182,6 +187,7 @@ pub(super) fn make<'a>(
         sockets,
         by_id,
         temporary: HashMap::new(),
+        clients: HashMap::new(),
         bound: Vec::new(),
         places: Places::default(),
     };
@@ -223,8 +229,9 @@ impl Made<'_> {
             if r.listening.is_some() && (connected || r.name.is_none() || !r.is_connection()) {
                 return bad("a socket listens that cannot", i);
             }
-            for waiting in r.listening.iter().flat_map(|l| l.waiting.iter().flatten()) {
-                let client = &self.sockets[self.at(*waiting)?].record;
+            let waiting = r.listening.iter().flat_map(|l| &l.waiting);
+            for client in waiting.filter_map(|w| w.client) {
+                let client = &self.sockets[self.at(client)?].record;
                 if client.peer != Peer::Closed || client.kind != r.kind {
                     return bad("a socket waits to be accepted that is no such", i);
                 }
@@ -304,6 +311,9 @@ impl Made<'_> {
                 Key::Socket(i) => world.provide(self.sockets[i].item.id, fd),
                 Key::Other(i) => {
                     self.temporary.insert(i, fd);
+                }
+                Key::Client(i, n) => {
+                    self.clients.insert((i, n), fd);
                 }
                 Key::Listener(_) => {}
             }
@@ -399,8 +409,8 @@ impl Made<'_> {
             };
             let record = &self.sockets[i].record;
             let clients = record.listening.iter().flat_map(|l| &l.waiting);
-            for client in clients {
-                let (client, client_name, caller) = match client {
+            for (n, waits) in clients.enumerate() {
+                let (client, client_name, caller) = match &waits.client {
                     Some(id) => {
                         let at = self.at(*id)?;
                         waiting.insert(at);
@@ -418,7 +428,7 @@ impl Made<'_> {
                             caller,
                         )
                     }
-                    None => (Key::Other(i), None, listener.caller.clone()),
+                    None => (Key::Client(i, n), None, listener.caller.clone()),
                 };
                 listener.waiting.push(Link {
                     client,

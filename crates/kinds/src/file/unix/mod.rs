@@ -12,6 +12,8 @@
 //!   rooted for the moment, and then moved to where it is now; a file of the same
 //!   socket that still lies there is replaced. A restore that fails takes it away
 //!   again. (It is there before watches are: inotify(7) does not report it.)
+//! - What has been sent to a connection that waits to be accepted can be read only by
+//!   accepting it: that is done once the tree is dead ([`crate::cx::Orphan`]).
 //! - When all files of the tree are there, queues are filled, message by message,
 //!   each from the socket it came from; then options, shutdowns and the rest.
 //!
@@ -25,6 +27,7 @@ mod name;
 mod record;
 mod scratch;
 mod settle;
+mod waiting;
 
 use freezeframe_error::{Error, Result};
 use freezeframe_image::{RawRecord, Tag};
@@ -41,13 +44,13 @@ pub struct Unix;
 
 static ABOUT: About = About {
     tag: Tag::new(*b"FUNX"),
-    version: 2,
+    version: 3,
     name: "unix",
     title: "Unix sockets",
     manual: "unix(7), socketpair(2)",
     since: "",
-    carried: "stream, datagram and seqpacket sockets: pairs, bound ones (files, also renamed or deleted ones, abstract and autobound names), listening ones with the connections that wait to be accepted, connected ones with names and SO_PEERCRED of both sides (user and groups alone of a process that is not of the tree: the PID is a holder's then), closed and half-closed ones; what is queued in them (messages as messages, their senders' addresses, and credentials where asked for: of a process that is not there any more, user and group, with a PID of the receiver's), descriptors in flight, sockets with further descriptors in flight among them; options; with `--ext-unix-sk`, datagram sockets connected to a name outside the tree, and listening ones without the connections from outside that wait to be accepted; one that is `--external unix[INO]` is given again by `--inherit-fd fd[N]:unix[INO]`",
-    refused: "a socket file of which the directory has been replaced by a symbolic link, a connection to a process outside the tree (\"a unix socket whose peer is outside the tree is not supported\"), data in a connection that is not accepted yet (\"a connection that waits to be accepted and has data in it is not supported\", and the same of one whose other end is closed), an out-of-band byte (\"an out-of-band byte (MSG_OOB) in a unix socket is not supported\"), eBPF filters (\"a BPF program on a unix socket is not supported\"), an epoll instance, or an inotify or fanotify group, in flight (\"an epoll instance in flight is not supported\"), a file with locks in flight, and sockets of other families (\"vsock sockets are not supported\", SCTP, AF_ALG, AF_XDP, Bluetooth, CAN, ...)",
+    carried: "stream, datagram and seqpacket sockets: pairs, bound ones (files, also renamed or deleted ones, abstract and autobound names), listening ones with the connections that wait to be accepted (with what is queued in them, by a dump that ends the tree: it is taken when that is dead), connected ones with names and SO_PEERCRED of both sides (user and groups alone of a process that is not of the tree: the PID is a holder's then), closed and half-closed ones; what is queued in them (messages as messages, their senders' addresses, and credentials where asked for: of a process that is not there any more, user and group, with a PID of the receiver's), descriptors in flight, sockets with further descriptors in flight among them; options; with `--ext-unix-sk`, datagram sockets connected to a name outside the tree, and listening ones without the connections from outside that wait to be accepted; one that is `--external unix[INO]` is given again by `--inherit-fd fd[N]:unix[INO]`",
+    refused: "a socket file of which the directory has been replaced by a symbolic link, a connection to a process outside the tree (\"a unix socket whose peer is outside the tree is not supported\"), data in a connection that is not accepted yet with `--leave-running` or `--live` (\"a connection that waits to be accepted and has data in it is not supported for a tree that runs on\", and the same of one whose other end is closed), descriptors in flight in such a connection, an out-of-band byte (\"an out-of-band byte (MSG_OOB) in a unix socket is not supported\"), eBPF filters (\"a BPF program on a unix socket is not supported\"), an epoll instance, or an inotify or fanotify group, in flight (\"an epoll instance in flight is not supported\"), a file with locks in flight, and sockets of other families (\"vsock sockets are not supported\", SCTP, AF_ALG, AF_XDP, Bluetooth, CAN, ...)",
     programs: &[
         "sockets::stream",
         "sockets::dgram",
@@ -71,6 +74,9 @@ static ABOUT: About = About {
         "unix::waiting",
         "unix::waiting_with_data",
         "unix::waiting_closed",
+        "unix::waiting_with_files",
+        "unix::waiting_packets",
+        "unix::other_network",
         "unix::peers",
         "unix::workers",
         "unix::half_closed",
@@ -171,7 +177,17 @@ impl FileKind for Unix {
             );
             return Err(file.refuse(format!("{name} sockets are not supported")));
         }
-        ABOUT.record(file.subject(), &dump::record(cx, file)?)
+        let record = dump::record(cx, file)?;
+        let raw = ABOUT.record(file.subject(), &record)?;
+        let waiting = record.listening.iter().flat_map(|l| &l.waiting);
+        if cx.options.kills && waiting.clone().any(|w| w.full || w.client.is_none()) {
+            let socket = file.ours()?.try_clone_to_owned();
+            cx.orphans.push(Box::new(waiting::Listener {
+                socket: socket.map_err(|e| Error::io("dup", e))?,
+                record: raw.clone(),
+            }));
+        }
+        Ok(raw)
     }
     fn restore(&self, _cx: &mut RestoreFiles<'_>, _group: &[FileItem<'_>]) -> Result<()> {
         Err(Error::bug("unix sockets are made all at once"))

@@ -79,9 +79,20 @@ pub(super) struct SocketFile {
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Listening {
     pub(super) backlog: u32,
-    /// Connections waiting to be accepted, the oldest first: the socket that
-    /// connected, or none if that has been closed.
-    pub(super) waiting: Vec<Option<FileId>>,
+    /// Connections waiting to be accepted, the oldest first.
+    pub(super) waiting: Vec<Waiting>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct Waiting {
+    /// The socket that connected, or none if that has been closed.
+    pub(super) client: Option<FileId>,
+    /// How many were before it, those that are left out too.
+    pub(super) before: u32,
+    /// There is something in it.
+    pub(super) full: bool,
+    /// What: taken once the tree is dead.
+    pub(super) queue: Vec<Message>,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]

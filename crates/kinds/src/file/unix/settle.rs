@@ -49,6 +49,7 @@ impl Settle for Made<'_> {
         for i in 0..self.sockets.len() {
             if self.sockets[i].record.is_connection() {
                 self.fill_connection(world, i)?;
+                self.fill_waiting(world, i)?;
             } else {
                 let from = self.before_connected(i);
                 let to = self.sockets[i].record.queue.len();
@@ -246,6 +247,37 @@ impl Made<'_> {
         let from = large(from)?;
         for message in &s.record.queue {
             send(world, s, &from, None, message).map_err(|e| e.on(&s.item.common.name))?;
+        }
+        Ok(())
+    }
+
+    /// Sends what waits in connections that wait to be accepted.
+    fn fill_waiting(&self, world: &mut dyn World, i: usize) -> Result<()> {
+        let s = &self.sockets[i];
+        for (n, waits) in s
+            .record
+            .listening
+            .iter()
+            .flat_map(|l| l.waiting.iter().enumerate())
+        {
+            if waits.full && waits.queue.is_empty() {
+                world.warn(format!(
+                    "{}: what waited in a connection that waits to be accepted is not in the image: its dump was killed",
+                    s.item.common.name
+                ));
+            }
+            if waits.queue.is_empty() {
+                continue;
+            }
+            let from = match (waits.client, self.clients.get(&(i, n))) {
+                (Some(id), _) => world.file(id)?,
+                (None, Some(client)) => client.try_clone().map_err(|e| Error::io("dup", e))?,
+                (None, None) => return Err(Error::bug("a connection that nobody has made")),
+            };
+            let from = large(from)?;
+            for message in &waits.queue {
+                send(world, s, &from, None, message).map_err(|e| e.on(&s.item.common.name))?;
+            }
         }
         Ok(())
     }
