@@ -24,7 +24,7 @@ use self::seen::Seen;
 use crate::events::{Events, Step};
 use crate::freeze::{self, Frozen};
 use crate::plugins::Around;
-use crate::{log, tree};
+use crate::{log, parallel, tree};
 
 /// What to do with the tree once its image is safe.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -377,9 +377,14 @@ fn gather(
         return Err(all_of(blockers));
     }
     let tables = files::collect(&mut cx, &mut blockers).in_phase(Phase::Collect)?;
-    let mut spaces =
-        memory::collect(&mut cx, &host.seen, &mut blockers).in_phase(Phase::Collect)?;
-    tasks::collect(&mut cx, frozen, &mut blockers).in_phase(Phase::Collect)?;
+    let answers = tasks::ask(frozen).in_phase(Phase::Collect)?;
+    // Only now: while threads are asked, their memory has more in it.
+    let (shown, collected) = parallel::beside(
+        || memory::look(procs, &host.seen),
+        || tasks::collect(&mut cx, &answers, &mut blockers),
+    );
+    collected.in_phase(Phase::Collect)?;
+    let mut spaces = memory::collect(&mut cx, shown, &mut blockers).in_phase(Phase::Collect)?;
     if events.cancelled() {
         return Err(freeze::cancelled());
     }

@@ -202,7 +202,7 @@ fn discover(
             let children = if later {
                 Vec::new()
             } else {
-                process.dir.children()?
+                children(&process.dir, &threads)?
             };
             Ok((stat, threads, children))
         })();
@@ -240,6 +240,16 @@ fn discover(
     Ok(fresh)
 }
 
+/// The children of all of a process's threads, each once.
+fn children(dir: &ProcDir, threads: &[Tid]) -> Result<Vec<Pid>> {
+    let each = parallel::map(threads, |&tid| dir.children_of(tid));
+    let all: Vec<Vec<Pid>> = each.into_iter().collect::<Result<_>>()?;
+    let mut all = all.concat();
+    all.sort_unstable();
+    all.dedup();
+    Ok(all)
+}
+
 /// How long a stop may take before it is asked why; and at most, since asking costs.
 const PATIENCE: [Duration; 2] = [Duration::from_millis(2), Duration::from_millis(50)];
 
@@ -253,11 +263,11 @@ fn stop(
 ) -> Result<usize> {
     let mut count = 0;
     let mut before: BTreeMap<Tid, (Pid, BeforeStop)> = BTreeMap::new();
+    let mut dirs = BTreeMap::new();
     for (pid, tid) in &fresh {
-        let seen = ProcDir::open(*pid)
-            .and_then(|d| d.task(*tid))
-            .map(|dir| task::before_stop(&dir))
-            .unwrap_or_default();
+        let dir = dirs.entry(*pid).or_insert_with(|| ProcDir::open(*pid).ok());
+        let dir = dir.as_ref().and_then(|dir| dir.task(*tid).ok());
+        let seen = dir.map(|dir| task::before_stop(&dir)).unwrap_or_default();
         before.insert(*tid, (*pid, seen));
     }
     let tids: Vec<Tid> = fresh.iter().map(|(_, tid)| *tid).collect();

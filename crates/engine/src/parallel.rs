@@ -48,6 +48,23 @@ fn map_from<T: Sync, R: Send>(worth: usize, items: &[T], f: impl Fn(&T) -> R + S
     })
 }
 
+/// `other` in a thread of its own while `mine` runs in this one, which alone may use ptrace.
+pub(crate) fn beside<A: Send, B>(
+    other: impl Fn() -> A + Send + Sync,
+    mine: impl FnOnce() -> B,
+) -> (A, B) {
+    scope(|scope| {
+        let thread = std::thread::Builder::new().spawn_scoped(scope, &other);
+        let mine = mine();
+        let other = match thread.map(|t| t.join()) {
+            Ok(Ok(done)) => done,
+            Ok(Err(panic)) => std::panic::resume_unwind(panic),
+            Err(_) => other(),
+        };
+        (other, mine)
+    })
+}
+
 fn run<T, R>(items: &[T], f: &impl Fn(&T) -> R) -> Vec<R> {
     items.iter().map(f).collect()
 }

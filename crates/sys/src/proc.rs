@@ -129,14 +129,7 @@ impl ProcDir {
     pub fn children(&self) -> Result<Vec<Pid>> {
         let mut all = Vec::new();
         for tid in self.tasks()? {
-            match self.read(&format!("task/{tid}/children")) {
-                Ok(text) => {
-                    all.extend(parse::children(&text).map_err(|e| self.locate(e, "children"))?)
-                }
-                // The thread went away; its children moved to another one's list.
-                Err(e) if e.errno() == Some(libc::ENOENT) || e.errno() == Some(libc::ESRCH) => {}
-                Err(e) => return Err(e),
-            }
+            all.extend(self.children_of(tid)?);
         }
         if all.is_empty() {
             self.check_alive()?;
@@ -144,6 +137,18 @@ impl ProcDir {
         all.sort_unstable();
         all.dedup();
         Ok(all)
+    }
+
+    /// The children of one of its threads; none if that went away: they moved to another
+    /// one's list.
+    pub fn children_of(&self, tid: Tid) -> Result<Vec<Pid>> {
+        match self.read(&format!("task/{tid}/children")) {
+            Ok(text) => parse::children(&text).map_err(|e| self.locate(e, "children")),
+            Err(e) if e.errno() == Some(libc::ENOENT) || e.errno() == Some(libc::ESRCH) => {
+                Ok(Vec::new())
+            }
+            Err(e) => Err(e),
+        }
     }
 
     /// The timer slack of the first thread in nanoseconds (`PR_SET_TIMERSLACK`).

@@ -19,18 +19,24 @@ use super::{After, DumpReport, DumpRequest};
 use crate::events::Events;
 use crate::parallel;
 
-/// Reads the VMAs of every process; each is claimed and described by its kind.
-/// The result's keys are mm ids.
+/// The VMAs of every process as the kernel shows them.
+pub(super) struct Shown<'a>(Vec<(&'a ProcView, Result<Vec<Smap>>)>);
+
+/// Reads the VMAs of every process, of as many at once as there are CPUs.
+pub(super) fn look<'a>(procs: &'a [ProcView], seen: &Seen) -> Shown<'a> {
+    let alive: Vec<&ProcView> = procs.iter().filter(|p| !p.tids.is_empty()).collect();
+    let smaps = parallel::map_large(&alive, |proc| seen.smaps(proc).on_task(proc.pid.0));
+    Shown(alive.into_iter().zip(smaps).collect())
+}
+
+/// Each VMA is claimed and described by its kind. The result's keys are mm ids.
 pub(super) fn collect(
     cx: &mut DumpCx<'_>,
-    seen: &Seen,
+    shown: Shown<'_>,
     blockers: &mut Vec<Error>,
 ) -> Result<BTreeMap<u64, Mm>> {
-    let procs = cx.procs.iter().filter(|p| !p.tids.is_empty());
-    let procs: Vec<&ProcView> = procs.collect();
-    let smaps = parallel::map_large(&procs, |proc| seen.smaps(proc).on_task(proc.pid.0));
     let mut spaces = BTreeMap::new();
-    for (proc, smaps) in procs.into_iter().zip(smaps) {
+    for (proc, smaps) in shown.0 {
         let mut space = Mm::default();
         for smap in smaps? {
             let view = VmaView {

@@ -1,80 +1,91 @@
 //! Attributes of threads and processes: each kind's questions go into one
 //! batch per thread, run inside it.
 
-use std::collections::HashMap;
-
 use freezeframe_error::{Error, Kind, Result, ResultExt};
-use freezeframe_inject::Batch;
 use freezeframe_inject::live::{self, Site};
 use freezeframe_inject::tracer::StoppedTask;
+use freezeframe_inject::{Batch, Replies};
 use freezeframe_kinds::model::Process;
-use freezeframe_kinds::{DumpCx, Scope, TaskKind, TaskView, registry};
+use freezeframe_kinds::{Asked, DumpCx, ProcView, Scope, TaskKind, TaskView, registry};
 use freezeframe_sys::ids::Pid;
 use freezeframe_sys::kcmp::{self, KcmpType};
 use freezeframe_sys::proc::SeccompMode;
 
-use crate::freeze::Frozen;
+use crate::freeze::{Frozen, Task};
+
+/// What the threads of a process have answered to the questions of each kind.
+pub(super) struct Answers<'a> {
+    views: Vec<TaskView<'a>>,
+    batches: Vec<Batch>,
+    asked: Vec<Vec<(&'static dyn TaskKind, Asked)>>,
+    replies: Vec<Replies>,
+}
+
+/// Asks every thread. The memory of the processes is afterwards as it was, but not meanwhile.
+pub(super) fn ask(frozen: &Frozen) -> Result<Vec<Answers<'_>>> {
+    let alive = frozen.procs.iter().enumerate();
+    alive
+        .filter(|(_, proc)| !proc.tids.is_empty())
+        .map(|(index, proc)| {
+            let of = frozen.tasks.iter().filter(|t| t.proc == index);
+            ask_process(frozen, proc, &of.collect::<Vec<_>>())
+        })
+        .collect()
+}
+
+fn ask_process<'a>(frozen: &Frozen, proc: &'a ProcView, tasks: &[&'a Task]) -> Result<Answers<'a>> {
+    let mut answers = Answers {
+        views: Vec::with_capacity(tasks.len()),
+        batches: Vec::with_capacity(tasks.len()),
+        asked: Vec::with_capacity(tasks.len()),
+        replies: Vec::new(),
+    };
+    for task in tasks {
+        let view = TaskView {
+            proc,
+            tid: task.tid,
+            leader: task.tid == proc.pid.leader(),
+            dir: &task.dir,
+            status: &task.status,
+            regs: &task.stopped.regs,
+            sigmask: task.stopped.sigmask,
+            before: &task.before,
+        };
+        let mut batch = Batch::new();
+        let kinds = kinds_for(&view);
+        let asked = kinds.map(|kind| Ok((kind, kind.ask(&view, &mut batch).on_task(view.tid.0)?)));
+        answers.asked.push(asked.collect::<Result<_>>()?);
+        answers.batches.push(batch);
+        answers.views.push(view);
+    }
+    let mut site = Site::find(proc.pid).on_task(proc.pid.0)?;
+    let stopped: Vec<StoppedTask> = tasks.iter().map(|t| t.stopped).collect();
+    site.check(&stopped)?;
+    let filtered = |v: &TaskView<'_>| v.status.seccomp != SeccompMode::Disabled;
+    let collect = match answers.views.iter().any(filtered) {
+        false => live::collect_by_host,
+        true => live::collect_in_threads,
+    };
+    answers.replies = collect(
+        &frozen.tracer,
+        &mut site,
+        &stopped,
+        &answers.batches,
+        frozen.wait(),
+    )?;
+    site.erase().on_task(proc.pid.0)?;
+    Ok(answers)
+}
 
 /// Dumps every task kind of every thread.
 pub(super) fn collect(
     cx: &mut DumpCx<'_>,
-    frozen: &Frozen,
+    answers: &[Answers<'_>],
     blockers: &mut Vec<Error>,
 ) -> Result<()> {
-    let Frozen { tracer, tasks, .. } = frozen;
-    for (index, proc) in cx
-        .procs
-        .iter()
-        .enumerate()
-        .filter(|(_, p)| !p.tids.is_empty())
-    {
-        let views: Vec<TaskView<'_>> = tasks
-            .iter()
-            .filter(|t| t.proc == index)
-            .map(|t| TaskView {
-                proc,
-                tid: t.tid,
-                leader: t.tid == proc.pid.leader(),
-                dir: &t.dir,
-                status: &t.status,
-                regs: &t.stopped.regs,
-                sigmask: t.stopped.sigmask,
-                before: &t.before,
-            })
-            .collect();
-        let stopped: HashMap<_, _> = tasks
-            .iter()
-            .filter(|t| t.proc == index)
-            .map(|t| (t.tid, &t.stopped))
-            .collect();
-        let mut questions = Vec::new();
-        for view in &views {
-            let mut batch = Batch::new();
-            let mut asked = Vec::new();
-            for kind in kinds_for(view) {
-                let a = kind.ask(view, &mut batch).on_task(view.tid.0)?;
-                asked.push((kind, a));
-            }
-            questions.push((batch, asked));
-        }
-        let mut site = Site::find(proc.pid).on_task(proc.pid.0)?;
-        let all: Vec<_> = views.iter().map(|v| *stopped[&v.tid]).collect();
-        site.check(&all)?;
-        let batches: HashMap<_, _> = views
-            .iter()
-            .zip(&questions)
-            .map(|(v, q)| (v.tid, &q.0))
-            .collect();
-        let filtered = views
-            .iter()
-            .any(|v| v.status.seccomp != SeccompMode::Disabled);
-        let batch = |t: &StoppedTask| batches[&t.tid];
-        let replies = match filtered {
-            false => live::collect_by_host(tracer, &mut site, &all, batch, frozen.wait())?,
-            true => live::collect_in_threads(tracer, &mut site, &all, batch, frozen.wait())?,
-        };
-        site.erase().on_task(proc.pid.0)?;
-        for ((view, (batch, asked)), replies) in views.iter().zip(&questions).zip(&replies) {
+    for of in answers {
+        let each = of.views.iter().zip(&of.batches).zip(&of.asked);
+        for (((view, batch), asked), replies) in each.zip(&of.replies) {
             batch.check(replies).on_task(view.tid.0)?;
             for (kind, asked) in asked {
                 match kind.dump(cx, view, asked, replies) {

@@ -33,21 +33,22 @@ use crate::tracer::{StoppedTask, Tracer};
 const WORTH: usize = 4;
 /// How many visitors' batches lie in the host's memory at once.
 const AT_ONCE: usize = 64;
+/// From so many threads on, where they are is looked up by two of ours.
+const MANY: usize = 64;
 /// Room for a visitor's `Area` before its ops.
 const HEAD: usize = 64;
 
-/// Runs a batch in each of a process's stopped threads, those of one CPU after
-/// each other. The replies are in the order of `tasks`.
+/// Runs in each of a process's stopped threads its batch, those of one CPU after
+/// each other. Batches and replies are in the order of `tasks`.
 pub fn collect_in_threads<B: Borrow<Batch>>(
     tracer: &Tracer,
     site: &mut Site,
     tasks: &[StoppedTask],
-    batch: impl FnMut(&StoppedTask) -> B,
+    batches: &[B],
     wait: Duration,
 ) -> Result<Vec<Replies>> {
-    let batches: Vec<B> = tasks.iter().map(batch).collect();
     let mut replies = vec![None; tasks.len()];
-    one_by_one(tracer, site, tasks, &batches, &mut replies, wait)?;
+    one_by_one(tracer, site, tasks, batches, &mut replies, wait)?;
     Ok(replies.into_iter().flatten().collect())
 }
 
@@ -59,19 +60,18 @@ pub fn collect_by_host<B: Borrow<Batch>>(
     tracer: &Tracer,
     site: &mut Site,
     tasks: &[StoppedTask],
-    batch: impl FnMut(&StoppedTask) -> B,
+    batches: &[B],
     wait: Duration,
 ) -> Result<Vec<Replies>> {
-    let batches: Vec<B> = tasks.iter().map(batch).collect();
     let mut replies = vec![None; tasks.len()];
     if tasks.len() >= WORTH {
         let pin = CpuPin::to_task(site.pid, tasks[0].tid);
         let mut host = LiveSession::enter_on(tracer, site, &tasks[0], wait, pin)?;
         replies[0] = Some(host.try_run(batches[0].borrow())?);
-        visit(&mut host, tasks, &batches, &mut replies)?;
+        visit(&mut host, tasks, batches, &mut replies)?;
         host.leave()?;
     }
-    one_by_one(tracer, site, tasks, &batches, &mut replies, wait)?;
+    one_by_one(tracer, site, tasks, batches, &mut replies, wait)?;
     Ok(replies.into_iter().flatten().collect())
 }
 
@@ -81,10 +81,25 @@ fn by_cpu(
     tasks: &[StoppedTask],
     replies: &[Option<Replies>],
 ) -> Vec<(Option<usize>, usize)> {
-    let open = (0..tasks.len()).filter(|&i| replies[i].is_none());
-    let mut order: Vec<_> = open
-        .map(|i| (last_cpu(site.pid, tasks[i].tid), i))
-        .collect();
+    let open: Vec<usize> = (0..tasks.len()).filter(|&i| replies[i].is_none()).collect();
+    let pid = site.pid;
+    let look = |some: &[usize]| -> Vec<(Option<usize>, usize)> {
+        let cpu = |&i: &usize| (last_cpu(pid, tasks[i].tid), i);
+        some.iter().map(cpu).collect()
+    };
+    // Half of many by another thread, where there can be one.
+    let (mine, other) = open.split_at(open.len() - open.len() / 2);
+    let mut order = std::thread::scope(|scope| {
+        let helped = open.len() >= MANY;
+        let helper =
+            helped.then(|| std::thread::Builder::new().spawn_scoped(scope, || look(other)));
+        let mut order = look(mine);
+        order.extend(match helper {
+            Some(Ok(helper)) => helper.join().unwrap_or_default(),
+            _ => look(other),
+        });
+        order
+    });
     order.sort_unstable();
     order
 }

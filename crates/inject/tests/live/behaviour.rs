@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use freezeframe_error::Kind;
 use freezeframe_inject::live::{self, LiveSession, Site};
-use freezeframe_inject::tracer::{DEFAULT_WAIT, StoppedTask, Tracer};
+use freezeframe_inject::tracer::{DEFAULT_WAIT, Tracer};
 use freezeframe_inject::{Arg, Batch};
 use freezeframe_stub::Undo;
 use freezeframe_sys::ids::{Pid, Tid};
@@ -15,7 +15,7 @@ use freezeframe_sys::proc::ProcDir;
 use freezeframe_sys::ptrace::Options;
 
 use crate::check::{Victim, wait_until};
-use crate::tool::{getters, options, stop};
+use crate::tool::{getters, options, same, stop};
 
 /// Some other process, dead when this is dropped.
 struct Other(Child);
@@ -338,9 +338,10 @@ pub(crate) fn other_places() {
         let deadline = Instant::now() + DEFAULT_WAIT;
         let stopped = live::stop_threads(&tracer, victim.pid(), options(), deadline).unwrap();
         site.check(&stopped).unwrap();
-        let batch = |_: &StoppedTask| getters(n).0;
+        let batch = getters(n).0;
+        let batches = same(&batch, &stopped);
         let replies =
-            live::collect_in_threads(&tracer, &mut site, &stopped, batch, DEFAULT_WAIT).unwrap();
+            live::collect_in_threads(&tracer, &mut site, &stopped, &batches, DEFAULT_WAIT).unwrap();
         assert!(replies.iter().all(|r| r.done == n as usize + 2));
     }
     victim.check("with the stub in a file's text");
@@ -423,21 +424,16 @@ pub(crate) fn a_thousand_threads() {
         let (stopped, mut site) = stop(&tracer, crowd.pid(), None).unwrap();
         assert_eq!(stopped.len(), threads + 1);
         let stopping = begun.elapsed();
-        let mut pid = None;
-        let mut ask = |_: &StoppedTask| {
-            let (batch, op) = getters(3);
-            pid = Some(op);
-            batch
-        };
+        let (batch, pid) = getters(3);
+        let batches = same(&batch, &stopped);
         let begun = Instant::now();
         let one_by_one =
-            live::collect_in_threads(&tracer, &mut site, &stopped, &mut ask, DEFAULT_WAIT).unwrap();
+            live::collect_in_threads(&tracer, &mut site, &stopped, &batches, DEFAULT_WAIT).unwrap();
         let alone = begun.elapsed();
         let begun = Instant::now();
         let by_host =
-            live::collect_by_host(&tracer, &mut site, &stopped, &mut ask, DEFAULT_WAIT).unwrap();
+            live::collect_by_host(&tracer, &mut site, &stopped, &batches, DEFAULT_WAIT).unwrap();
         let collecting = begun.elapsed();
-        let pid = pid.unwrap();
         let want = Ok(i64::from(crowd.pid().0));
         let mut replies = one_by_one.iter().chain(&by_host);
         assert!(replies.all(|r| r.done == 5 && r.result(pid) == want));

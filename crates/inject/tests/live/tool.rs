@@ -127,8 +127,13 @@ fn round(job: &Job) -> Result<()> {
     }
     if job.how == How::Visits {
         let (batch, pid) = getters(3);
-        let replies =
-            live::collect_by_host(&tracer, &mut site, &stopped, |_| &batch, DEFAULT_WAIT)?;
+        let replies = live::collect_by_host(
+            &tracer,
+            &mut site,
+            &stopped,
+            &same(&batch, &stopped),
+            DEFAULT_WAIT,
+        )?;
         let want = Ok(i64::from(job.pid.0));
         if replies.iter().any(|r| r.done != 5 || r.result(pid) != want) {
             return Err(Error::bug("wrong replies"));
@@ -184,6 +189,11 @@ fn fork_round(job: &Job, tracer: &Tracer, stopped: &[StoppedTask], mut site: Sit
     step::mark("looked");
     drop(fork);
     Ok(())
+}
+
+/// The same batch for each.
+pub(crate) fn same<'a>(batch: &'a Batch, stopped: &[StoppedTask]) -> Vec<&'a Batch> {
+    vec![batch; stopped.len()]
 }
 
 /// getpid, `n` rt_sigaction, sigaltstack: changes nothing.

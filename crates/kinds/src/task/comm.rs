@@ -49,7 +49,7 @@ impl TaskKind for Comm {
         _asked: &Asked,
         _replies: &Replies,
     ) -> Result<Option<RawRecord>> {
-        let name = task.dir.comm()?;
+        let name = task.status.name.clone();
         Ok(Some(ABOUT.record(task.subject(), &Record { name })?))
     }
     fn restore(&self, task: &mut RestoreTask<'_>, record: &RawRecord) -> Result<()> {

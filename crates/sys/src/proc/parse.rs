@@ -356,8 +356,7 @@ pub fn status(text: &[u8]) -> Result<Status> {
             key,
             b"State" | b"Tgid" | b"Pid" | b"PPid" | b"TracerPid" | b"Uid" | b"Gid"
         ));
-        status_line(&mut s, key, value.trim_ascii_start())
-            .ok_or_else(|| unexpected("status", line))?;
+        status_line(&mut s, key, value).ok_or_else(|| unexpected("status", line))?;
     }
     if seen != REQUIRED {
         return Err(unexpected("status", text));
@@ -367,7 +366,8 @@ pub fn status(text: &[u8]) -> Result<Status> {
 
 /// Enters one line. `None`: its value is not as it should be.
 fn status_line(s: &mut Status, key: &[u8], value: &[u8]) -> Option<()> {
-    let name = value;
+    // A name may begin and end with blanks.
+    let name = value.strip_prefix(b"\t").unwrap_or(value);
     let value = value.trim_ascii();
     let flag = |value| Some(decimal(value)? != 0);
     match key {
