@@ -1,11 +1,11 @@
 //! What kinds are given to work with, on dump and on restore. Filled by the engine.
 
-use std::cell::OnceCell;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ffi::CString;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::OnceLock;
 use std::time::Instant;
 
 use freezeframe_error::{Error, Result};
@@ -182,7 +182,7 @@ pub struct FileView<'a> {
     pub stat: &'a FileStat,
     /// /proc/PID/fdinfo/N.
     pub info: &'a FdInfo,
-    ours: OnceCell<OwnedFd>,
+    ours: OnceLock<OwnedFd>,
 }
 
 impl<'a> FileView<'a> {
@@ -204,7 +204,7 @@ impl<'a> FileView<'a> {
             link,
             stat,
             info,
-            ours: OnceCell::new(),
+            ours: OnceLock::new(),
         }
     }
 

@@ -116,9 +116,11 @@ pub(super) fn collect(
     for kind in registry::TALKING {
         kind.gather(cx, &views)?;
     }
-    for view in &views {
+    // This brings each file to us, too, which is most of the work of many kinds.
+    let owners = parallel::map(&views, ask_owner);
+    for (view, owner) in views.iter().zip(owners) {
         let carrier = seen[first[&view.id]].carrier;
-        if let Err(e) = dump_file(cx, view, carrier) {
+        if let Err(e) = owner.and_then(|owner| dump_file(cx, view, owner, carrier)) {
             if e.kind() != Kind::Unsupported {
                 return Err(e);
             }
@@ -218,7 +220,12 @@ fn is_linked(view: &FileView<'_>) -> bool {
     })
 }
 
-fn dump_file(cx: &mut DumpCx<'_>, view: &FileView<'_>, carrier: Pid) -> Result<()> {
+fn dump_file(
+    cx: &mut DumpCx<'_>,
+    view: &FileView<'_>,
+    signals: Signals,
+    carrier: Pid,
+) -> Result<()> {
     if view.is_in_flight() && view.info.lines("lock").next().is_some() {
         return Err(view.refuse("a file with locks in flight is not supported"));
     }
@@ -227,24 +234,20 @@ fn dump_file(cx: &mut DumpCx<'_>, view: &FileView<'_>, carrier: Pid) -> Result<(
         .copied()
         .find(|k| k.claims(view))
         .ok_or_else(|| view.refuse("this kind of file is not supported"))?;
-    let opath = view.info.flags & libc::O_PATH as u32 != 0;
-    let mut common = OpenFile {
+    check_owner(cx, view, signals.owner)?;
+    let common = OpenFile {
         kind: kind.about().tag,
         flags: view.info.flags & !(libc::O_CLOEXEC as u32),
         pos: view.info.pos.max(0) as u64,
-        owner: (0, 0),
-        owner_uids: (0, 0),
-        sig: 0,
+        owner: signals.owner,
+        owner_uids: signals.owner_uids,
+        sig: signals.sig,
         name: view.name(),
         seen_at: match view.is_in_flight() {
             true => (carrier.0, -1),
             false => (view.proc.pid.0, view.fd),
         },
     };
-    if !opath {
-        ask_owner(view, &mut common).map_err(|e| view.blame(e))?;
-        check_owner(cx, view, common.owner)?;
-    }
     let record = kind.dump(cx, view).map_err(|e| view.blame(e))?;
     cx.records
         .push(super::model_record(model::FILE, view.subject(), &common)?);
@@ -274,20 +277,36 @@ fn check_owner(cx: &DumpCx<'_>, view: &FileView<'_>, (kind, id): (i32, i32)) -> 
     )))
 }
 
+/// Whom the signals of an open file go to.
+#[derive(Default)]
+struct Signals {
+    owner: (i32, i32),
+    owner_uids: (u32, u32),
+    sig: i32,
+}
+
 /// Owner (F_GETOWN_EX), the uids it was set with, and signal (F_GETSIG): an
 /// owner may be set without O_ASYNC, so they are always asked.
-fn ask_owner(view: &FileView<'_>, common: &mut OpenFile) -> Result<()> {
-    let ours = view.ours()?;
-    common.sig = fd::io_signal(ours)?;
-    if let Some(owner) = fd::owner(ours)? {
-        common.owner = match owner {
-            Owner::Tid(id) => (model::F_OWNER_TID, id),
-            Owner::Pid(id) => (model::F_OWNER_PID, id),
-            Owner::Pgrp(id) => (model::F_OWNER_PGRP, id),
-        };
-        common.owner_uids = fd::owner_uids(ours)?;
+fn ask_owner(view: &FileView<'_>) -> Result<Signals> {
+    let mut signals = Signals::default();
+    if view.info.flags & libc::O_PATH as u32 != 0 {
+        return Ok(signals);
     }
-    Ok(())
+    let mut ask = || -> Result<()> {
+        let ours = view.ours()?;
+        signals.sig = fd::io_signal(ours)?;
+        if let Some(owner) = fd::owner(ours)? {
+            signals.owner = match owner {
+                Owner::Tid(id) => (model::F_OWNER_TID, id),
+                Owner::Pid(id) => (model::F_OWNER_PID, id),
+                Owner::Pgrp(id) => (model::F_OWNER_PGRP, id),
+            };
+            signals.owner_uids = fd::owner_uids(ours)?;
+        }
+        Ok(())
+    };
+    ask().map_err(|e| view.blame(e))?;
+    Ok(signals)
 }
 
 /// Which descriptors refer to the same open file description.
