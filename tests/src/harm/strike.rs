@@ -333,6 +333,9 @@ impl Chase {
             _ => return,
         };
         self.threads.remove(&end.0.as_raw());
+        if self.engine == Some(end.0) {
+            self.engine = None; // and its number may be another's
+        }
         if end.0 == self.visible {
             self.ended = Some(end.1);
         }
@@ -381,10 +384,10 @@ impl Chase {
             self.engine = Some(Pid::from_raw(who));
             let _ = ptrace::detach(Tid(tid.as_raw()), 0);
         } else {
-            self.threads.entry(who).or_default();
             self.go_on(tid, 0);
         }
-        // It is stopped, or about to be, at its birth.
+        // The new one is noted at the stop of its birth. Not here: that may have been seen
+        // before this event, and be followed no longer.
     }
 
     fn go_on(&mut self, tid: Pid, signal: i32) {

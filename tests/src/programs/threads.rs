@@ -164,7 +164,7 @@ fn ids_and_names(cx: &Cx) {
         .map(|i| {
             let (word, started) = (word.clone(), started.clone());
             std::thread::spawn(move || {
-                let name = [format!("thread {i}").as_bytes(), &[0xff, b'\n', b')']].concat();
+                let name = [format!(" thread {i}").as_bytes(), &[0xff, b'\n', b')']].concat();
                 os::set_comm(&name[..name.len().min(15)]);
                 OWN.set(i * i + 1);
                 let (tid, comm) = (os::gettid(), fs::read("/proc/thread-self/comm").unwrap());

@@ -1,6 +1,7 @@
 //! The name of a thread.
 //!
-//! Read from /proc/PID/task/TID/comm, set by `PR_SET_NAME`. Any bytes but NUL, at most 15.
+//! Read from /proc/PID/task/TID/status (which has it unescaped here), set by `PR_SET_NAME`. Any
+//! bytes but NUL, at most 15.
 
 use freezeframe_error::{Error, Result};
 use freezeframe_image::{RawRecord, Tag};

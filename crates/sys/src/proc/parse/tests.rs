@@ -137,7 +137,7 @@ fn broken_stat_is_an_error() {
 
 #[test]
 fn status_with_everything() {
-    let text = b"Name:\ta\\n\\\\b : \nUmask:\t0027\nState:\tT (stopped)\nTgid:\t10\nNgid:\t0\nPid:\t11\nPPid:\t9\n\
+    let text = b"Name:\t\t a\\n\\\\b : \nUmask:\t0027\nState:\tT (stopped)\nTgid:\t10\nNgid:\t0\nPid:\t11\nPPid:\t9\n\
 TracerPid:\t5\nUid:\t1\t2\t3\t4294967295\nGid:\t5\t6\t7\t8\nFDSize:\t256\nGroups:\t4 24 27 \nNStgid:\t10\t1\n\
 NSpid:\t11\t2\nNSpgid:\t10\t0\nNSsid:\t10\t0\nKthread:\t0\nVmPeak:\t    3060 kB\nVmSize:\t  3000 kB\n\
 VmRSS:\t    1760 kB\nCoreDumping:\t0\nTHP_enabled:\t1\nuntag_mask:\t0xffffffffffffffff\nThreads:\t3\nSigQ:\t2/96365\n\
@@ -146,7 +146,7 @@ SigCgt:\t00000001800046eb\nCapInh:\t0000000000000000\nCapPrm:\t000001fffeffffff\
 CapBnd:\t000001fffeffffff\nCapAmb:\t0000000000000000\nNoNewPrivs:\t1\nSeccomp:\t2\nSeccomp_filters:\t3\n\
 voluntary_ctxt_switches:\t7\nnonvoluntary_ctxt_switches:\t8\n";
     let s = status(text).unwrap();
-    assert_eq!(s.name, b"a\n\\b : ");
+    assert_eq!(s.name, b"\t a\n\\b : ");
     assert_eq!(s.umask, Some(0o27));
     assert_eq!(
         (s.state, s.tgid, s.pid, s.ppid, s.tracer_pid),
