@@ -380,6 +380,7 @@ fn gather(
     let answers = tasks::ask(frozen).in_phase(Phase::Collect)?;
     // Only now: while threads are asked, their memory has more in it.
     let (shown, collected) = parallel::beside(
+        frozen.threads(),
         || memory::look(procs, &host.seen),
         || tasks::collect(&mut cx, &answers, &mut blockers),
     );

@@ -48,11 +48,17 @@ fn map_from<T: Sync, R: Send>(worth: usize, items: &[T], f: impl Fn(&T) -> R + S
     })
 }
 
-/// `other` in a thread of its own while `mine` runs in this one, which alone may use ptrace.
+/// `other` in a thread of its own while `mine`, which is about so many items, runs in this one,
+/// which alone may use ptrace. For few it is not worth a thread.
 pub(crate) fn beside<A: Send, B>(
+    items: usize,
     other: impl Fn() -> A + Send + Sync,
     mine: impl FnOnce() -> B,
 ) -> (A, B) {
+    if items < WORTH {
+        let mine = mine();
+        return (other(), mine);
+    }
     scope(|scope| {
         let thread = std::thread::Builder::new().spawn_scoped(scope, &other);
         let mine = mine();
