@@ -23,6 +23,14 @@ use std::time::{Duration, Instant};
 
 const ESTABLISHED: &str = "--tcp-established";
 
+/// A dump that ends the target.
+fn end(scene: &Scene, target: &Target, images: &str) {
+    let before = Snapshot::take(target.pid);
+    let done = scene.dump_pid(target.pid, images, &[ESTABLISHED]);
+    done.unwrap().must_exit(0).unwrap();
+    scene.await_gone(&before, DEADLINE).unwrap();
+}
+
 struct Echo {
     scene: Scene,
     target: Target,
@@ -81,9 +89,7 @@ impl Echo {
     }
 
     fn end(&self, images: &str) {
-        let before = Snapshot::take(self.target.pid);
-        self.dump(images, &[ESTABLISHED]).must_exit(0).unwrap();
-        self.scene.await_gone(&before, DEADLINE).unwrap();
+        end(&self.scene, &self.target, images);
     }
 
     fn restore(&self, images: &str) {
@@ -394,9 +400,7 @@ impl Waiting {
     }
 
     fn end(&self, images: &str) {
-        let before = Snapshot::take(self.target.pid);
-        self.dump(images, &[ESTABLISHED]).must_exit(0).unwrap();
-        self.scene.await_gone(&before, DEADLINE).unwrap();
+        end(&self.scene, &self.target, images);
     }
 
     fn restore(&self, images: &str) -> Outcome {

@@ -428,9 +428,13 @@ fn usage(act: Act) -> String {
 }
 
 fn arg(o: &Opt, act: Act) -> Arg {
-    let shown =
-        o.concerns(act) && matches!(o.carried, Carried::Yes) && o.long != "no-default-config";
-    let mut arg = Arg::new(o.long).long(o.long).help(o.help).hide(!shown);
+    let (carried, help) = match o.carried {
+        Carried::Yes => (true, o.help.to_owned()),
+        Carried::Only(values) => (true, format!("{} [only {}]", o.help, values.join(", "))),
+        Carried::NotYet | Carried::Moot(_) => (false, o.help.to_owned()),
+    };
+    let shown = o.concerns(act) && carried && o.long != "no-default-config";
+    let mut arg = Arg::new(o.long).long(o.long).help(help).hide(!shown);
     if let Some(c) = o.short {
         arg = arg.short(c);
     }
@@ -459,7 +463,7 @@ fn after_help(act: Act) -> String {
             .collect::<Vec<_>>()
             .join(", ")
     };
-    let refused = names(|o| matches!(o.carried, Carried::NotYet | Carried::Only(_)));
+    let refused = names(|o| matches!(o.carried, Carried::NotYet));
     let moot = names(|o| matches!(o.carried, Carried::Moot(_)));
     let mut text = String::new();
     if !refused.is_empty() {
@@ -556,6 +560,27 @@ mod tests {
         for name in ["link-remap", "ext-unix-sk", "external", "live"] {
             let told = format!("--{name} means nothing to restore: ignored");
             assert!(line.ignored.contains(&told), "{:?}", line.ignored);
+        }
+    }
+
+    /// What is carried is in the list, what is not is among the refused, and nothing in both.
+    #[test]
+    fn help_tells_what_is_carried() {
+        for act in [Act::Dump, Act::Restore] {
+            let help = command()
+                .find_subcommand_mut(act.name())
+                .unwrap()
+                .render_long_help()
+                .to_string();
+            let (list, rest) = help.split_once("Refused by name").unwrap();
+            for o in OPTIONS.iter().filter(|o| o.acts.contains(&act)) {
+                let has = |text: &str| {
+                    let words = text.split(|c: char| !(c.is_alphanumeric() || c == '-'));
+                    words.into_iter().any(|w| w == format!("--{}", o.long))
+                };
+                let carried = matches!(o.carried, Carried::Yes | Carried::Only(_));
+                assert_eq!((has(list), has(rest)), (carried, !carried), "{}", o.long);
+            }
         }
     }
 

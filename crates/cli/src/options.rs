@@ -154,7 +154,7 @@ pub(crate) static OPTIONS: &[Opt] = &[
     opt("tcp-established", "Carry established TCP connections").on(MAIN),
     opt("tcp-close", "Carry connected TCP sockets as closed").on(MAIN),
     opt("skip-in-flight", "Accept that TCP connections which are not accepted yet are reset").on(&[Dump]),
-    opt("network-lock", "How the packets of TCP connections are held off: nftables (iptables means the same here) or skip")
+    opt("network-lock", "How the packets of TCP connections are held off: nftables (default; iptables means the same here), or not at all: skip")
         .takes("METHOD")
         .on(MAIN)
         .only(&["nftables", "iptables", "skip"]),

@@ -262,7 +262,7 @@ fn take_orphans(
     if !records.is_empty()
         && let Err(e) = freezeframe_image::amend(&request.images_dir, id, records, request.sync)
     {
-        let text = format!("connections that waited to be accepted are lost: {e:?}");
+        let text = format!("what the tree left in the kernel is lost: {e:?}");
         report.warnings.push(text);
     }
     for warning in &report.warnings[known..] {

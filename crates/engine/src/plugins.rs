@@ -34,7 +34,21 @@ struct Calls<'a> {
     warnings: RefCell<Vec<String>>,
 }
 
-impl Calls<'_> {
+impl<'a> Calls<'a> {
+    fn new(
+        (plugins, required): (&'a Plugins, bool),
+        timeout: Duration,
+        events: &'a dyn Events,
+    ) -> Calls<'a> {
+        Calls {
+            plugins,
+            required,
+            timeout,
+            events,
+            warnings: RefCell::default(),
+        }
+    }
+
     /// Calls one with the tree; what fails is a warning, or the error if plugins are required.
     fn call<T>(
         &self,
@@ -72,13 +86,8 @@ impl<'a> Around<'a> {
         timeout: Duration,
         events: &'a dyn Events,
     ) -> Result<Around<'a>> {
-        let calls = Calls {
-            plugins: &options.plugins,
-            required: options.require_plugins,
-            timeout,
-            events,
-            warnings: RefCell::default(),
-        };
+        let plugins = (&options.plugins, options.require_plugins);
+        let calls = Calls::new(plugins, timeout, events);
         let pids = match calls.plugins.is_empty() {
             true => Vec::new(),
             false => tree::pids_of(Pid(root)),
@@ -204,13 +213,8 @@ pub(crate) fn after_restore(
     timeout: Duration,
     events: &dyn Events,
 ) -> Result<Vec<String>> {
-    let calls = Calls {
-        plugins: &options.plugins,
-        required: options.require_plugins,
-        timeout,
-        events,
-        warnings: RefCell::default(),
-    };
+    let plugins = (&options.plugins, options.require_plugins);
+    let calls = Calls::new(plugins, timeout, events);
     for state in states(image)? {
         match state.plugin(calls.plugins) {
             Ok(plugin) => {

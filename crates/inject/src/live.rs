@@ -69,7 +69,7 @@ pub use cpu::CpuPin;
 pub use site::Site;
 use site::SiteState;
 pub(crate) use site::is_in_stub;
-pub use visitors::{collect_by_host, collect_in_threads};
+pub use visitors::{Way, collect_in_threads};
 
 /// Length of the stub's private area.
 const AREA_LEN: u64 = 64 << 10;

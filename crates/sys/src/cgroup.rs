@@ -237,10 +237,10 @@ impl Keeper {
         kept.push(us.as_raw_fd());
         kept.sort_unstable();
         let zero = 0usize;
-        // SAFETY: a new process with a copy of our memory, and none of our threads but this
-        // one (no CLONE_VM, no stack given: it goes on as a fork does). It makes system
-        // calls only, allocates nothing and takes no lock, so it does not matter which were
-        // held. No signal at its end: nobody but us learns of it.
+        // No signal at its end: nobody but us learns of it.
+        // SAFETY: as fork(2) does it (no CLONE_VM): a copy of our memory and of this thread alone.
+        // It makes system calls only, allocates nothing and takes no lock (see `keep`), so it
+        // does not matter which were held.
         let pid = unsafe { libc::syscall(libc::SYS_clone, zero, zero, zero, zero, zero) };
         match Errno::result(pid).sys("clone")? {
             0 => keep(us.as_raw_fd(), &files, &kept),

@@ -239,12 +239,10 @@ pub fn exec_image(spawn: &ExecImage<'_>) -> Result<Pid> {
     let until = Instant::now() + FREEING;
     let pid = loop {
         let pid = with_signals_blocked(|| {
-            // SAFETY: `args` and everything `calls` points to live until after
-            // this returns, and vfork returns only when the child has left our
-            // memory. The calls are those built above: none writes to our memory
-            // or unmaps it, and those that change process state act on the child
-            // alone, because CLONE_FILES, CLONE_FS and CLONE_SIGHAND are refused
-            // below.
+            // The calls are those built above. Those that change process state act on the
+            // child alone: CLONE_FILES, CLONE_FS and CLONE_SIGHAND are refused below.
+            // SAFETY: `args` and everything `calls` points to outlive this, vfork returns when
+            // the child has left our memory, and no call writes to that or unmaps it.
             unsafe { vfork_and_call(&args, &mut calls) }
         })?;
         let free = || spawn.pids.iter().all(|&pid| holder(pid).is_none());
@@ -258,12 +256,10 @@ pub fn exec_image(spawn: &ExecImage<'_>) -> Result<Pid> {
     }
     let pid = Pid(pid as i32);
 
-    // SAFETY: the child has left our memory, so nobody writes to `calls`; the
-    // volatile reads keep the compiler from reusing what it stored itself.
-    let results: Vec<i64> = calls
-        .iter()
-        .map(|c| unsafe { std::ptr::read_volatile(&raw const c.result) })
-        .collect();
+    // Volatile, so that the compiler does not reuse what it stored itself.
+    // SAFETY: the child has left our memory, so nobody writes to `calls`.
+    let result = |c: &RawCall| unsafe { std::ptr::read_volatile(&raw const c.result) };
+    let results: Vec<i64> = calls.iter().map(result).collect();
     match results.iter().position(|r| (-4095..0).contains(r)) {
         None => Ok(pid),
         Some(failed) => {
@@ -435,10 +431,10 @@ unsafe fn vfork_and_call(args: &CloneArgs, calls: &mut [RawCall]) -> i64 {
         return -i64::from(libc::EINVAL);
     }
     let result;
-    // SAFETY: in the parent this is one syscall, which clobbers rax, rcx and
-    // r11 and, through the child, writes to `calls`, whose pointer is passed.
-    // The child, on the same stack, stays within these instructions, which use
-    // no stack, until it executes another program or exits.
+    // The child, on the same stack, stays within these instructions until it executes
+    // another program or exits.
+    // SAFETY: they use no stack. In the parent this is one syscall, which clobbers rax, rcx
+    // and r11 and, through the child, writes to `calls`, whose pointer is passed.
     unsafe {
         asm!(
             "syscall",

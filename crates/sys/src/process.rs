@@ -56,6 +56,16 @@ mod tests {
     use freezeframe_error::Kind;
 
     #[test]
+    fn stops_of_children_are_no_news() {
+        without_stop_notices();
+        let any = SigAction::new(SigHandler::SigDfl, SaFlags::empty(), SigSet::empty());
+        // SAFETY: the default action runs no code of ours.
+        let was = unsafe { sigaction(Signal::SIGCHLD, &any) }.unwrap();
+        assert!(matches!(was.handler(), SigHandler::SigDfl));
+        assert!(was.flags().contains(SaFlags::SA_NOCLDSTOP));
+    }
+
+    #[test]
     fn refuses_a_process_with_threads() {
         // The test harness runs each test on a thread beside the main one.
         let e = fork_single_threaded().unwrap_err();

@@ -318,12 +318,11 @@ where
     let top = stack.as_mut_ptr_range().end;
     // No signal at its end: nobody else in this process learns of it.
     let flags = libc::CLONE_VM | libc::CLONE_VFORK;
-    // SAFETY: the child runs `enter` on a stack of its own (64 KiB, 16-byte
-    // aligned, unused by others) and ends. This thread is suspended until then
-    // (CLONE_VFORK), so that what they share (`call`, thread-local storage) has
-    // one user at a time. `work` neither unwinds nor takes locks. Both outlive it,
-    // unless this thread is killed: then the stack and `call` stay mapped for as
-    // long as the child has the memory.
+    // If this thread is killed, stack and `call` stay mapped for as long as the child has the
+    // memory; else both outlive it. `work` neither unwinds nor takes locks.
+    // SAFETY: the child runs `enter` on a stack of its own (64 KiB, 16-byte aligned) and ends;
+    // this thread is suspended until then (CLONE_VFORK), so that what they share (`call`,
+    // thread-local storage) has one user at a time.
     let pid = unsafe { libc::clone(enter::<T>, top.cast(), flags, (&raw mut call).cast()) };
     let pid = Errno::result(pid).sys("clone(CLONE_VM|CLONE_VFORK)")?;
     loop {

@@ -1,9 +1,15 @@
 //! TCP sockets of IPv4 and IPv6.
 
+mod pending;
+mod urgent;
+
+use self::pending::{
+    connecting, connecting_blocked, waiting, waiting_mapped, waiting_without, waiting6,
+};
+use self::urgent::{urgent, urgent_inline, urgent_taken};
 use super::netlink::elsewhere;
 use super::os;
 use super::sockets::{receive_fd, send_fd};
-use super::udp::{name_of, sockaddr};
 use super::{Cx, Program};
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
@@ -827,116 +833,6 @@ fn without(cx: &Cx) {
     talk(cx, "later", &mut one, &mut other);
 }
 
-fn waiting(cx: &Cx) {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let to = listener.local_addr().unwrap();
-    wait_all(cx, &listener, to);
-}
-
-fn waiting6(cx: &Cx) {
-    let listener = TcpListener::bind("[::1]:0").unwrap();
-    let to = listener.local_addr().unwrap();
-    wait_all(cx, &listener, to);
-}
-
-fn waiting_mapped(cx: &Cx) {
-    let listener = TcpListener::bind("[::]:0").unwrap();
-    set_option(&listener, TCP, libc::TCP_DEFER_ACCEPT, 1);
-    let deferred = option(&listener, TCP, libc::TCP_DEFER_ACCEPT);
-    let to = listener.local_addr().unwrap();
-    wait_all(cx, &listener, ([127, 0, 0, 1], to.port()).into());
-    cx.same(
-        "deferred",
-        option(&listener, TCP, libc::TCP_DEFER_ACCEPT),
-        deferred,
-    );
-}
-
-/// One connection of each kind waits; then all are accepted.
-fn wait_all(cx: &Cx, listener: &TcpListener, to: SocketAddr) {
-    let inert = |n: u32| {
-        cx.check(cx.until(|| waiting_at(listener) == n), || {
-            format!("{n} connections wait")
-        });
-    };
-    let large = os::bytes(5, 60_000);
-    let mut ends: Vec<TcpStream> = Vec::new();
-    for (n, bytes) in (1..).zip([&b""[..], b"a request", &large, b"the last words"]) {
-        let mut end = TcpStream::connect(to).unwrap();
-        end.write_all(bytes).unwrap();
-        inert(n);
-        ends.push(end);
-    }
-    let arrived = || ends.iter().all(|end| unacknowledged(end) == 0);
-    cx.check(cx.until(arrived), || "all has arrived".to_owned());
-    ends[3].shutdown(Shutdown::Write).unwrap();
-    let mut gone = TcpStream::connect(to).unwrap();
-    gone.write_all(b"never mind").unwrap();
-    inert(5);
-    cx.check(cx.until(|| unacknowledged(&gone) == 0), || {
-        "arrived".to_owned()
-    });
-    let linger = [1i32, 0];
-    let args = [
-        os::raw(&gone),
-        SOCKET as usize,
-        libc::SO_LINGER as usize,
-        os::at(&linger),
-        8,
-        0,
-    ];
-    os::syscall(libc::SYS_setsockopt, args).unwrap();
-    drop(gone);
-    cx.check(cx.until(|| state(&ends[3]) == 5), || "FIN_WAIT2".to_owned());
-    cx.ready(|| listener.accept().is_ok());
-    cx.same("waiting", waiting_at(listener), 5);
-    listener.set_nonblocking(true).unwrap();
-    let mut accepted = Vec::new();
-    for end in &ends {
-        let Ok((stream, from)) = listener.accept() else {
-            return cx.fault(format!("only {} are accepted", accepted.len()));
-        };
-        let from = SocketAddr::new(from.ip().to_canonical(), from.port());
-        cx.same("in order", from, end.local_addr().unwrap());
-        stream.set_nonblocking(false).unwrap();
-        accepted.push(stream);
-    }
-    let Ok((mut last, _)) = listener.accept() else {
-        return cx.fault("the one that was reset is not there".to_owned());
-    };
-    cx.same(
-        "bytes",
-        read_for(&mut accepted[1], 9),
-        b"a request".to_vec(),
-    );
-    let got = read_for(&mut accepted[2], large.len());
-    cx.check(got == large, || format!("{} bytes", got.len()));
-    cx.same(
-        "bytes",
-        read_for(&mut accepted[3], 15),
-        b"the last words".to_vec(),
-    );
-    accepted[3].write_all(b"an answer").unwrap();
-    cx.same("answer", read_for(&mut ends[3], 9), b"an answer".to_vec());
-    for (one, other) in ends.iter_mut().zip(&mut accepted).take(3) {
-        talk(cx, "later", one, other);
-    }
-    last.set_nonblocking(false).unwrap();
-    let end = last
-        .read_to_end(&mut Vec::new())
-        .map_err(|e| e.raw_os_error());
-    cx.same("the one that was reset", end, Err(Some(libc::ECONNRESET)));
-    drop(accepted);
-    for mut end in ends {
-        cx.same("the end", read_for(&mut end, 1), Vec::new());
-    }
-}
-
-/// How many connections wait to be accepted (tcpi_unacked).
-fn waiting_at(listener: &TcpListener) -> u32 {
-    u32::from_ne_bytes(info(listener)[24..28].try_into().unwrap())
-}
-
 /// Bytes that the other side is not known to have.
 fn unacknowledged(end: &TcpStream) -> i32 {
     let mut bytes = 0i32;
@@ -950,26 +846,6 @@ fn unacknowledged(end: &TcpStream) -> i32 {
     ];
     os::syscall(libc::SYS_ioctl, args).unwrap();
     bytes
-}
-
-fn waiting_without(cx: &Cx) {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let end = cx.child("client", |cx| {
-        let mut end = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-        drop(listener.try_clone());
-        cx.ready_unspoilt();
-        end.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
-        cx.same("bytes", read_for(&mut end, 2), b"hi".to_vec());
-    });
-    cx.ready(|| {
-        let _ = listener.accept();
-    });
-    listener.set_nonblocking(true).unwrap();
-    match listener.accept() {
-        Ok((mut stream, _)) => cx.check(stream.write_all(b"hi").is_ok(), || "write".to_owned()),
-        Err(e) => cx.fault(format!("accept: {e}")),
-    }
-    cx.join("client", end);
 }
 
 fn other_network(cx: &Cx) {
@@ -996,132 +872,4 @@ fn attach(fd: &impl AsRawFd, program: &u64) {
         0,
     ];
     os::syscall(libc::SYS_setsockopt, args).unwrap();
-}
-
-/// A listening socket that hears nothing of what comes, and one to be connected to it.
-fn unheard(address: &str) -> (TcpListener, OwnedFd, SocketAddr) {
-    let listener = TcpListener::bind(address).unwrap();
-    // "Take nothing": ret 0.
-    attach(&listener, &0x06);
-    let to = listener.local_addr().unwrap();
-    let six = to.is_ipv6();
-    let end = socket(if six { libc::AF_INET6 } else { libc::AF_INET });
-    (listener, end, to)
-}
-
-fn connect(end: &OwnedFd, to: SocketAddr) -> os::Result<i64> {
-    let (address, len) = sockaddr(to);
-    let args = [os::raw(end), os::at(&address), len, 0, 0, 0];
-    os::syscall(libc::SYS_connect, args)
-}
-
-/// Is heard from now on, and talks.
-fn hear(cx: &Cx, listener: &TcpListener, end: OwnedFd) {
-    set_option(listener, SOCKET, libc::SO_DETACH_FILTER, 0);
-    cx.check(cx.until(|| state(&end) == 1), || "no connection".to_owned());
-    cx.same("outcome", option(&end, SOCKET, libc::SO_ERROR), 0);
-    let mut one = TcpStream::from(end);
-    one.set_nonblocking(false).unwrap();
-    talk(cx, "later", &mut one, &mut listener.accept().unwrap().0);
-}
-
-fn connecting(cx: &Cx) {
-    let local = |end: &OwnedFd| name_of(libc::SYS_getsockname, end).unwrap();
-    let all = ["127.0.0.1:0", "[::1]:0"].map(|address| {
-        let (listener, end, to) = unheard(address);
-        let end = TcpStream::from(end);
-        end.set_nonblocking(true).unwrap();
-        let end = OwnedFd::from(end);
-        cx.same("errno", os::errno(&connect(&end, to)), libc::EINPROGRESS);
-        let was = local(&end);
-        (listener, end, was)
-    });
-    let states = || all.iter().map(|(_, end, _)| state(end)).collect::<Vec<_>>();
-    cx.same("set up", states(), vec![2, 2]);
-    cx.ready(|| os::syscall(libc::SYS_shutdown, [os::raw(&all[0].1), 2, 0, 0, 0, 0]));
-    cx.same("states", states(), vec![2, 2]);
-    for (listener, end, was) in all {
-        cx.same("address", local(&end), was);
-        if state(&end) == 2 {
-            hear(cx, &listener, end);
-        }
-    }
-}
-
-fn connecting_blocked(cx: &Cx) {
-    let (listener, end, to) = unheard("127.0.0.1:0");
-    let client = os::fork_run(|| i32::from(connect(&end, to).is_err()));
-    cx.check(cx.until(|| state(&end) == 2), || "on its way".to_owned());
-    cx.ready(|| os::kill(client, libc::SIGKILL));
-    hear(cx, &listener, end);
-    let ended = os::waitpid(client, 0).map(|(_, status)| os::exited_with(status));
-    cx.same("outcome over there", ended.ok().flatten(), Some(0));
-}
-
-/// MSG_OOB.
-fn send_urgent(end: &TcpStream) {
-    let byte = b"!".as_slice();
-    let args = [os::raw(end), os::at(byte), 1, libc::MSG_OOB as usize, 0, 0];
-    os::syscall(libc::SYS_sendto, args).unwrap();
-}
-
-/// Takes it, or looks at it.
-fn receive_urgent(end: &TcpStream, flags: i32) -> os::Result<u8> {
-    let mut byte = [0u8; 1];
-    let flags = (libc::MSG_OOB | flags) as usize;
-    let args = [os::raw(end), os::at_mut(&mut byte), 1, flags, 0, 0];
-    os::syscall(libc::SYS_recvfrom, args).map(|_| byte[0])
-}
-
-/// Urgent data among other, all arrived.
-fn urgent_among(cx: &Cx, inline: i32) -> (TcpStream, TcpStream) {
-    let (mut one, other) = pair_at("127.0.0.1:0");
-    set_option(&other, SOCKET, libc::SO_OOBINLINE, inline);
-    one.write_all(b"before").unwrap();
-    send_urgent(&one);
-    one.write_all(b"after").unwrap();
-    let arrived = cx.until(|| unacknowledged(&one) == 0);
-    cx.check(arrived, || "all has arrived".to_owned());
-    (one, other)
-}
-
-/// SIOCATMARK.
-fn at_mark(end: &TcpStream) -> i32 {
-    let mut mark = 0i32;
-    let args = [os::raw(end), 0x8905, os::at_mut(&mut mark), 0, 0, 0];
-    os::syscall(libc::SYS_ioctl, args).unwrap();
-    mark
-}
-
-fn urgent_inline(cx: &Cx) {
-    let (one, mut other) = urgent_among(cx, 1);
-    cx.ready(|| {
-        one.shutdown(Shutdown::Both).ok();
-        read_for(&mut other, 7)
-    });
-    cx.same("before it", read_for(&mut other, 6), b"before".to_vec());
-    cx.same("at the mark", at_mark(&other), 1);
-    cx.same("the rest", read_for(&mut other, 6), b"!after".to_vec());
-}
-
-fn urgent_taken(cx: &Cx) {
-    let (one, mut other) = urgent_among(cx, 0);
-    cx.same("urgent byte", receive_urgent(&other, 0).ok(), Some(b'!'));
-    cx.ready(|| {
-        one.shutdown(Shutdown::Both).ok();
-        read_for(&mut other, 7)
-    });
-    let rest = read_for(&mut other, 11);
-    cx.same("all but that", rest, b"beforeafter".to_vec());
-}
-
-fn urgent(cx: &Cx) {
-    let (one, other) = pair_at("127.0.0.1:0");
-    send_urgent(&one);
-    cx.check(
-        cx.until(|| receive_urgent(&other, libc::MSG_PEEK).is_ok()),
-        || "it came".to_owned(),
-    );
-    cx.ready(|| receive_urgent(&other, 0));
-    cx.same("urgent byte", receive_urgent(&other, 0).ok(), Some(b'!'));
 }

@@ -2,7 +2,7 @@
 //! batch per thread, run inside it.
 
 use freezeframe_error::{Error, Kind, Result, ResultExt};
-use freezeframe_inject::live::{self, Site};
+use freezeframe_inject::live::{self, Site, Way};
 use freezeframe_inject::tracer::StoppedTask;
 use freezeframe_inject::{Batch, Replies};
 use freezeframe_kinds::model::Process;
@@ -62,15 +62,16 @@ fn ask_process<'a>(frozen: &Frozen, proc: &'a ProcView, tasks: &[&'a Task]) -> R
     let stopped: Vec<StoppedTask> = tasks.iter().map(|t| t.stopped).collect();
     site.check(&stopped)?;
     let filtered = |v: &TaskView<'_>| v.status.seccomp != SeccompMode::Disabled;
-    let collect = match answers.views.iter().any(filtered) {
-        false => live::collect_by_host,
-        true => live::collect_in_threads,
+    let way = match answers.views.iter().any(filtered) {
+        false => Way::ByHost,
+        true => Way::OneByOne,
     };
-    answers.replies = collect(
+    answers.replies = live::collect_in_threads(
         &frozen.tracer,
         &mut site,
         &stopped,
         &answers.batches,
+        way,
         frozen.wait(),
     )?;
     site.erase().on_task(proc.pid.0)?;

@@ -38,6 +38,16 @@ const MANY: usize = 64;
 /// Room for a visitor's `Area` before its ops.
 const HEAD: usize = 64;
 
+/// Whether the threads of a process may use what one of them has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// Each is entered by itself.
+    OneByOne,
+    /// By a host and visitors, where there are many. Not for threads under seccomp filters: one
+    /// that such a filter ends, because we have died, would never tell its host that it is out.
+    ByHost,
+}
+
 /// Runs in each of a process's stopped threads its batch, those of one CPU after
 /// each other. Batches and replies are in the order of `tasks`.
 pub fn collect_in_threads<B: Borrow<Batch>>(
@@ -45,26 +55,11 @@ pub fn collect_in_threads<B: Borrow<Batch>>(
     site: &mut Site,
     tasks: &[StoppedTask],
     batches: &[B],
+    way: Way,
     wait: Duration,
 ) -> Result<Vec<Replies>> {
     let mut replies = vec![None; tasks.len()];
-    one_by_one(tracer, site, tasks, batches, &mut replies, wait)?;
-    Ok(replies.into_iter().flatten().collect())
-}
-
-/// The same, by a host and visitors where there are many threads.
-///
-/// Not for threads under seccomp filters: one that such a filter ends, because we have died,
-/// would never tell its host that it is out.
-pub fn collect_by_host<B: Borrow<Batch>>(
-    tracer: &Tracer,
-    site: &mut Site,
-    tasks: &[StoppedTask],
-    batches: &[B],
-    wait: Duration,
-) -> Result<Vec<Replies>> {
-    let mut replies = vec![None; tasks.len()];
-    if tasks.len() >= WORTH {
+    if way == Way::ByHost && tasks.len() >= WORTH {
         let pin = CpuPin::to_task(site.pid, tasks[0].tid);
         let mut host = LiveSession::enter_on(tracer, site, &tasks[0], wait, pin)?;
         replies[0] = Some(host.try_run(batches[0].borrow())?);

@@ -6,7 +6,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use freezeframe_error::Kind;
-use freezeframe_inject::live::{self, LiveSession, Site};
+use freezeframe_inject::live::{self, LiveSession, Site, Way};
 use freezeframe_inject::tracer::{DEFAULT_WAIT, Tracer};
 use freezeframe_inject::{Arg, Batch};
 use freezeframe_stub::Undo;
@@ -340,8 +340,15 @@ pub(crate) fn other_places() {
         site.check(&stopped).unwrap();
         let batch = getters(n).0;
         let batches = same(&batch, &stopped);
-        let replies =
-            live::collect_in_threads(&tracer, &mut site, &stopped, &batches, DEFAULT_WAIT).unwrap();
+        let replies = live::collect_in_threads(
+            &tracer,
+            &mut site,
+            &stopped,
+            &batches,
+            Way::OneByOne,
+            DEFAULT_WAIT,
+        )
+        .unwrap();
         assert!(replies.iter().all(|r| r.done == n as usize + 2));
     }
     victim.check("with the stub in a file's text");
@@ -427,12 +434,26 @@ pub(crate) fn a_thousand_threads() {
         let (batch, pid) = getters(3);
         let batches = same(&batch, &stopped);
         let begun = Instant::now();
-        let one_by_one =
-            live::collect_in_threads(&tracer, &mut site, &stopped, &batches, DEFAULT_WAIT).unwrap();
+        let one_by_one = live::collect_in_threads(
+            &tracer,
+            &mut site,
+            &stopped,
+            &batches,
+            Way::OneByOne,
+            DEFAULT_WAIT,
+        )
+        .unwrap();
         let alone = begun.elapsed();
         let begun = Instant::now();
-        let by_host =
-            live::collect_by_host(&tracer, &mut site, &stopped, &batches, DEFAULT_WAIT).unwrap();
+        let by_host = live::collect_in_threads(
+            &tracer,
+            &mut site,
+            &stopped,
+            &batches,
+            Way::ByHost,
+            DEFAULT_WAIT,
+        )
+        .unwrap();
         let collecting = begun.elapsed();
         let want = Ok(i64::from(crowd.pid().0));
         let mut replies = one_by_one.iter().chain(&by_host);
@@ -446,6 +467,11 @@ pub(crate) fn a_thousand_threads() {
             "{threads} threads: stop {stopping:?}, 5 calls in each {alone:?} one by one, {collecting:?} by a host ({:?} each), detach {:?}",
             collecting / threads as u32,
             begun.elapsed()
+        );
+        // What the host is for.
+        assert!(
+            collecting < alone,
+            "{collecting:?} by a host, {alone:?} one by one"
         );
         per_thread.push(collecting / threads as u32);
     }

@@ -7,7 +7,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::time::{Duration, Instant};
 
-use freezeframe_inject::live;
+use freezeframe_inject::live::{self, Way};
 use freezeframe_inject::tracer::{DEFAULT_WAIT, Tracer};
 
 use freezeframe_sys::ids::Tid;
@@ -368,6 +368,7 @@ fn next_run_at_once() {
                 &mut site,
                 &stopped,
                 &same(&batch, &stopped),
+                Way::OneByOne,
                 DEFAULT_WAIT,
             )
             .unwrap();

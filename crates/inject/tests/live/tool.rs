@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use freezeframe_error::{Error, Result};
 use freezeframe_inject::fork;
-use freezeframe_inject::live::{self, LiveSession, Site};
+use freezeframe_inject::live::{self, LiveSession, Site, Way};
 use freezeframe_inject::tracer::{DEFAULT_WAIT, StoppedTask, Tracer};
 use freezeframe_inject::{Arg, Batch, OpRef, Replies, step};
 use freezeframe_stub::Undo;
@@ -127,11 +127,12 @@ fn round(job: &Job) -> Result<()> {
     }
     if job.how == How::Visits {
         let (batch, pid) = getters(3);
-        let replies = live::collect_by_host(
+        let replies = live::collect_in_threads(
             &tracer,
             &mut site,
             &stopped,
             &same(&batch, &stopped),
+            Way::ByHost,
             DEFAULT_WAIT,
         )?;
         let want = Ok(i64::from(job.pid.0));
