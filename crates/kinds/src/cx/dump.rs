@@ -449,7 +449,7 @@ impl<'a> DumpCx<'a> {
         Ok(seen)
     }
 
-    /// What waits in a file of a [`Linked`] kind (found before any file is dumped).
+    /// What waits in a file of a [`Linked`](super::Linked) kind (found before any file is dumped).
     pub fn waiting_in(&self, id: FileId) -> &[Waiting] {
         self.waiting.get(&id).map_or(&[], Vec::as_slice)
     }

@@ -98,7 +98,7 @@ pub struct FileItem<'a> {
     pub record: &'a RawRecord,
 }
 
-/// What is made before any process of the tree is, by [`BeforeTree::prepare`].
+/// What is made before any process of the tree is, by [`BeforeTree::prepare`](super::BeforeTree::prepare).
 #[derive(Debug, Default)]
 pub struct Prepared {
     /// Open files, each to be handed over by [`RestoreFiles::provide_prepared`].
@@ -262,7 +262,7 @@ impl RestoreFiles<'_> {
             flags_done: true,
         });
     }
-    /// Hands over a file that was made by [`BeforeTree::prepare`]; the engine sets its flags.
+    /// Hands over a file that was made by [`BeforeTree::prepare`](super::BeforeTree::prepare); the engine sets its flags.
     pub fn provide_prepared(&mut self, id: FileId) -> Result<()> {
         let made = self.prepared.files.get(&id);
         let made = made.ok_or_else(|| Error::bug("a file was not made before the tree"))?;
@@ -335,8 +335,8 @@ pub enum Backing {
 /// Whether a memory object is made once per process or once for the tree.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Sharing {
-    /// Each process makes its own [`Backing`] by [`MemKind::backing`].
+    /// Each process makes its own [`Backing`] by [`MemKind::backing`](super::MemKind::backing).
     Process,
-    /// Made once by [`MemKind::make`], filled, and given to each process as a descriptor.
+    /// Made once by [`MemKind::make`](super::MemKind::make), filled, and given to each process as a descriptor.
     Tree,
 }
