@@ -271,15 +271,19 @@ impl ImageWriter {
             }
             give_name(&self.dirfd, &mut self.pages[n], name).on(path.display())?;
         }
-        if sync {
-            let synced = self.metadata.file.sync_all().sys("fsync");
-            synced.on(target.display())?;
-        }
         let temporary = temporary_name(self.header.image_id);
         give_name(&self.dirfd, &mut self.metadata, temporary.clone()).on(target.display())?;
         let dirfd = self.dirfd.fd();
-        // The commit point. The links above and this rename reach the disk in
-        // this order: they are changes of one directory.
+        if sync {
+            let synced = self.metadata.file.sync_all().sys("fsync");
+            synced.on(target.display())?;
+            // No filesystem has to keep the names above and the rename below in
+            // their order. With a journal this costs nothing: the names went
+            // with the file.
+            let synced = nix::unistd::fsync(dirfd).sys("fsync");
+            synced.on(self.dir.display())?;
+        }
+        // The commit point.
         renameat(dirfd, temporary.as_str(), dirfd, METADATA)
             .sys("rename")
             .on(target.display())?;

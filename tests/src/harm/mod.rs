@@ -2,6 +2,7 @@
 //! writes.
 
 pub mod case;
+pub mod disk;
 pub mod strike;
 
 use crate::programs::{self, Program};

@@ -171,8 +171,25 @@ fn never_fails(nr: i64, args: &[u64; 6]) -> bool {
     detach || is_poll(nr, args) || NEVER_FAIL.contains(&nr)
 }
 
+/// Is shown a thread of the process that traces at the entry and the exit of each of its system calls.
+pub type Watch<'w> = dyn FnMut(Tid, &SyscallInfo) + 'w;
+
 /// Runs the command with these words.
 pub fn run(words: &[&str], when: When, blow: Blow) -> Result<Struck, String> {
+    run_watched(words, when, blow, &mut |_, _| {})
+}
+
+/// Runs it to its end, seen by `watch`, which may change what is stopped there.
+pub fn watched(words: &[&str], watch: &mut Watch<'_>) -> Result<Struck, String> {
+    run_watched(words, When::Never, Blow::Fail(Errno::EIO), watch)
+}
+
+fn run_watched(
+    words: &[&str],
+    when: When,
+    blow: Blow,
+    watch: &mut Watch<'_>,
+) -> Result<Struck, String> {
     let stdout = tempfile::NamedTempFile::new().map_err(told)?;
     let stderr = tempfile::NamedTempFile::new().map_err(told)?;
     let file = |f: &tempfile::NamedTempFile| f.reopen().map(Stdio::from).map_err(told);
@@ -192,7 +209,7 @@ pub fn run(words: &[&str], when: When, blow: Blow) -> Result<Struck, String> {
         .stderr(file(&stderr)?)
         .spawn()
         .map_err(told)?;
-    let mut chase = Chase::new(Pid::from_raw(child.id() as i32), when, blow);
+    let mut chase = Chase::new(Pid::from_raw(child.id() as i32), when, blow, watch);
     let result = match when {
         When::After(delay) => chase.by_the_clock(begun, delay),
         _ => chase.by_steps(),
@@ -232,12 +249,13 @@ fn told(e: impl std::fmt::Display) -> String {
 }
 
 /// A run of the command under way.
-struct Chase {
+struct Chase<'w> {
     visible: Pid,
     /// The process that traces.
     engine: Option<Pid>,
     when: When,
     blow: Blow,
+    watch: &'w mut Watch<'w>,
     /// Its threads that we trace, and the step each is in.
     threads: BTreeMap<i32, Option<i64>>,
     steps: u64,
@@ -246,13 +264,14 @@ struct Chase {
     ended: Option<ExitStatus>,
 }
 
-impl Chase {
-    fn new(visible: Pid, when: When, blow: Blow) -> Chase {
+impl<'w> Chase<'w> {
+    fn new(visible: Pid, when: When, blow: Blow, watch: &'w mut Watch<'w>) -> Self {
         Chase {
             visible,
             engine: None,
             when,
             blow,
+            watch,
             threads: BTreeMap::new(),
             steps: 0,
             place: None,
@@ -403,7 +422,11 @@ impl Chase {
 
     fn at_call(&mut self, tid: Pid) {
         let thread = Tid(tid.as_raw());
-        match ptrace::get_syscall_info(thread) {
+        let info = ptrace::get_syscall_info(thread);
+        if let Ok(info) = &info {
+            (self.watch)(thread, info);
+        }
+        match info {
             Ok(SyscallInfo::Entry { nr, args }) => {
                 let nr = nr as i64;
                 let step = match self.blow {
@@ -458,21 +481,21 @@ impl Chase {
         }
         self.place = Some(format!("step {} {}", self.steps, name_of(nr)));
         match self.blow {
-            Blow::Fail(errno) => self.fail(thread, errno),
+            Blow::Fail(errno) => fail(thread, errno),
             Blow::Signal(whom, _) | Blow::Pause(whom, _) => self.hit(whom),
         }
     }
+}
 
-    /// Lets a call that is just beginning come to nothing.
-    fn fail(&mut self, thread: Tid, errno: Errno) {
-        let Ok(mut regs) = ptrace::getregs(thread) else {
-            return;
-        };
-        regs.orig_rax = u64::MAX;
-        // With no call made this is what it returns.
-        regs.rax = -i64::from(errno as i32) as u64;
-        let _ = ptrace::setregs(thread, &regs);
-    }
+/// Lets a call that is just beginning come to nothing.
+pub(crate) fn fail(thread: Tid, errno: Errno) {
+    let Ok(mut regs) = ptrace::getregs(thread) else {
+        return;
+    };
+    regs.orig_rax = u64::MAX;
+    // With no call made this is what it returns.
+    regs.rax = -i64::from(errno as i32) as u64;
+    let _ = ptrace::setregs(thread, &regs);
 }
 
 /// Kills the command if a run takes too long.
