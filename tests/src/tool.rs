@@ -62,7 +62,7 @@ pub fn binary() -> PathBuf {
 }
 
 /// A binary of the workspace: tests lie in target/PROFILE/deps, binaries above them.
-pub(crate) fn built(name: &str) -> PathBuf {
+pub fn built(name: &str) -> PathBuf {
     let exe = std::env::current_exe().expect("a process has an executable");
     let dir = exe.parent().expect("a file lies in a directory");
     let above = dir.parent().filter(|_| dir.ends_with("deps"));

@@ -30,7 +30,9 @@
 //!   it handles SIGCHLD with `SA_NOCLDSTOP`; a handler that then reaps with
 //!   `waitpid(-1, ...)` does no harm to the operation;
 //! - the thread that restored a tree lives as long as the tree's root, because
-//!   the root's parent-death signal is bound to it (see [`Restored`]);
+//!   the root's parent-death signal is bound to it (see [`Restored`]); it takes the
+//!   root's exit status, unless the caller reaps his children himself
+//!   ([`Restore::reap`]);
 //! - with [`Dump::live`], if the caller is the nearest child subreaper above the
 //!   target, the forks become its children when they end, and are its to reap.
 //!

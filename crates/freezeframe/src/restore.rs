@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use freezeframe_error::{Error, Kind, Result, SysExt};
 use nix::errno::Errno;
-use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid};
 use nix::unistd::Pid;
 
 use crate::{DEFAULT_DEADLINE, SharedEvents, thread};
@@ -25,6 +25,7 @@ use freezeframe_kinds::plugin::Plugin;
 pub struct Restore {
     request: RestoreRequest,
     events: SharedEvents,
+    reap: bool,
 }
 
 impl Restore {
@@ -39,6 +40,7 @@ impl Restore {
                 options: RestoreOptions::default(),
             },
             events: Arc::new(NoEvents),
+            reap: true,
         }
     }
 
@@ -46,6 +48,15 @@ impl Restore {
     /// this process. Then [`Restored::wait`] cannot tell how it ended.
     pub fn sibling(mut self, yes: bool) -> Restore {
         self.request.sibling = yes;
+        self
+    }
+
+    /// Whether we take the exit status of the root of the tree when it ends: yes
+    /// unless said otherwise. Who waits for any child of his process, as by
+    /// waitpid(-1), says no, and is told of this one as of every other; of the
+    /// two who would wait for it otherwise, either might get the status.
+    pub fn reap(mut self, yes: bool) -> Restore {
+        self.reap = yes;
         self
     }
 
@@ -132,7 +143,11 @@ impl Restore {
     /// See [`Error`]. Unless [`Error::cleanup`] names something, nothing of the
     /// tree is left.
     pub fn run(self) -> Result<Restored> {
-        let Restore { request, events } = self;
+        let Restore {
+            request,
+            events,
+            reap,
+        } = self;
         let sibling = request.sibling;
         let (report_to, report) = sync_channel(1);
         let (end_to, end) = sync_channel(1);
@@ -143,8 +158,13 @@ impl Restore {
             drop((request, events));
             let _ = report_to.send(result);
             if let Some(pid) = pid.filter(|_| !sibling) {
-                // Nobody may want to know: then this only keeps a zombie away.
-                let _ = end_to.send(wait_for(pid));
+                if reap {
+                    // Nobody may want to know: then this only keeps a zombie away.
+                    let _ = end_to.send(wait_for(pid));
+                } else {
+                    drop(end_to);
+                    outlive(pid);
+                }
             }
         })?;
         match report.recv() {
@@ -166,7 +186,8 @@ impl Restore {
 ///
 /// Its root is a child of the calling process. A thread of freezeframe waits
 /// for its end, and takes its exit status; so no zombie is left, whatever
-/// becomes of this value. Do not wait for it by waitpid(2).
+/// becomes of this value. Do not wait for it by waitpid(2), unless
+/// [`Restore::reap`] says that this is yours to do.
 #[derive(Debug)]
 pub struct Restored {
     report: RestoreReport,
@@ -188,12 +209,13 @@ impl Restored {
     ///
     /// # Errors
     /// When that cannot be known: the tree is not ours ([`Restore::sibling`]),
-    /// or somebody else in this process has waited for any child and got it.
+    /// its end is the caller's to wait for ([`Restore::reap`]), or somebody else in
+    /// this process has waited for any child and got it.
     pub fn wait(self) -> Result<ExitStatus> {
         self.end.recv().unwrap_or_else(|_| {
             Err(Error::new(
                 Kind::Usage,
-                "the restored process is not our child: its parent learns how it ends",
+                "how the restored process ends is its parent's to learn: it is not our child, or not to be reaped",
             )
             .on_task(self.report.pid))
         })
@@ -220,6 +242,19 @@ fn wait_for(pid: i32) -> Result<ExitStatus> {
                 .on_task(pid));
             }
             Err(e) => return Err(e).sys("waitpid"),
+        }
+    }
+}
+
+/// Blocks until our child `pid` ends, and leaves its status to others. (Its
+/// parent-death signal is bound to the thread that made it, so that must not end before.)
+fn outlive(pid: i32) {
+    let end = WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT | WaitPidFlag::__WALL;
+    loop {
+        match waitid(Id::Pid(Pid::from_raw(pid)), end) {
+            Ok(WaitStatus::Exited(..) | WaitStatus::Signaled(..)) | Err(Errno::ECHILD) => return,
+            // What a dump by this process stops is reported here too, as often as it is asked.
+            _ => std::thread::sleep(Duration::from_millis(5)),
         }
     }
 }

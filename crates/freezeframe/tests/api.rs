@@ -140,6 +140,26 @@ fn a_detached_tree_leaves_no_zombie() {
     until(|| !Path::new(&format!("/proc/{pid}")).exists());
 }
 
+#[test]
+fn a_caller_who_reaps_gets_the_exit_status() {
+    let mut victim = Victim::start();
+    let (pid, image) = (victim.pid(), victim.image());
+    Dump::new(pid).images_dir(&image).run().unwrap();
+    victim.child.wait().unwrap();
+    let restored = Restore::new(&image).reap(false).run().unwrap();
+    // A dump of it must not let the thread that restored it believe that it has ended.
+    let dump = Dump::new(pid).images_dir(&image).leave_running(true);
+    dump.run().unwrap();
+    victim.goes_on();
+    end(pid, Signal::SIGUSR1);
+    let status = nix::sys::wait::waitpid(Pid::from_raw(pid), None);
+    assert_eq!(
+        status,
+        Ok(nix::sys::wait::WaitStatus::Exited(Pid::from_raw(pid), 9))
+    );
+    assert_eq!(restored.wait().unwrap_err().kind(), Kind::Usage);
+}
+
 /// A program that reaps whatever it can, as some do on SIGCHLD.
 #[test]
 fn a_reaper_in_the_caller_does_no_harm() {

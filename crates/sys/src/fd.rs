@@ -373,8 +373,8 @@ pub fn make_room(n: u64) -> Result<()> {
             drop(unsafe { OwnedFd::from_raw_fd(fd) });
             Ok(())
         }
-        // The last one is taken: then the table is that long.
-        Err(nix::errno::Errno::EMFILE) => Ok(()),
+        // The last one is taken: then the table is that long. Or the limit has become lower.
+        Err(nix::errno::Errno::EMFILE | nix::errno::Errno::EINVAL) => Ok(()),
         Err(errno) => Err(errno).sys("fcntl(F_DUPFD_CLOEXEC)"),
     }
 }
