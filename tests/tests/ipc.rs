@@ -1,4 +1,4 @@
-//! System V shared memory that others use, too: what a dump and a restore refuse, and that a segment is made again.
+//! System V shared memory and IPC namespaces that others use, too: what a dump and a restore refuse, and that a segment is made again.
 
 #![allow(
     clippy::unwrap_used,
@@ -8,7 +8,9 @@
 use freezeframe_sys::sysv;
 use freezeframe_tests::run::{DEADLINE, Mode, Scene, Target, ipc_left, own_ipc};
 use freezeframe_tests::tool::freezeframe;
+use nix::sched::{CloneFlags, setns};
 use std::fs;
+use std::process::Command;
 
 /// Lets a program check itself, and sees it pass and end.
 fn end(scene: &Scene, target: &Target) {
@@ -124,6 +126,33 @@ fn a_segment_whose_key_is_taken_is_refused() {
     end(&third, &next);
     end(&beside, &other);
     assert_eq!(ipc_left().unwrap(), Vec::<String>::new());
+    let target = scene.restore_pid(target.pid, "img", &[]).unwrap().0;
+    let mode = Mode::Restore;
+    scene.finish(target, &program, &before, mode).unwrap();
+}
+
+#[test]
+fn a_namespace_that_others_are_in_is_refused() {
+    let scene = Scene::new().unwrap();
+    let (program, target, before) = scene.start_program("ipcns::semaphores").unwrap();
+    let namespace = fs::File::open(format!("/proc/{}/ns/ipc", target.pid)).unwrap();
+    let beside = || {
+        setns(&namespace, CloneFlags::CLONE_NEWIPC).unwrap();
+        Command::new("sleep").arg("100").spawn().unwrap()
+    };
+    let mut outside = std::thread::scope(|scope| scope.spawn(beside).join()).unwrap();
+    let refused = scene.dump_pid(target.pid, "no", &[]).unwrap();
+    outside.kill().unwrap();
+    outside.wait().unwrap();
+    let refused = refused.must_exit(1).unwrap();
+    let words = format!(
+        "process {}, outside the tree, is in the IPC namespace of the tree too",
+        outside.id()
+    );
+    assert!(refused.stderr.contains(&words), "{}", refused.told());
+    let dumped = scene.dump_pid(target.pid, "img", &[]).unwrap();
+    dumped.must_exit(0).unwrap();
+    scene.await_gone(&before, DEADLINE).unwrap();
     let target = scene.restore_pid(target.pid, "img", &[]).unwrap().0;
     let mode = Mode::Restore;
     scene.finish(target, &program, &before, mode).unwrap();

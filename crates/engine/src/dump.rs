@@ -369,12 +369,14 @@ fn gather(
     // A plan lists all the blockers it can see, not just the first.
     let mut blockers: Vec<Error> = Vec::new();
     tasks::check_sharing(&cx, &processes, &mut blockers).in_phase(Phase::Collect)?;
-    host.namespaces
-        .check(procs, &mut blockers)
-        .in_phase(Phase::Collect)?;
+    let own = host.namespaces.check(procs, &mut blockers);
+    let own = own.in_phase(Phase::Collect)?;
     if !blockers.is_empty() {
         // Descriptors and paths would be looked at in the wrong table or namespace.
         return Err(all_of(blockers));
+    }
+    for kind in &own {
+        kind.enter(&mut cx, &procs[0]).in_phase(Phase::Collect)?;
     }
     let tables = files::collect(&mut cx, &mut blockers).in_phase(Phase::Collect)?;
     let answers = tasks::ask(frozen).in_phase(Phase::Collect)?;
@@ -386,6 +388,9 @@ fn gather(
     );
     collected.in_phase(Phase::Collect)?;
     let mut spaces = memory::collect(&mut cx, shown, &mut blockers).in_phase(Phase::Collect)?;
+    for kind in own {
+        kind.dump(&mut cx, &mut blockers).in_phase(Phase::Collect)?;
+    }
     if events.cancelled() {
         return Err(freeze::cancelled());
     }

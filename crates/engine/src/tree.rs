@@ -1,7 +1,7 @@
 //! Which tasks there are, and whether they may be touched at all.
 
 use freezeframe_error::{Error, Kind, Phase, Result, ResultExt, Target};
-use freezeframe_kinds::ProcView;
+use freezeframe_kinds::{NsKind, ProcView, registry};
 use freezeframe_sys::ids::{Pid, Tid};
 use freezeframe_sys::proc::ProcDir;
 
@@ -135,20 +135,70 @@ impl Namespaces {
         Ok(Namespaces(known.collect()))
     }
 
-    /// Refuses by name processes in other ones: they would come back in ours.
-    pub fn check(&self, procs: &[ProcView], blockers: &mut Vec<Error>) -> Result<()> {
-        for proc in procs.iter().filter(|p| !p.tids.is_empty()) {
-            for (file, name, ours) in &self.0 {
+    /// Refuses by name processes in other ones: they would come back in ours. Gives the
+    /// kinds of those that the tree has to itself.
+    pub fn check(
+        &self,
+        procs: &[ProcView],
+        blockers: &mut Vec<Error>,
+    ) -> Result<Vec<&'static dyn NsKind>> {
+        let mut own = Vec::new();
+        for (file, name, ours) in &self.0 {
+            let kind = registry::NAMESPACES.iter().find(|k| k.file() == *file);
+            let root = procs[0].dir.link(file).on_task(procs[0].pid.0)?;
+            let expected = if kind.is_some() { &root } else { ours };
+            for proc in procs.iter().filter(|p| !p.tids.is_empty()) {
                 let is = proc.dir.link(file).on_task(proc.pid.0)?;
-                if is != *ours {
-                    let error = Error::unsupported(format!(
-                        "its {name} namespace ({}) is not ours: namespaces are not supported yet",
-                        String::from_utf8_lossy(&is)
-                    ));
-                    blockers.push(error.on_task(proc.pid.0));
+                if is == *expected {
+                    continue;
                 }
+                let shown = String::from_utf8_lossy(&is);
+                let why = match kind {
+                    Some(_) => "not that of the root of the tree: not supported",
+                    None => "not ours: namespaces are not supported yet",
+                };
+                let error = Error::unsupported(format!("its {name} namespace ({shown}) is {why}"));
+                blockers.push(error.on_task(proc.pid.0));
+            }
+            if let Some(kind) = kind.filter(|_| root != *ours) {
+                check_own((file, name, &root), procs, blockers)?;
+                own.push(*kind);
             }
         }
-        Ok(())
+        Ok(own)
     }
+}
+
+/// Refuses by name a namespace of the tree that some of its threads are not in, or others are.
+fn check_own(
+    (file, name, own): (&str, &str, &[u8]),
+    procs: &[ProcView],
+    blockers: &mut Vec<Error>,
+) -> Result<()> {
+    for proc in procs {
+        for tid in proc.tids.iter().skip(1) {
+            let is = proc
+                .dir
+                .link(&format!("task/{tid}/{file}"))
+                .on_task(tid.0)?;
+            if is != own {
+                let what = format!("a thread in another {name} namespace is not supported");
+                blockers.push(Error::unsupported(what).on_task(tid.0));
+            }
+        }
+    }
+    let all = std::fs::read_dir("/proc").map_err(|e| Error::io("open", e).on("/proc"))?;
+    let pid = |entry: std::io::Result<std::fs::DirEntry>| {
+        entry.ok()?.file_name().to_str()?.parse::<i32>().ok()
+    };
+    for pid in all.filter_map(pid) {
+        let theirs = || ProcDir::open(Pid(pid)).and_then(|dir| dir.link(file));
+        if procs.iter().all(|p| p.pid.0 != pid) && theirs().is_ok_and(|theirs| theirs == own) {
+            let what = format!(
+                "process {pid}, outside the tree, is in the {name} namespace of the tree too: not supported"
+            );
+            blockers.push(Error::unsupported(what).on_task(procs[0].pid.0));
+        }
+    }
+    Ok(())
 }

@@ -15,6 +15,8 @@ pub enum Family {
     Memory,
     /// An attribute of a thread or a process.
     Task,
+    /// A namespace of the tree.
+    Namespace,
 }
 
 impl Family {
@@ -24,6 +26,7 @@ impl Family {
             Family::File => "Descriptors",
             Family::Memory => "Memory",
             Family::Task => "Processes and threads",
+            Family::Namespace => "Namespaces",
         }
     }
 }

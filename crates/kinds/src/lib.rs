@@ -1,8 +1,9 @@
 //! Every kernel resource freezeframe carries: one module a kind, with its
 //! record, dump, restore and tests together.
 //!
-//! Three families: [`FileKind`] (one open file description), [`MemKind`] (what
-//! a VMA maps) and [`TaskKind`] (an attribute of a thread or process). A kind
+//! Four families: [`FileKind`] (one open file description), [`MemKind`] (what
+//! a VMA maps), [`TaskKind`] (an attribute of a thread or process) and [`NsKind`] (a
+//! namespace that the tree has to itself). A kind
 //! implements its trait, describes itself in an [`About`] and has one line in
 //! [`registry`]; the engine knows kinds only through these.
 //!
@@ -14,6 +15,7 @@ pub mod cx;
 pub mod file;
 pub mod mem;
 pub mod model;
+pub mod namespace;
 pub mod plugin;
 pub mod registry;
 pub mod task;

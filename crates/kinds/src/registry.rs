@@ -3,8 +3,8 @@
 use freezeframe_image::{RawRecord, Tag};
 
 use crate::about::{About, Family};
-use crate::cx::{BeforeTree, FileKind, Linked, LookedAtLast, MemKind, Talking, TaskKind};
-use crate::{file, mem, task};
+use crate::cx::{BeforeTree, FileKind, Linked, LookedAtLast, MemKind, NsKind, Talking, TaskKind};
+use crate::{file, mem, namespace, task};
 
 /// What a descriptor can refer to. The first that claims a file has it.
 pub static FILES: &[&dyn FileKind] = &[
@@ -105,6 +105,9 @@ pub static TASKS: &[&dyn TaskKind] = &[
     &task::mm_flags::MmFlags,
 ];
 
+/// Namespaces that a tree may have to itself.
+pub static NAMESPACES: &[&dyn NsKind] = &[&namespace::ipc::Ipc];
+
 /// The file kind with this tag.
 pub fn file(tag: Tag) -> Option<&'static dyn FileKind> {
     FILES.iter().copied().find(|k| k.about().tag == tag)
@@ -125,7 +128,8 @@ pub fn all() -> impl Iterator<Item = (Family, &'static About)> {
     let files = FILES.iter().map(|k| (Family::File, k.about()));
     let memory = MEMORY.iter().map(|k| (Family::Memory, k.about()));
     let tasks = TASKS.iter().map(|k| (Family::Task, k.about()));
-    files.chain(memory).chain(tasks)
+    let spaces = NAMESPACES.iter().map(|k| (Family::Namespace, k.about()));
+    files.chain(memory).chain(tasks).chain(spaces)
 }
 
 /// What a record's kind says of itself.

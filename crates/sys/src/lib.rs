@@ -6,7 +6,7 @@
 //! [`pagemap`]), tracing it ([`ptrace`]), its descriptors ([`fd`], [`pidfd`],
 //! [`kcmp`]), its attributes ([`sched`], [`ioprio`], [`rlimit`],
 //! [`robust_list`]), making new processes ([`clone`]), the freezer ([`cgroup`]), mappings of our own
-//! ([`mmap`]), System V IPC ([`sysv`]), message queues ([`mqueue`]), pages put into place ([`userfaultfd`]), and the question what this kernel can do and what we may do
+//! ([`mmap`]), System V IPC ([`sysv`]), IPC namespaces ([`ipc`]), message queues ([`mqueue`]), pages put into place ([`userfaultfd`]), and the question what this kernel can do and what we may do
 //! ([`probe`]).
 //!
 //! `unsafe` lives in this crate, `freezeframe-stub` and `inject::arch` alone.
@@ -18,6 +18,7 @@ pub mod fd;
 pub mod handle;
 pub mod ids;
 pub mod ioprio;
+pub mod ipc;
 pub mod kcmp;
 pub mod mem;
 pub mod mmap;

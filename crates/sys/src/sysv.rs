@@ -1,7 +1,7 @@
 //! System V shared memory and semaphores, of our IPC namespace.
 //!
 //! # References
-//! shmctl(2), shmget(2), proc_sys_kernel(5) (`shm_next_id`), semctl(2)
+//! shmctl(2), shmget(2), semctl(2)
 #![allow(unsafe_code)]
 
 use std::cmp::Ordering;
@@ -9,10 +9,8 @@ use std::cmp::Ordering;
 use freezeframe_error::{Error, Result, SysExt};
 
 use crate::ids::{Pid, Tid};
+use crate::ipc::{Sort, set_next_id};
 use crate::kcmp::{KcmpType, kcmp};
-
-/// Where the id of the next segment can be chosen (CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN).
-const NEXT_ID: &str = "/proc/sys/kernel/shm_next_id";
 
 /// What the kernel says of a segment.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -80,13 +78,9 @@ pub fn shm_remove(id: i32) -> Result<()> {
     Ok(())
 }
 
-/// Asks for this id for the segment that is made next in our namespace, whoever
-/// makes it: whether it got it has to be looked at. The kernel forgets it then.
-///
-/// # Errors
-/// EACCES or EPERM without the right.
+/// Asks for this id for the segment that is made next in our namespace: see [`set_next_id`].
 pub fn shm_set_next_id(id: i32) -> Result<()> {
-    std::fs::write(NEXT_ID, id.to_string()).map_err(|e| Error::io("write", e).on(NEXT_ID))
+    set_next_id(Sort::Segments, id)
 }
 
 /// Takes back [`shm_set_next_id`], by a segment that is made and removed.

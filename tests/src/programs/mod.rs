@@ -19,6 +19,7 @@ mod events;
 mod files;
 mod futexes;
 mod ghosts;
+mod ipcns;
 mod live;
 mod locks;
 mod mappings;
@@ -222,6 +223,7 @@ const FAMILIES: &[(&str, &[Program])] = &[
     ("sysv", sysv::PROGRAMS),
     ("futexes", futexes::PROGRAMS),
     ("mqueue", mqueue::PROGRAMS),
+    ("ipcns", ipcns::PROGRAMS),
 ];
 
 /// Every program, in the order of the table.

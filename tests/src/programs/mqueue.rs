@@ -28,12 +28,17 @@ pub(super) const PROGRAMS: &[Program] = &[
     .refused("mq_notify"),
 ];
 
-const RDWR: i32 = libc::O_RDWR;
-const NONBLOCK: i32 = libc::O_NONBLOCK;
+pub(super) const RDWR: i32 = libc::O_RDWR;
+pub(super) const NONBLOCK: i32 = libc::O_NONBLOCK;
 
 /// mq_open(2); a queue it makes takes 5 messages of 64 bytes.
-fn open(name: &CStr, flags: i32) -> os::Result<OwnedFd> {
-    let attributes = [0i64, 5, 64, 0, 0, 0, 0, 0];
+pub(super) fn open(name: &CStr, flags: i32) -> os::Result<OwnedFd> {
+    open_for(name, flags, 5, 64)
+}
+
+/// The same; a queue it makes takes so many messages, of so many bytes.
+pub(super) fn open_for(name: &CStr, flags: i32, most: i64, size: i64) -> os::Result<OwnedFd> {
+    let attributes = [0i64, most, size, 0, 0, 0, 0, 0];
     let args = [
         name.as_ptr() as usize,
         flags as usize,
@@ -45,18 +50,18 @@ fn open(name: &CStr, flags: i32) -> os::Result<OwnedFd> {
     os::fd_from(libc::SYS_mq_open, args)
 }
 
-fn remove(name: &CStr) {
+pub(super) fn remove(name: &CStr) {
     let args = [name.as_ptr() as usize, 0, 0, 0, 0, 0];
     os::syscall(libc::SYS_mq_unlink, args).unwrap();
 }
 
-fn send(fd: &OwnedFd, text: &[u8], priority: usize) -> os::Result<i64> {
+pub(super) fn send(fd: &OwnedFd, text: &[u8], priority: usize) -> os::Result<i64> {
     let args = [os::raw(fd), os::at(text), text.len(), priority, 0, 0];
     os::syscall(libc::SYS_mq_timedsend, args)
 }
 
 /// The next message, and its priority.
-fn receive(fd: &OwnedFd) -> os::Result<(String, u32)> {
+pub(super) fn receive(fd: &OwnedFd) -> os::Result<(String, u32)> {
     let (mut buffer, mut priority) = ([0u8; 64], 0u32);
     let args = [
         os::raw(fd),
@@ -72,7 +77,7 @@ fn receive(fd: &OwnedFd) -> os::Result<(String, u32)> {
 }
 
 /// O_NONBLOCK, messages at most, bytes of one, messages now.
-fn attributes(fd: &OwnedFd) -> [i64; 4] {
+pub(super) fn attributes(fd: &OwnedFd) -> [i64; 4] {
     let mut all = [0i64; 8];
     let args = [os::raw(fd), 0, os::at_mut(&mut all), 0, 0, 0];
     os::syscall(libc::SYS_mq_getsetattr, args).unwrap();
@@ -142,7 +147,7 @@ fn deleted(cx: &Cx) {
     cx.same("got", receive(&fd).ok(), Some(("kept".to_owned(), 1)));
 }
 
-fn notifies(cx: &Cx) {
+pub(super) fn notifies(cx: &Cx) {
     let name = c"ff-notifies";
     let fd = open(name, RDWR | libc::O_CREAT).unwrap();
     // struct sigevent: value, signal, SIGEV_NONE.

@@ -63,56 +63,50 @@ pub(super) const PROGRAMS: &[Program] = &[
         "a message queue keeps its messages, and who waits for one goes on waiting",
         message_queue,
     ),
-    Program::new(
-        "own_namespace",
-        "semaphores in an IPC namespace of the tree's own",
-        own_namespace,
-    )
-    .refused("its IPC namespace"),
 ];
 
-const EXCL: i32 = libc::IPC_CREAT | libc::IPC_EXCL;
+pub(super) const EXCL: i32 = libc::IPC_CREAT | libc::IPC_EXCL;
 const SHM_DEST: u32 = 0o1000;
 const SHM_LOCKED: u32 = 0o2000;
 
-fn get(key: i32, size: usize, flags: i32) -> os::Result<i32> {
+pub(super) fn get(key: i32, size: usize, flags: i32) -> os::Result<i32> {
     let args = [key as usize, size, flags as usize, 0, 0, 0];
     os::syscall(libc::SYS_shmget, args).map(|id| id as i32)
 }
 
 /// Attaches a segment, whose length in memory is `len`.
-fn attach(id: i32, at: usize, len: usize, flags: i32) -> Region {
+pub(super) fn attach(id: i32, at: usize, len: usize, flags: i32) -> Region {
     let args = [id as usize, at, flags as usize, 0, 0, 0];
     let addr = os::syscall(libc::SYS_shmat, args).unwrap() as usize;
     Region { addr, len }
 }
 
-fn detach(region: &Region) -> os::Result<()> {
+pub(super) fn detach(region: &Region) -> os::Result<()> {
     os::syscall(libc::SYS_shmdt, [region.addr, 0, 0, 0, 0, 0]).map(drop)
 }
 
-fn control<T>(id: i32, command: i32, with: &mut T) -> os::Result<i64> {
+pub(super) fn control<T>(id: i32, command: i32, with: &mut T) -> os::Result<i64> {
     let args = [id as usize, command as usize, os::at_mut(with), 0, 0, 0];
     os::syscall(libc::SYS_shmctl, args)
 }
 
-fn remove(id: i32) {
+pub(super) fn remove(id: i32) {
     control(id, libc::IPC_RMID, &mut 0).unwrap();
 }
 
 /// What programs can see of a segment, and what a dump does not change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Seen {
+pub(super) struct Seen {
     key: u32,
     size: u64,
-    mode: u32,
+    pub(super) mode: u32,
     owner: (u32, u32),
     creator: (u32, u32),
-    users: u64,
+    pub(super) users: u64,
 }
 
 /// struct shmid64_ds.
-fn stat(id: i32) -> os::Result<Seen> {
+pub(super) fn stat(id: i32) -> os::Result<Seen> {
     let mut ds = [0u32; 28];
     control(id, libc::IPC_STAT, &mut ds)?;
     Ok(Seen {
@@ -364,18 +358,18 @@ fn segment_by_mmap(cx: &Cx) {
 const UNDO: u16 = 0x1000;
 
 /// semop(2), of one semaphore.
-fn operate(id: i32, number: u16, by: i16, flags: u16) -> os::Result<i64> {
+pub(super) fn operate(id: i32, number: u16, by: i16, flags: u16) -> os::Result<i64> {
     let operation = [number, by as u16, flags];
     let args = [id as usize, os::at(&operation), 1, 0, 0, 0];
     os::syscall(libc::SYS_semop, args)
 }
 
-fn semaphores_of(key: i32) -> i32 {
+pub(super) fn semaphores_of(key: i32) -> i32 {
     let args = [key as usize, 3, (EXCL | 0o600) as usize, 0, 0, 0];
     os::syscall(libc::SYS_semget, args).unwrap() as i32
 }
 
-fn semaphore(id: i32, number: usize, command: i32) -> os::Result<i64> {
+pub(super) fn semaphore(id: i32, number: usize, command: i32) -> os::Result<i64> {
     let args = [id as usize, number, command as usize, 0, 0, 0];
     os::syscall(libc::SYS_semctl, args)
 }
@@ -459,13 +453,4 @@ fn message_queue(cx: &Cx) {
     );
     cx.same("what", got, message(3));
     os::syscall(libc::SYS_msgctl, [id, libc::IPC_RMID as usize, 0, 0, 0, 0]).unwrap();
-}
-
-fn own_namespace(cx: &Cx) {
-    let args = [libc::CLONE_NEWIPC as usize, 0, 0, 0, 0, 0];
-    os::syscall(libc::SYS_unshare, args).unwrap();
-    let id = semaphores_of(0x4646_2003);
-    operate(id, 0, 3, 0).unwrap();
-    cx.ready(|| operate(id, 0, 1, 0));
-    cx.same("value", semaphore(id, 0, libc::GETVAL).ok(), Some(3));
 }

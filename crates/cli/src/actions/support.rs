@@ -41,7 +41,12 @@ fn markdown() -> String {
          self-checking programs of the test kit (`tests/`), run through dump and restore, dump with\n\
          `--leave-running` and with `--live`, and dump and restore twice. A kernel version is named where one later than 5.15 is needed.\n",
     );
-    for family in [Family::Task, Family::Memory, Family::File] {
+    for family in [
+        Family::Task,
+        Family::Memory,
+        Family::File,
+        Family::Namespace,
+    ] {
         let _ = write!(text, "\n## {}\n\n", family.title());
         text += "| What | Carried | Refused, or not carried | Manual | Kernel | Programs |\n";
         text += "|---|---|---|---|---|---|\n";

@@ -20,6 +20,7 @@ use freezeframe_kinds::{
     World, registry,
 };
 use freezeframe_sys::ids::Pid;
+use freezeframe_sys::ipc::IpcNamespace;
 use freezeframe_sys::rlimit;
 
 use super::load::Loaded;
@@ -109,9 +110,13 @@ pub(super) fn make_room(shells: &mut Shells<'_>, root: TaskId, loaded: &Loaded) 
 pub(super) fn prepare(
     loaded: &Loaded,
     options: &RestoreOptions,
+    ipc: IpcNamespace,
     warnings: &mut Vec<String>,
 ) -> Result<Prepared> {
-    let mut prepared = Prepared::default();
+    let mut prepared = Prepared {
+        ipc,
+        ..Prepared::default()
+    };
     for kind in registry::BEFORE_TREE {
         let items = items_of(loaded, kind.about().tag)?;
         if !items.is_empty() {

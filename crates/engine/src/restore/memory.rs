@@ -160,11 +160,12 @@ pub(super) fn make_objects(
     Ok(objects)
 }
 
-struct Maker<'a, 't> {
-    shells: &'a mut Shells<'t>,
-    root: TaskId,
-    options: &'a RestoreOptions,
-    segments: &'a mut Segments,
+/// The root of the tree, at work.
+pub(super) struct Maker<'a, 't> {
+    pub(super) shells: &'a mut Shells<'t>,
+    pub(super) root: TaskId,
+    pub(super) options: &'a RestoreOptions,
+    pub(super) segments: &'a mut Segments,
 }
 
 impl MakeObject for Maker<'_, '_> {

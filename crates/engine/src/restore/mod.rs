@@ -7,6 +7,7 @@
 mod files;
 pub mod load;
 mod memory;
+mod namespaces;
 pub mod plan;
 mod tasks;
 mod terminals;
@@ -125,7 +126,7 @@ fn restore(request: &RestoreRequest, events: &dyn Events) -> Result<RestoreRepor
         sleepers.wake(&image).in_phase(Phase::Resume)?;
     }
     remove(&late.leftovers, &mut report.warnings);
-    segments.mark().in_phase(Phase::Resume)?;
+    segments.finish().in_phase(Phase::Resume)?;
     let resumed = shells.resume_all(finals).map_err(|e| match e.target() {
         // In the last switch, when the first tasks already run.
         Target::Running => e.left_behind("the restored tree, which runs"),
@@ -327,6 +328,8 @@ impl<'a> Builder<'a> {
         report.pid = root.pid();
         files::make_room(&mut shells, root_task, self.loaded).in_phase(Phase::Fork)?;
         self.events.step(Point::SetupNamespaces(report.pid))?;
+        namespaces::enter(self.loaded, &mut shells, root_task, options, segments)
+            .in_phase(Phase::Rebuild)?;
         let objects = memory::make_objects(
             self.loaded,
             &mut self.filler,
@@ -336,8 +339,8 @@ impl<'a> Builder<'a> {
             segments,
         )
         .in_phase(Phase::Rebuild)?;
-        let prepared =
-            files::prepare(self.loaded, options, &mut report.warnings).in_phase(Phase::Rebuild)?;
+        let prepared = files::prepare(self.loaded, options, segments.ipc(), &mut report.warnings)
+            .in_phase(Phase::Rebuild)?;
         let mut tasks: HashMap<i32, TaskId> = HashMap::from([(root.pid(), root_task)]);
         let memory = Memory {
             loaded: self.loaded,

@@ -11,6 +11,7 @@ use freezeframe_image::RawRecord;
 use freezeframe_inject::{DataRef, OpRef};
 use freezeframe_sys::fd::{Message, Stat as FileStat};
 use freezeframe_sys::ids::{Pid, Tid};
+use freezeframe_sys::ipc::IpcNamespace;
 use freezeframe_sys::proc::{FdInfo, Map, ProcDir, Stat, Status, SyscallState, TaskDir, VmFlags};
 use freezeframe_sys::ptrace::{self, Regs, SigInfo};
 use nix::fcntl::OFlag;
@@ -389,6 +390,8 @@ pub struct DumpCx<'a> {
     /// What the tree leaves in the kernel, to be taken when it is dead.
     pub orphans: Vec<Box<dyn Orphan>>,
     pub(crate) tcp: tcp::Gathered,
+    /// The IPC namespace of the tree.
+    pub ipc: IpcNamespace,
     /// The System V segments that the tree has attached.
     pub segments: Attached,
     objects: HashMap<ObjectKey, ObjectId>,
@@ -425,6 +428,7 @@ impl<'a> DumpCx<'a> {
             held: Vec::new(),
             orphans: Vec::new(),
             tcp: tcp::Gathered::default(),
+            ipc: IpcNamespace::default(),
             segments: Attached::default(),
             objects: HashMap::new(),
             files: HashMap::new(),

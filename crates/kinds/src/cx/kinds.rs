@@ -2,7 +2,7 @@
 
 use std::os::fd::{BorrowedFd, OwnedFd};
 
-use freezeframe_error::Result;
+use freezeframe_error::{Error, Result};
 use freezeframe_image::RawRecord;
 use freezeframe_inject::{Batch, Replies};
 use freezeframe_sys::fd::Message;
@@ -177,4 +177,21 @@ pub trait MemKind: Sync + std::fmt::Debug {
     fn make(&self, cx: &mut dyn MakeObject, record: &RawRecord) -> Result<OwnedFd>;
     /// What a process maps. (Sharing::Process; a tree-wide object gives [`Backing::Object`].)
     fn backing(&self, cx: &mut MakeMapping<'_>, record: &RawRecord) -> Result<Backing>;
+}
+
+/// A kind of namespace that a tree may have to itself, all of it the same.
+pub trait NsKind: Sync + std::fmt::Debug {
+    /// What it is. An image that has a record of this kind is of a tree with such a namespace.
+    fn about(&self) -> &'static About;
+    /// Its file in /proc/PID.
+    fn file(&self) -> &'static str;
+    /// `CLONE_NEW*`
+    fn flag(&self) -> i32;
+    /// The tree has its own, that of its root. Called before anything in it is looked at.
+    fn enter(&self, cx: &mut DumpCx<'_>, root: &ProcView) -> Result<()>;
+    /// Adds to the records what is in it, when the rest of the tree is known.
+    fn dump(&self, cx: &mut DumpCx<'_>, blockers: &mut Vec<Error>) -> Result<()>;
+    /// Fills a new one, which the root of the tree has just entered, before there is anything
+    /// else of the tree.
+    fn restore(&self, cx: &mut dyn MakeObject, records: &[&RawRecord]) -> Result<()>;
 }

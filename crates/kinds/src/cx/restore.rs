@@ -11,6 +11,7 @@ use freezeframe_image::RawRecord;
 use freezeframe_inject::{Arg, Batch, DataRef, Replies};
 use freezeframe_sys::fd::Stat as FileStat;
 use freezeframe_sys::ids::{Pid, Tid};
+use freezeframe_sys::ipc::IpcNamespace;
 use freezeframe_sys::ptrace::Regs;
 
 use super::RestoreOptions;
@@ -106,6 +107,8 @@ pub struct Prepared {
     /// The terminals that sessions of the tree may have, by their names in
     /// [`crate::task::controlling_terminal::Leads`].
     pub terminals: HashMap<String, OwnedFd>,
+    /// The IPC namespace of the tree.
+    pub ipc: IpcNamespace,
 }
 
 /// What a file kind works with before the tree is made.

@@ -132,7 +132,7 @@ fn refuse_lease(cx: &DumpCx<'_>, file: &FileView<'_>) -> Result<()> {
 }
 
 /// A path, for people.
-fn shown(path: &[u8]) -> String {
+pub(crate) fn shown(path: &[u8]) -> String {
     String::from_utf8_lossy(path).into_owned()
 }
 

@@ -62,21 +62,28 @@ fn name_of(link: &[u8]) -> &[u8] {
 }
 
 /// Whom the queue notifies, as reading it tells: `QSIZE:0 NOTIFY:0 SIGNO:0 NOTIFY_PID:12`.
-fn notified(text: &str) -> i32 {
+pub(crate) fn notified(text: &str) -> i32 {
     let word = |w: &str| w.strip_prefix("NOTIFY_PID:")?.parse().ok();
     text.split_whitespace().find_map(word).unwrap_or(0)
 }
 
-/// Opens the queue, if it is the one with this inode.
-fn open_same(name: &[u8], flags: OFlag, dev: u64, ino: u64) -> Result<Option<OwnedFd>> {
+/// Opens the queue of this name.
+pub(crate) fn open(name: &[u8], flags: OFlag) -> Result<OwnedFd> {
     let name = CString::new(name).map_err(|_| Error::corrupt("the name of a queue has a NUL"))?;
-    let fd = match mqueue::open(&name, flags) {
+    mqueue::open(&name, flags)
+}
+
+/// Opens the queue, if it is the one with this inode. One of a namespace that was made anew
+/// has another.
+fn open_same(name: &[u8], flags: OFlag, inode: Option<(u64, u64)>) -> Result<Option<OwnedFd>> {
+    let fd = match open(name, flags) {
         Ok(fd) => fd,
         Err(e) if e.errno() == Some(libc::ENOENT) => return Ok(None),
         Err(e) => return Err(e),
     };
     let stat = fstat(&fd)?;
-    Ok(((stat.dev, stat.ino) == (dev, ino)).then_some(fd))
+    let same = inode.is_none_or(|inode| inode == (stat.dev, stat.ino));
+    Ok(same.then_some(fd))
 }
 
 impl FileKind for Mqueue {
@@ -114,7 +121,8 @@ impl FileKind for Mqueue {
         }
         let name = name_of(file.link);
         let (dev, ino) = (file.stat.dev, file.stat.ino);
-        if open_same(name, OFlag::O_RDONLY, dev, ino)?.is_none() {
+        let same = || open_same(name, OFlag::O_RDONLY, Some((dev, ino)));
+        if cx.ipc.inside(same)?.is_none() {
             return Err(
                 file.refuse("a message queue (mqueue) of another IPC namespace is not supported")
             );
@@ -133,7 +141,9 @@ impl FileKind for Mqueue {
             let kept = libc::O_ACCMODE | libc::O_NONBLOCK;
             let flags = OFlag::from_bits_retain(item.common.flags as i32 & kept);
             let flags = flags | OFlag::O_CLOEXEC;
-            let fd = open_same(&record.name, flags, record.dev, record.ino)?;
+            let ipc = &cx.prepared.ipc;
+            let inode = ipc.is_ours().then_some((record.dev, record.ino));
+            let fd = ipc.inside(|| open_same(&record.name, flags, inode))?;
             let fd = fd.ok_or_else(|| {
                 let what = "the message queue (mqueue) of the dump is gone";
                 Error::new(Kind::FileChanged, what).on(shown(&record.name))

@@ -21,6 +21,7 @@ use freezeframe_error::{Error, Kind, Result};
 use freezeframe_image::{RawRecord, Tag};
 use freezeframe_inject::{Arg, Batch};
 use freezeframe_sys::fd::fstat;
+use freezeframe_sys::ipc::{self, IpcNamespace};
 use freezeframe_sys::sysv::{self, SHM_DEST, SHM_LOCKED, Segment, name};
 use serde::{Deserialize, Serialize};
 
@@ -31,6 +32,7 @@ use crate::cx::{
     VmaView,
 };
 use crate::model::Contents;
+use crate::namespace::ipc::{Settings, made_by};
 
 /// See the module.
 #[derive(Debug)]
@@ -97,6 +99,10 @@ fn key_of(path: &[u8]) -> Option<i32> {
 pub struct Attached(BTreeMap<i32, (Segment, u64, i32)>);
 
 impl Attached {
+    /// Whether a process of the tree has attached it.
+    pub(crate) fn has(&self, id: i32) -> bool {
+        self.0.contains_key(&id)
+    }
     /// Refuses those that others have attached too. Known when all VMAs are.
     pub fn check(&self, blockers: &mut Vec<Error>) {
         for (id, (segment, here, pid)) in &self.0 {
@@ -115,16 +121,37 @@ impl Attached {
 /// The segments that a restore has to do with beyond their contents.
 #[derive(Debug, Default)]
 pub struct Segments {
-    /// Made by it.
+    /// Where they are.
+    ipc: IpcNamespace,
+    /// Of that, if it is the tree's own: to be set last.
+    settings: Option<Settings>,
+    /// Made by it, in a namespace that stays.
     made: Vec<i32>,
     /// To go with their last user.
     marked: Vec<i32>,
 }
 
 impl Segments {
-    /// Marks for deletion what was: all that attach it have done so.
-    pub fn mark(&mut self) -> Result<()> {
-        self.marked.drain(..).try_for_each(sysv::shm_remove)
+    /// The tree has a namespace of its own.
+    pub(crate) fn enter(&mut self, ipc: IpcNamespace, settings: Settings) {
+        self.ipc = ipc;
+        self.settings = Some(settings);
+    }
+    /// The IPC namespace of the tree.
+    pub fn ipc(&self) -> IpcNamespace {
+        self.ipc.clone()
+    }
+    /// Marks for deletion what was, since all that attach it have done so; and what of a
+    /// namespace is set last.
+    pub fn finish(&mut self) -> Result<()> {
+        let (marked, settings) = (std::mem::take(&mut self.marked), self.settings.take());
+        if marked.is_empty() && settings.is_none() {
+            return Ok(());
+        }
+        self.ipc.inside(|| {
+            marked.into_iter().try_for_each(sysv::shm_remove)?;
+            settings.map_or(Ok(()), |settings| settings.set())
+        })
     }
     /// The tree runs: what was made stays.
     pub fn keep(&mut self) {
@@ -154,7 +181,7 @@ impl MemKind for SysvShm {
         let key = ObjectKey::Inode(libc::makedev(m.dev_major, m.dev_minor), m.inode);
         let known = match cx.segments.0.entry(id) {
             Entry::Occupied(known) => known.into_mut(),
-            Entry::Vacant(new) => match sysv::shm_stat(id) {
+            Entry::Vacant(new) => match cx.ipc.inside(|| sysv::shm_stat(id)) {
                 Ok(segment) => new.insert((segment, 0, vma.proc.pid.0)),
                 Err(e) if e.errno() == Some(libc::EINVAL) => {
                     return Err(vma.refuse(
@@ -179,22 +206,11 @@ impl MemKind for SysvShm {
                     vma.refuse("System V shared memory of another IPC namespace is not supported")
                 );
             }
-            let record = Record {
-                id,
-                key: segment.key,
-                size: segment.size,
-                mode: segment.mode,
-                uid: segment.uid,
-                gid: segment.gid,
-                cuid: segment.cuid,
-                cgid: segment.cgid,
-                cpid: segment.cpid,
-                ctime: segment.ctime,
-            };
             let source = ObjectSource {
                 fd,
                 size: stat.size,
             };
+            let record = Record::of(id, &segment);
             Ok((ABOUT.record(object.0.into(), &record)?, Some(source)))
         })?;
         Ok(Mapped {
@@ -210,7 +226,7 @@ impl MemKind for SysvShm {
         if record.size == 0 || record.size > 1 << 47 || record.id < 0 {
             return Err(Error::corrupt("System V shared memory of an odd size"));
         }
-        match sysv::shm_stat(record.id) {
+        match cx.segments().ipc.inside(|| sysv::shm_stat(record.id)) {
             Ok(found) => may_take(&record, &found).map_err(|e| e.on(name(record.id)))?,
             Err(e) if e.errno() == Some(libc::EINVAL) => create(cx, &record)?,
             Err(e) => return Err(e),
@@ -227,6 +243,41 @@ impl MemKind for SysvShm {
             len: record.size.next_multiple_of(PAGE),
         })
     }
+}
+
+impl Record {
+    fn of(id: i32, segment: &Segment) -> Record {
+        Record {
+            id,
+            key: segment.key,
+            size: segment.size,
+            mode: segment.mode,
+            uid: segment.uid,
+            gid: segment.gid,
+            cuid: segment.cuid,
+            cgid: segment.cgid,
+            cpid: segment.cpid,
+            ctime: segment.ctime,
+        }
+    }
+}
+
+/// A segment of the tree's own namespace that no process of the tree has attached.
+pub(crate) fn dump_unattached(cx: &mut DumpCx<'_>, id: i32, segment: &Segment) -> Result<()> {
+    if segment.attached != 0 {
+        let what = "is attached by processes outside the tree too: not supported";
+        return Err(Error::unsupported(format!("{} {what}", name(id))));
+    }
+    let namespace = cx.ipc.clone();
+    let fd = namespace.inside(|| ipc::open_segment(id))?;
+    let stat = fstat(&fd)?;
+    cx.object(ObjectKey::Inode(stat.dev, stat.ino), |object| {
+        let record = Record::of(id, segment);
+        let size = stat.size;
+        let source = ObjectSource { fd, size };
+        Ok((ABOUT.record(object.0.into(), &record)?, Some(source)))
+    })
+    .map(drop)
 }
 
 /// Refuses a segment that is not the one of the image, or that somebody uses.
@@ -255,19 +306,26 @@ fn create(cx: &mut dyn MakeObject, record: &Record) -> Result<()> {
         0 => record.key,
         _ => libc::IPC_PRIVATE,
     };
+    let ipc = cx.segments().ipc();
     for _ in 0..ATTEMPTS {
-        sysv::shm_set_next_id(record.id)?;
+        ipc.inside(|| sysv::shm_set_next_id(record.id))?;
         match get(cx, record, key) {
             Ok(id) if id == record.id => {
-                cx.segments().made.push(id);
+                // Another namespace goes with the tree.
+                if ipc.is_ours() {
+                    cx.segments().made.push(id);
+                }
                 return own(cx, record);
             }
             Ok(other) => {
                 // Another was faster, or has the id's place in the kernel's table.
-                sysv::shm_remove(other)?;
+                ipc.inside(|| sysv::shm_remove(other))?;
             }
             Err(e) => {
-                sysv::shm_forget_next_id();
+                ipc.inside(|| {
+                    sysv::shm_forget_next_id();
+                    Ok(())
+                })?;
                 let what =
                     format!("shared memory with the key {key:#010x} exists already (ipcs -m)");
                 return Err(match e.errno() {
@@ -285,26 +343,12 @@ fn create(cx: &mut dyn MakeObject, record: &Record) -> Result<()> {
 
 fn get(cx: &mut dyn MakeObject, record: &Record, key: i32) -> Result<i32> {
     let mut batch = Batch::new();
-    let keep = Arg::Imm(u64::from(u32::MAX));
-    let switch = |batch: &mut Batch, label: &'static str, nr: i64, id: u32| {
-        batch.call(label, nr, [keep, id.into(), keep]);
-    };
-    if record.cgid != 0 {
-        switch(&mut batch, "setresgid", libc::SYS_setresgid, record.cgid);
-    }
-    if record.cuid != 0 {
-        switch(&mut batch, "setresuid", libc::SYS_setresuid, record.cuid);
-    }
     let flags = libc::IPC_CREAT | libc::IPC_EXCL | (record.mode & 0o777) as i32;
     let args = [key.into(), record.size.into(), flags.into()];
-    let got = batch.call("shmget", libc::SYS_shmget, args);
-    batch.may_fail(got);
-    if record.cuid != 0 {
-        switch(&mut batch, "setresuid", libc::SYS_setresuid, 0);
-    }
-    if record.cgid != 0 {
-        switch(&mut batch, "setresgid", libc::SYS_setresgid, 0);
-    }
+    let got = made_by(&mut batch, (record.cuid, record.cgid), |batch| {
+        let got = batch.call("shmget", libc::SYS_shmget, args);
+        batch.may_fail(got)
+    });
     let replies = cx.run(&batch)?;
     match replies.result(got) {
         Ok(id) => Ok(id as i32),

@@ -35,7 +35,6 @@ static ABOUT: About = About {
         "sysv::semaphores",
         "sysv::semaphore_undo",
         "sysv::message_queue",
-        "sysv::own_namespace",
     ],
     show: show::<()>,
 };
@@ -61,7 +60,7 @@ impl TaskKind for SemaphoreUndo {
         if cx.procs.first().map(|p| p.pid) != Some(task.proc.pid) {
             return Ok(None);
         }
-        let sets = sysv::used_semaphores()?;
+        let sets = cx.ipc.inside(sysv::used_semaphores)?;
         if sets.is_empty() {
             return Ok(None);
         }

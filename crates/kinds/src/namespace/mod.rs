@@ -1,0 +1,3 @@
+//! Namespaces that a tree has to itself.
+
+pub mod ipc;
