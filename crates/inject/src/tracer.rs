@@ -416,6 +416,8 @@ impl Tracer {
                 Err(e) if matches!(e.kind(), Kind::Timeout | Kind::TargetGone) => {
                     stopping.waiting.rotate_left(1);
                     in_vain += 1;
+                    // A turn only yields, and that may leave the CPU we share to us alone.
+                    std::thread::sleep(Duration::from_micros(50));
                     // Each has had its turn, however late it is.
                     if in_vain >= stopping.waiting.len() && Instant::now() >= until {
                         break;

@@ -51,6 +51,10 @@ pub enum Fault {
     Error(i32),
     /// SIGSTOP at any instant, and SIGCONT a while later: only a pause.
     Paused(Whom),
+    /// Held after a step, and let go a while later.
+    PausedAtStep(Whom),
+    /// SIGSTOP at any instant, and SIGKILL a while later.
+    StoppedAndKilled(Whom),
 }
 
 impl Fault {
@@ -77,13 +81,25 @@ impl Fault {
 
     /// The `n`-th of the pauses.
     pub fn paused(n: u64) -> Fault {
-        Fault::Paused(Whom::ALL[n as usize % Whom::ALL.len()])
+        let whom = Whom::ALL[n as usize % Whom::ALL.len()];
+        match n / Whom::ALL.len() as u64 % 3 {
+            0 => Fault::Paused(whom),
+            1 => Fault::PausedAtStep(whom),
+            _ => Fault::StoppedAndKilled(whom),
+        }
     }
 
     /// For tables.
     pub fn name(self) -> String {
         match self {
             Fault::Paused(whom) => format!("SIGSTOP for 30 ms at any instant, {}", whom.name()),
+            Fault::PausedAtStep(whom) => format!("SIGSTOP for 30 ms after a step, {}", whom.name()),
+            Fault::StoppedAndKilled(whom) => {
+                format!(
+                    "SIGSTOP at any instant, SIGKILL 30 ms later, {}",
+                    whom.name()
+                )
+            }
             Fault::KillAtStep(whom) => format!("SIGKILL after a step, {}", whom.name()),
             Fault::KillAnyTime(whom) => format!("SIGKILL at any instant, {}", whom.name()),
             Fault::Asked(signal) => format!("{signal}, at a step"),
@@ -100,10 +116,16 @@ impl Fault {
             Fault::Asked(Signal::SIGINT) => Blow::Signal(Whom::Both, Signal::SIGINT),
             Fault::Asked(signal) => Blow::Signal(Whom::Visible, signal),
             Fault::Error(errno) => Blow::Fail(Errno::from_raw(errno)),
-            Fault::Paused(whom) => Blow::Pause(whom, Duration::from_millis(30)),
+            Fault::Paused(whom) | Fault::PausedAtStep(whom) => {
+                Blow::Pause(whom, PAUSE, Signal::SIGCONT)
+            }
+            Fault::StoppedAndKilled(whom) => Blow::Pause(whom, PAUSE, Signal::SIGKILL),
         }
     }
 }
+
+/// How long the command is stopped.
+const PAUSE: Duration = Duration::from_millis(30);
 
 /// Numbers that look random, the same each time from the same seed (SplitMix64).
 #[derive(Debug)]
@@ -287,9 +309,9 @@ impl Session<'_> {
         // Each blow has its part of the way, and falls anywhere in it.
         let mut within = |whole: u64| 1 + (place * whole + dice.below(whole)) / of.max(1);
         let when = match fault {
-            Fault::KillAnyTime(_) | Fault::Paused(_) => When::After(Duration::from_micros(within(
-                measure.time.as_micros() as u64,
-            ))),
+            Fault::KillAnyTime(_) | Fault::Paused(_) | Fault::StoppedAndKilled(_) => When::After(
+                Duration::from_micros(within(measure.time.as_micros() as u64)),
+            ),
             Fault::Error(_) => When::Step(within(measure.calls)),
             _ => When::Step(within(measure.deeds)),
         };
@@ -304,7 +326,9 @@ impl Session<'_> {
         if struck.outcome.stderr.contains("panicked") {
             return Err(told("it panicked".to_owned()));
         }
-        if matches!(fault, Fault::Paused(_)) && struck.outcome.code != Some(0) {
+        if matches!(fault, Fault::Paused(_) | Fault::PausedAtStep(_))
+            && struck.outcome.code != Some(0)
+        {
             return Err(told("it did not end well".to_owned()));
         }
         match self.action {

@@ -67,7 +67,7 @@ impl Size {
         kills: 200,
         signals: 16,
         errors: 40,
-        pauses: 12,
+        pauses: 18,
     };
     /// What proves something.
     pub const LONG: Size = Size {

@@ -61,8 +61,8 @@ pub enum Blow {
     Signal(Whom, Signal),
     /// The step is not taken: the call fails with this error.
     Fail(Errno),
-    /// SIGSTOP, and SIGCONT after so long. (At an instant only.)
-    Pause(Whom, Duration),
+    /// SIGSTOP, and after so long this signal, SIGCONT or SIGKILL.
+    Pause(Whom, Duration, Signal),
 }
 
 /// How a run of the command went.
@@ -298,7 +298,7 @@ impl<'w> Chase<'w> {
         if self.ended.is_none() {
             self.engine = engine_of(self.visible);
             let whom = match self.blow {
-                Blow::Signal(whom, _) | Blow::Pause(whom, _) => Some(whom),
+                Blow::Signal(whom, _) | Blow::Pause(whom, ..) => Some(whom),
                 Blow::Fail(_) => None,
             };
             if let Some(whom) = whom
@@ -321,10 +321,10 @@ impl<'w> Chase<'w> {
     fn hit(&self, whom: Whom) {
         match self.blow {
             Blow::Signal(_, signal) => self.signal(whom, signal),
-            Blow::Pause(_, time) => {
+            Blow::Pause(_, time, last) => {
                 self.signal(whom, Signal::SIGSTOP);
                 std::thread::sleep(time);
-                self.signal(whom, Signal::SIGCONT);
+                self.signal(whom, last);
             }
             Blow::Fail(_) => {}
         }
@@ -389,7 +389,9 @@ impl<'w> Chase<'w> {
                     let fresh = signal == Signal::SIGSTOP
                         && !matches!(self.threads.get(&tid.as_raw()), Some(Some(_)));
                     self.threads.entry(tid.as_raw()).or_default();
-                    self.go_on(tid, if fresh { 0 } else { signal as i32 });
+                    // A pause at a step is the time that the thread is held there.
+                    let over = signal == Signal::SIGSTOP && self.place.is_some();
+                    self.go_on(tid, if fresh || over { 0 } else { signal as i32 });
                 }
                 other => self.note_end(other),
             }
@@ -444,7 +446,7 @@ impl<'w> Chase<'w> {
             }
             Ok(SyscallInfo::Exit { .. }) => {
                 let nr = self.threads.insert(thread.0, None).flatten();
-                if let (Some(nr), Blow::Signal(..)) = (nr, self.blow) {
+                if let (Some(nr), Blow::Signal(..) | Blow::Pause(..)) = (nr, self.blow) {
                     self.steps += 1;
                     self.strike(thread, nr);
                 }
@@ -482,7 +484,7 @@ impl<'w> Chase<'w> {
         self.place = Some(format!("step {} {}", self.steps, name_of(nr)));
         match self.blow {
             Blow::Fail(errno) => fail(thread, errno),
-            Blow::Signal(whom, _) | Blow::Pause(whom, _) => self.hit(whom),
+            Blow::Signal(whom, _) | Blow::Pause(whom, ..) => self.hit(whom),
         }
     }
 }
