@@ -8,6 +8,7 @@
 
 pub mod busy;
 pub mod compare;
+pub mod forge;
 pub mod harm;
 pub mod programs;
 pub mod run;

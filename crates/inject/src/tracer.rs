@@ -217,7 +217,7 @@ impl Tracer {
                 {
                     options = options.without(Options::SUSPEND_SECCOMP);
                 }
-                Err(e) => return Err(refusal(tid).unwrap_or(e)),
+                Err(e) => return Err(refusal(tid).unwrap_or_else(|| name_right(e))),
             }
         }
         self.adopt(tid, options);
@@ -931,6 +931,16 @@ pub(crate) fn stat_fields(pid: impl std::fmt::Display, tid: Tid) -> std::io::Res
     // Behind the last parenthesis of the command name.
     let fields = text.rsplit_once(") ").map(|(_, rest)| rest.to_owned());
     fields.ok_or_else(|| std::io::Error::from(ErrorKind::InvalidData))
+}
+
+/// Says which right is missing, where it is one.
+fn name_right(e: Error) -> Error {
+    match e.errno() {
+        Some(libc::EPERM) => e.context(
+            "a process of another user, one with more capabilities, or one that is not dumpable takes CAP_SYS_PTRACE",
+        ),
+        _ => e,
+    }
 }
 
 /// The error of a task that does not stop.

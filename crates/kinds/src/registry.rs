@@ -137,12 +137,13 @@ pub fn about(tag: Tag) -> Option<&'static About> {
     all().map(|(_, about)| about).find(|about| about.tag == tag)
 }
 
-/// For the fuzzers: decodes `body` as a record of kind `tag`, whatever comes of it.
-pub fn fuzz_decode(tag: Tag, body: &[u8]) {
+/// For the fuzzers: decodes `body` as a record of kind `tag`, so many versions old,
+/// whatever comes of it.
+pub fn fuzz_decode(tag: Tag, older: u16, body: &[u8]) {
     if let Some(about) = about(tag) {
         let raw = RawRecord {
             tag,
-            version: about.version,
+            version: about.version.saturating_sub(older),
             flags: 0,
             subject: 0,
             body: body.to_vec(),

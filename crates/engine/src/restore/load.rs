@@ -110,6 +110,7 @@ impl Loaded {
     }
 
     fn check(&self) -> Result<()> {
+        check_depth(&self.procs)?;
         let mut ids = HashSet::new();
         for p in &self.procs {
             let pid = *p
@@ -206,6 +207,22 @@ impl Loaded {
     }
 }
 
+/// How deep processes may lie below the root: what follows the tree down takes room on its stack.
+const DEEPEST: u32 = 1000;
+
+fn check_depth(procs: &[Process]) -> Result<()> {
+    let mut depths: HashMap<i32, u32> = HashMap::new();
+    for p in procs {
+        let above = depths.get(&p.ppid).copied().unwrap_or(0);
+        if above == DEEPEST {
+            let what = format!("there are more than {DEEPEST} processes, each below the other");
+            return Err(Error::corrupt(what));
+        }
+        depths.extend(p.pids.first().map(|pid| (*pid, above + 1)));
+    }
+    Ok(())
+}
+
 fn check_space(space: &Mm) -> Result<()> {
     let mut last = 0;
     for v in &space.vmas {
@@ -260,4 +277,36 @@ fn all<T: DeserializeOwned>(image: &Image, tag: Tag) -> Result<Vec<(u64, T)>> {
         .all(tag)
         .map(|r| Ok((r.subject, decode(r)?)))
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use freezeframe_kinds::model::Life;
+
+    /// A process, its child, its child's child, ...
+    fn chain(len: i32) -> Vec<Process> {
+        let one = |pid| Process {
+            pids: vec![pid],
+            ppid: pid - 1,
+            parent_tid: pid - 1,
+            pgid: 10,
+            sid: 10,
+            life: Life::Alive,
+            exit_signal: 17,
+            comm: String::new(),
+            threads: vec![pid],
+            mm: 1,
+            cow_parent: None,
+        };
+        (10..10 + len).map(one).collect()
+    }
+
+    #[test]
+    fn a_tree_is_not_deeper_than_can_be_followed() {
+        let deepest = chain(DEEPEST as i32);
+        assert!(check_depth(&deepest).is_ok());
+        assert!(super::super::plan::plan(&deepest, &HashSet::new()).is_ok());
+        assert!(check_depth(&chain(DEEPEST as i32 + 1)).is_err());
+    }
 }

@@ -106,6 +106,7 @@ fn restore(request: &RestoreRequest, events: &dyn Events) -> Result<RestoreRepor
     let filler = Filler::new(Arc::clone(&reader), cores);
     let tracer = Tracer::new();
     let mut report = RestoreReport::default();
+    report.warnings.extend(others_may_change(request));
     let mut builder = Builder {
         loaded: &loaded,
         filler,
@@ -164,6 +165,26 @@ fn restore(request: &RestoreRequest, events: &dyn Events) -> Result<RestoreRepor
     }
     report.warnings.extend(of_plugins);
     Ok(report)
+}
+
+/// Says so if others than root and the caller can write the image: what is in it is
+/// run with the caller's rights.
+fn others_may_change(request: &RestoreRequest) -> Option<String> {
+    let own = nix::unistd::geteuid().as_raw();
+    let dir = &request.images_dir;
+    let files = std::fs::read_dir(dir).into_iter().flatten().flatten();
+    let all = files.map(|f| f.path()).chain([dir.clone()]);
+    let mut others = all.filter_map(|path| {
+        let there = path.metadata().ok()?;
+        // In a sticky directory only owners replace.
+        let open = there.mode() & 0o022 != 0 && there.mode() & 0o1000 == 0;
+        let foreign = ![0, own].contains(&there.uid());
+        (open || foreign).then(|| path.display().to_string())
+    });
+    let path = others.next()?;
+    Some(format!(
+        "{path} can be written by others: whoever writes an image decides what its restore runs with your rights"
+    ))
 }
 
 /// Calls the plugins of the image, for the tree that runs.

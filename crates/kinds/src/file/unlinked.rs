@@ -24,6 +24,7 @@ use crate::cx::{DumpCx, FileItem, FileKind, FileView, Provided, RestoreFiles};
 use crate::file::other::check_file_system;
 use crate::file::regular::{TMPFILE, check_proc, lost_its_name, open_flags};
 use crate::file::{access, refuse_lease, shown, status_flags};
+use crate::mem::ghost::open_directory;
 use crate::model::ObjectId;
 
 /// See the module.
@@ -204,7 +205,8 @@ fn is_link_for(link: &[u8], path: &[u8]) -> bool {
         return false;
     };
     let number = name.strip_prefix(LINK).unwrap_or_default();
-    link.starts_with(b"/")
+    crate::mem::ghost::is_plain(link)
+        && crate::mem::ghost::is_plain(path)
         && at == directory
         && !number.is_empty()
         && number.iter().all(u8::is_ascii_digit)
@@ -301,12 +303,18 @@ fn open_link(
     }
     let inode = (found.dev(), found.ino());
     cx.late.leftovers.insert(here.to_path_buf(), inode);
-    let at = libc::AT_FDCWD;
+    let slash = link.iter().rposition(|b| *b == b'/').unwrap_or(0);
+    let (directory, link_name) = (&link[..slash.max(1)], &link[slash + 1..]);
+    let at = open_directory(cx.batch, libc::AT_FDCWD.into(), directory, 0);
     let free = Path::new(std::ffi::OsStr::from_bytes(path))
         .symlink_metadata()
         .is_err();
-    let from = cx.path(link);
-    let name = if free { cx.path(path) } else { from };
+    // The two are in one directory.
+    let from = cx.path(link_name);
+    let name = match free {
+        true => cx.path(&path[slash + 1..]),
+        false => from,
+    };
     if free {
         let args = [at.into(), from.into(), at.into(), name.into(), 0.into()];
         let label = format!("link({}, {})", shown(link), shown(path));
@@ -322,6 +330,7 @@ fn open_link(
         let label = format!("unlink({})", shown(path));
         cx.batch.call(label, libc::SYS_unlinkat, args);
     }
+    cx.batch.call("close", libc::SYS_close, [at.into()]);
     cx.provided.push(Provided {
         id: item.id,
         fd: fd.into(),
@@ -345,7 +354,7 @@ mod tests {
             (b"/dir/link_remap.", b"/dir/file"),
             (b"/dir/link_remap.1x", b"/dir/file"),
             (b"/dir/link_remap.1/../shadow", b"/dir/link_remap.1/../file"),
-            (b"/dir/../link_remap.1", b"/dir/file"),
+            (b"/dir/../link_remap.1", b"/dir/../file"),
             (b"link_remap.1", b"file"),
             (b"dir/link_remap.1", b"dir/file"),
             (b"", b""),

@@ -154,7 +154,7 @@ impl MemKind for Ghost {
     }
     fn make(&self, cx: &mut dyn MakeObject, record: &RawRecord) -> Result<OwnedFd> {
         let record: Record = ABOUT.decode(record)?;
-        if !record.path.starts_with(b"/") || record.path.contains(&0) {
+        if !is_plain(&record.path) {
             return Err(Error::corrupt("a deleted file had no absolute path"));
         }
         let shown = String::from_utf8_lossy(&record.path).into_owned();
@@ -185,64 +185,85 @@ impl MemKind for Ghost {
     }
 }
 
-/// The directories above `path` that are not there, the highest first.
-fn missing_parents(path: &[u8]) -> Vec<Vec<u8>> {
+/// Whether it is the path of a file as the kernel writes them: absolute, and never up again.
+pub fn is_plain(path: &[u8]) -> bool {
+    let named = |name: &[u8]| !name.is_empty() && name != b"." && name != b"..";
+    let below = path.strip_prefix(b"/");
+    below.is_some_and(|below| below.split(|b| *b == b'/').all(named)) && !path.contains(&0)
+}
+
+/// Where a plain path is split: the directory that is there, and the names below it, of which all but the last
+/// are directories that are gone.
+fn split(path: &[u8]) -> (&Path, Vec<&[u8]>) {
     let path = Path::new(std::ffi::OsStr::from_bytes(path));
-    let above = path.ancestors().skip(1);
-    let missing = above.take_while(|p| p.symlink_metadata().is_err());
-    let mut all: Vec<_> = missing.map(|p| p.as_os_str().as_bytes().to_vec()).collect();
-    all.reverse();
-    all
+    let mut names = Vec::new();
+    let mut at = path;
+    while let (Some(above), Some(name)) = (at.parent(), at.file_name()) {
+        names.push(name.as_bytes());
+        at = above;
+        if at.symlink_metadata().is_ok() {
+            break;
+        }
+    }
+    names.reverse();
+    (at, names)
+}
+
+/// Appends the opening of a directory, to make, link and remove names in: whatever
+/// becomes of its path meanwhile, they are all in the same.
+pub fn open_directory(batch: &mut Batch, at: Arg, path: &[u8], flags: i32) -> OpRef {
+    let path = batch.cstr(path);
+    let flags = libc::O_PATH | libc::O_DIRECTORY | libc::O_CLOEXEC | flags;
+    let args = [at, path.into(), flags.into(), 0.into()];
+    batch.call("open of a directory", libc::SYS_openat, args)
 }
 
 /// Makes the file or directory and removes its name (or gives it none), in one batch.
 fn create(cx: &mut dyn MakeObject, path: &[u8], record: &Record) -> Result<i32> {
     let mut batch = Batch::new();
-    let at = libc::AT_FDCWD;
-    let mut parents = Vec::new();
-    for parent in missing_parents(path) {
-        let parent = batch.cstr(&parent);
-        let args = [at.into(), parent.into(), 0o700.into()];
+    let (base, mut names) = split(path);
+    let name = names.pop().unwrap_or_default();
+    let base = base.as_os_str().as_bytes();
+    let mut at = open_directory(&mut batch, libc::AT_FDCWD.into(), base, 0);
+    let mut above = Vec::new();
+    for parent in names {
+        let parent_name = batch.cstr(parent);
+        let args = [at.into(), parent_name.into(), 0o700.into()];
         batch.call("mkdir above a deleted file", libc::SYS_mkdirat, args);
-        parents.push(parent);
+        above.push((at, parent_name));
+        at = open_directory(&mut batch, at.into(), parent, libc::O_NOFOLLOW);
     }
     let how = libc::O_RDWR | libc::O_CLOEXEC;
     let fd = if record.directory {
-        let path = batch.cstr(path);
-        let args = [at.into(), path.into(), 0o700.into()];
+        let name = batch.cstr(name);
+        let args = [at.into(), name.into(), 0o700.into()];
         batch.call("mkdir of a deleted directory", libc::SYS_mkdirat, args);
         let flags = libc::O_RDONLY | libc::O_DIRECTORY | libc::O_NOFOLLOW | libc::O_CLOEXEC;
-        let args = [at.into(), path.into(), flags.into(), 0.into()];
+        let args = [at.into(), name.into(), flags.into(), 0.into()];
         let fd = batch.call("open of a deleted directory", libc::SYS_openat, args);
         attributes(&mut batch, fd, record);
-        let args = [at.into(), path.into(), libc::AT_REMOVEDIR.into()];
+        let args = [at.into(), name.into(), libc::AT_REMOVEDIR.into()];
         batch.call("rmdir of a deleted directory", libc::SYS_unlinkat, args);
         fd
     } else if record.linkable {
-        let directory = path.iter().rposition(|b| *b == b'/').unwrap_or(0).max(1);
-        let directory = batch.cstr(&path[..directory]);
-        let args = [
-            at.into(),
-            directory.into(),
-            (how | libc::O_TMPFILE).into(),
-            0o600.into(),
-        ];
+        let here = batch.cstr(b".");
+        let flags = how | libc::O_TMPFILE;
+        let args = [at.into(), here.into(), flags.into(), 0o600.into()];
         batch.call("open(O_TMPFILE)", libc::SYS_openat, args)
     } else {
-        let path = batch.cstr(path);
+        let name = batch.cstr(name);
         let flags = how | libc::O_CREAT | libc::O_EXCL | libc::O_NOFOLLOW;
-        let args = [at.into(), path.into(), flags.into(), 0o600.into()];
+        let args = [at.into(), name.into(), flags.into(), 0o600.into()];
         let fd = batch.call("open(O_CREAT) of a deleted file", libc::SYS_openat, args);
-        batch.call(
-            "unlink of a deleted file",
-            libc::SYS_unlinkat,
-            [at.into(), path.into(), 0.into()],
-        );
+        let args = [at.into(), name.into(), 0.into()];
+        batch.call("unlink of a deleted file", libc::SYS_unlinkat, args);
         fd
     };
-    for parent in parents.into_iter().rev() {
+    batch.call("close", libc::SYS_close, [at.into()]);
+    for (at, parent) in above.into_iter().rev() {
         let args = [at.into(), parent.into(), libc::AT_REMOVEDIR.into()];
         batch.call("rmdir above a deleted file", libc::SYS_unlinkat, args);
+        batch.call("close", libc::SYS_close, [at.into()]);
     }
     if !record.directory {
         batch.call(
@@ -264,4 +285,31 @@ fn attributes(batch: &mut Batch, fd: OpRef, record: &Record) {
         [fd.into(), record.uid.into(), record.gid.into()],
     );
     batch.call("fchmod", libc::SYS_fchmod, [fd.into(), record.mode.into()]);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_go_down_only() {
+        for good in ["/file", "/a/b/..c", "/a/b (deleted)"] {
+            assert!(is_plain(good.as_bytes()), "{good}");
+        }
+        for bad in [
+            "", "/", "file", "/a/", "//a", "/a/../b", "/..", "/a/./b", "/a\0b",
+        ] {
+            assert!(!is_plain(bad.as_bytes()), "{bad}");
+        }
+    }
+
+    #[test]
+    fn what_is_gone_is_made_below_what_is_there() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("gone/too/file");
+        let (base, names) = split(path.as_os_str().as_bytes());
+        assert_eq!((base, names.len()), (dir.path(), 3));
+        let (base, names) = split(b"/file");
+        assert_eq!((base, names), (Path::new("/"), vec![&b"file"[..]]));
+    }
 }

@@ -111,14 +111,41 @@ const AMBIENT_RAISE: u64 = 2;
 const AMBIENT_CLEAR_ALL: u64 = 4;
 /// `_LINUX_CAPABILITY_VERSION_3`
 const CAP_VERSION: u32 = 0x2008_0522;
+/// Numbers of capabilities that setting credentials takes.
+const SETGID: u32 = 6;
+const SETUID: u32 = 7;
+const SETPCAP: u32 = 8;
 /// `NGROUPS_MAX`
 const MAX_GROUPS: usize = 65536;
 
 /// What the thread has before it is given its credentials.
 struct Own {
+    uids: [u32; 4],
+    gids: [u32; 4],
+    groups: Vec<u32>,
     permitted: u64,
     effective: u64,
     bounding: u64,
+}
+
+impl Own {
+    fn of(task: &RestoreTask<'_>) -> Result<Own> {
+        let status = ProcDir::open(task.pid)?.task(task.tid)?.status()?;
+        Ok(Own {
+            uids: status.uids,
+            gids: status.gids,
+            groups: status.groups,
+            permitted: status.cap_prm,
+            effective: status.cap_eff,
+            bounding: status.cap_bnd,
+        })
+    }
+
+    /// Whether it is a plain user's: what is as it is to be is left alone then.
+    fn is_plain(&self) -> bool {
+        self.effective & (1 << SETPCAP | 1 << SETUID | 1 << SETGID)
+            != 1 << SETPCAP | 1 << SETUID | 1 << SETGID
+    }
 }
 
 /// The capabilities of a set, for people.
@@ -156,6 +183,7 @@ fn capset(
 impl Record {
     /// The calls that set it, in their order.
     fn set(&self, batch: &mut Batch, own: Option<&Own>) {
+        let plain = own.filter(|own| own.is_plain());
         let prctl = |batch: &mut Batch, label: String, option: i32, args: [u64; 4]| {
             let args = [
                 option.into(),
@@ -188,6 +216,7 @@ impl Record {
             .iter()
             .enumerate()
             .filter(|(i, _)| self.bounding & (1 << i) == 0)
+            .filter(|(i, _)| plain.is_none_or(|own| own.bounding & (1 << i) != 0))
         {
             prctl(
                 batch,
@@ -196,13 +225,15 @@ impl Record {
                 [cap as u64, 0, 0, 0],
             );
         }
-        let groups: Vec<u8> = self.groups.iter().flat_map(|g| g.to_le_bytes()).collect();
-        let groups = batch.data(&groups);
-        batch.call(
-            "setgroups",
-            libc::SYS_setgroups,
-            [self.groups.len().into(), groups.into()],
-        );
+        if plain.is_none_or(|own| own.groups != self.groups) {
+            let groups: Vec<u8> = self.groups.iter().flat_map(|g| g.to_le_bytes()).collect();
+            let groups = batch.data(&groups);
+            batch.call(
+                "setgroups",
+                libc::SYS_setgroups,
+                [self.groups.len().into(), groups.into()],
+            );
+        }
         let [real, effective, saved, fs] = self.gids;
         batch.call(
             "setresgid",
@@ -218,7 +249,11 @@ impl Record {
                 [bits.into(), 0, 0, 0],
             );
         };
-        bits(batch, NO_SETUID_FIXUP);
+        // Only a change of ids takes capabilities away.
+        let same_ids = plain.is_some_and(|own| own.uids == self.uids);
+        if !same_ids {
+            bits(batch, NO_SETUID_FIXUP);
+        }
         let [real, effective, saved, fs] = self.uids;
         batch.call(
             "setresuid",
@@ -235,7 +270,13 @@ impl Record {
                 args,
             );
         }
-        bits(batch, self.securebits);
+        if same_ids {
+            let option = libc::PR_GET_SECUREBITS.into();
+            let op = batch.call("prctl(PR_GET_SECUREBITS)", libc::SYS_prctl, [option]);
+            batch.expect(op, self.securebits.into());
+        } else {
+            bits(batch, self.securebits);
+        }
         capset(
             batch,
             "capset",
@@ -252,6 +293,25 @@ impl Record {
                 args,
             );
         }
+    }
+}
+
+impl Record {
+    /// The capabilities that it takes to become this and that a plain user lacks.
+    fn takes(&self, own: &Own) -> u64 {
+        let foreign = |wanted: &[u32; 4], own: &[u32; 4]| wanted.iter().any(|id| !own.contains(id));
+        let mut takes = 0;
+        if self.groups != own.groups || foreign(&self.gids, &own.gids) {
+            takes |= 1 << SETGID;
+        }
+        if foreign(&self.uids, &own.uids) {
+            takes |= 1 << SETUID;
+        }
+        // To give up a capability of the bounding set, and to keep the others over a change of ids.
+        if own.bounding & !self.bounding != 0 || self.uids != own.uids {
+            takes |= 1 << SETPCAP;
+        }
+        takes & !own.effective
     }
 }
 
@@ -313,19 +373,15 @@ impl TaskKind for Credentials {
             return Err(Error::corrupt("there are too many groups").on_task(task.tid.0));
         }
         // Threads are made as their leader; what the kernel refuses to one of them names its call.
-        let mut own = None;
-        if task.leader || record.inheritable & !record.bounding != 0 || record.ambient != 0 {
-            let status = ProcDir::open(task.pid)?.task(task.tid)?.status()?;
-            own = Some(Own {
-                permitted: status.cap_prm,
-                effective: status.cap_eff,
-                bounding: status.cap_bnd,
-            });
-        }
+        let plain = !nix::unistd::geteuid().is_root();
+        let raises = record.inheritable & !record.bounding != 0 || record.ambient != 0;
+        let own = (task.leader || plain || raises).then(|| Own::of(task));
+        let own = own.transpose()?;
         if let (Some(own), true) = (&own, task.leader) {
             let lacking =
                 (record.permitted | record.effective | record.inheritable | record.ambient)
-                    & !own.permitted;
+                    & !own.permitted
+                    | record.takes(own);
             if lacking != 0 {
                 return Err(Error::new(
                     Kind::Permission,
@@ -355,6 +411,45 @@ mod tests {
         let mut batch = Batch::new();
         record.set(&mut batch, own);
         batch.ops().map(|op| batch.label(op).to_string()).collect()
+    }
+
+    fn root() -> Own {
+        Own {
+            uids: [0; 4],
+            gids: [0; 4],
+            groups: Vec::new(),
+            permitted: u64::MAX,
+            effective: u64::MAX,
+            bounding: u64::MAX,
+        }
+    }
+
+    /// A plain user becomes itself without any capability, and anything else not at all.
+    #[test]
+    fn what_is_right_already_takes_no_right() {
+        let record = nobody();
+        let own = Own {
+            uids: record.uids,
+            gids: record.gids,
+            groups: record.groups.clone(),
+            permitted: 0,
+            effective: 0,
+            bounding: u64::MAX >> 23,
+        };
+        assert_eq!(record.takes(&own), 0);
+        let calls = labels(&record, Some(&own)).join(" ");
+        for forbidden in ["PR_CAPBSET_DROP", "setgroups", "PR_SET_SECUREBITS"] {
+            assert!(!calls.contains(forbidden), "{calls}");
+        }
+        let other = |change: fn(&mut Record)| {
+            let mut record = nobody();
+            change(&mut record);
+            names(record.takes(&own))
+        };
+        assert_eq!(other(|r| r.groups.clear()), "CAP_SETGID");
+        assert_eq!(other(|r| r.gids[1] = 0), "CAP_SETGID");
+        assert_eq!(other(|r| r.bounding = 0), "CAP_SETPCAP");
+        assert_eq!(other(|r| r.uids = [0; 4]), "CAP_SETUID, CAP_SETPCAP");
     }
 
     fn nobody() -> Record {
@@ -398,12 +493,7 @@ mod tests {
             permitted: 1 << 12,
             ..nobody()
         };
-        let own = Own {
-            permitted: u64::MAX,
-            effective: u64::MAX,
-            bounding: u64::MAX,
-        };
-        let labels = labels(&record, Some(&own));
+        let labels = labels(&record, Some(&root()));
         let at = |what: &str| labels.iter().position(|l| l == what).expect(what);
         assert!(at("capset(inheritable)") < at("prctl(PR_CAPBSET_DROP, CAP_NET_ADMIN)"));
         assert!(at("setfsuid") < at("prctl(PR_CAP_AMBIENT_RAISE, 12)"));
