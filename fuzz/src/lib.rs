@@ -1,11 +1,18 @@
 //! Well-formed envelopes around whatever a fuzzer thinks of, so that it gets
 //! behind the checksums.
 
-use freezeframe_image::{HEADER_LEN, Header, ImageId, MAGIC, RECORD_HEAD_LEN, RawRecord, Tag};
+use freezeframe_image::{
+    HEADER_LEN, Header, Image, ImageId, MAGIC, RECORD_HEAD_LEN, RawRecord, Tag,
+};
 use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
 /// The bytes of a `freezeframe.img` with these records and no page files.
 pub fn envelope(records: &[RawRecord]) -> Vec<u8> {
+    envelope_of(records, &[])
+}
+
+/// The same, with page files of these lengths.
+pub fn envelope_of(records: &[RawRecord], pages: &[u64]) -> Vec<u8> {
     let header = Header {
         format_version: freezeframe_image::FORMAT_VERSION,
         arch: freezeframe_image::ARCH_X86_64,
@@ -30,10 +37,49 @@ pub fn envelope(records: &[RawRecord]) -> Vec<u8> {
     for record in records {
         append(&mut bytes, record);
     }
-    append(&mut bytes, &own(b"PGFL", Vec::new()));
+    append(
+        &mut bytes,
+        &own(
+            b"PGFL",
+            pages.iter().flat_map(|n| n.to_le_bytes()).collect(),
+        ),
+    );
     append(&mut bytes, &own(b"END\0", vec![0; 16]));
     repair(&mut bytes);
     bytes
+}
+
+/// An image with one of its records changed, doubled, left out, or with another subject; None if it is none, or gets
+/// larger than `max`. `mutate` changes the first so many bytes of a buffer and says how many they are then.
+pub fn mutated(
+    bytes: &[u8],
+    max: usize,
+    seed: u32,
+    mutate: impl FnOnce(&mut [u8], usize, usize) -> usize,
+) -> Option<Vec<u8>> {
+    let mut bytes = bytes.to_vec();
+    repair(&mut bytes);
+    let image = Image::from_bytes(&bytes).ok()?;
+    let mut records = image.records().to_vec();
+    let at = seed as usize % records.len().max(1);
+    let choice = seed / 0x1_0000 % 16;
+    let record = records.get_mut(at)?;
+    match choice {
+        0 => drop(records.remove(at)),
+        1 => records.push(records[at].clone()),
+        2 => record.subject ^= 1 << (seed / 0x10_0000 % 64),
+        3 => record.version = (seed / 0x10_0000 % 4) as u16,
+        _ => {
+            let len = record.body.len();
+            let most = len + 64;
+            record.body.resize(most, 0);
+            let now = mutate(&mut record.body, len, most);
+            record.body.truncate(now);
+        }
+    }
+    let files = 0..image.page_files();
+    let pages: Vec<u64> = files.filter_map(|n| image.pages_len(n)).collect();
+    Some(envelope_of(&records, &pages)).filter(|b| b.len() <= max)
 }
 
 fn append(bytes: &mut Vec<u8>, record: &RawRecord) {
@@ -86,7 +132,6 @@ fn set(bytes: &mut [u8], at: usize, value: u64) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use freezeframe_image::Image;
 
     #[test]
     fn envelopes_are_sound() {
