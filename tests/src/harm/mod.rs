@@ -15,7 +15,8 @@ use std::time::{Duration, Instant};
 
 /// Programs that stand for the kinds: every way to wait, every family. Not among them is what a kill is known to harm
 /// (ARCHITECTURE.md): what waits in a terminal; a task stopped by job control, which a kill may leave inside the stub
-/// until it is continued; and epoll_wait(2), which a kill within some microseconds of the stop ends with EINTR.
+/// until it is continued; and epoll_wait(2) and its like (`process::timeouts` has them all), which a kill within some
+/// microseconds of the stop, or longer on a busy machine, ends with EINTR.
 const PROGRAMS: &[&str] = &[
     "basic::one_thread",
     "threads::ids_and_names",
@@ -27,7 +28,6 @@ const PROGRAMS: &[&str] = &[
     "signals::alternate_stack",
     "timers::posix_timer_next_id",
     "futexes::waited_for",
-    "process::timeouts",
     "pipes::pipe_data",
     "pipes::pipe_blocked_reader",
     "files::shared_with_child",
