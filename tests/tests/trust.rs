@@ -245,6 +245,8 @@ type Credentials = (
     bool,
 );
 
+type Change = fn(&mut Credentials);
+
 #[test]
 fn no_image_gives_more_rights_than_its_restorer_has() -> Done {
     let Some(plain) = Plain::new()? else {
@@ -252,7 +254,7 @@ fn no_image_gives_more_rights_than_its_restorer_has() -> Done {
     };
     let pid = dumped(&plain)?;
     let keep = plain.path("img");
-    let changes: [(&str, fn(&mut Credentials)); 6] = [
+    let changes: [(&str, Change); 6] = [
         ("CAP_SETUID", |c| c.0 = [0; 4]),
         ("CAP_SETUID", |c| c.0[2] = 0),
         ("CAP_SETGID", |c| c.1[1] = 0),
