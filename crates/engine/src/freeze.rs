@@ -14,7 +14,7 @@ mod vfork;
 
 use std::cell::{Cell, RefCell};
 use std::collections::btree_map::Entry;
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::time::{Duration, Instant};
 
 use freezeframe_error::{Error, Kind, Result, ResultExt};
@@ -24,6 +24,7 @@ use freezeframe_sys::ids::{Pid, Tid};
 use freezeframe_sys::pidfd;
 use freezeframe_sys::proc::{ProcDir, Status, TaskDir};
 use freezeframe_sys::ptrace::Options;
+use freezeframe_sys::task_fields::{TaskFields, TaskIter};
 
 use self::freezer::Ice;
 use crate::dump::DumpRequest;
@@ -60,6 +61,8 @@ pub struct Frozen {
     /// Stopped because they are in the same cgroup, and let go with the tree.
     strangers: Vec<Tid>,
     ice: RefCell<Ice>,
+    /// For what need not be asked of threads.
+    fields: Option<TaskIter>,
     /// Whether it has been let go already.
     released: Cell<bool>,
 }
@@ -83,6 +86,8 @@ struct Held {
 
 /// From so many threads on a process's children are asked for once they are stopped.
 const MANY: usize = 16;
+/// From so many threads on we rather read what the kernel has of them than ask each.
+const WORTH_FIELDS: usize = 64;
 /// Rounds after which a tree that goes on growing is given up.
 const MAX_ROUNDS: usize = 1000;
 
@@ -95,6 +100,7 @@ pub fn freeze(request: &DumpRequest, events: &dyn Events) -> Result<Frozen> {
     let mut held: BTreeMap<Tid, Held> = BTreeMap::new();
     // After the tracer, so that it is frozen again before the tracer lets go.
     let mut ice = Ice::default();
+    let mut fields = None;
     if let Some(dir) = &request.freeze_cgroup {
         hold(&mut held, freezer::freeze(dir, &tracer, deadline)?);
     }
@@ -117,13 +123,27 @@ pub fn freeze(request: &DumpRequest, events: &dyn Events) -> Result<Frozen> {
             )
             .on_task(request.pid));
         }
+        let large = found.values().any(|p| p.threads.len() >= WORTH_FIELDS);
+        if large && fields.is_none() {
+            let iter = TaskIter::new();
+            if let Err(e) = &iter {
+                log!(
+                    events,
+                    Debug,
+                    "each thread is asked for all that only it can say: {e}"
+                );
+            }
+            fields = Some(iter.ok());
+        }
         if stop(&tracer, fresh, &mut held, deadline, events)? == 0 {
             // They are ending; nothing else will do.
             std::thread::sleep(Duration::from_micros(200));
         }
     }
     tracer.unwatch();
-    details(tracer, ice, found, order, held, request.timeout)
+    let mut frozen = details(tracer, ice, found, order, held, request.timeout)?;
+    frozen.fields = fields.flatten();
+    Ok(frozen)
 }
 
 /// Options of all that is seized.
@@ -421,6 +441,7 @@ fn details(
         wait,
         strangers: held.into_keys().collect(),
         ice: RefCell::new(ice),
+        fields: None,
         released: Cell::new(false),
     })
 }
@@ -429,6 +450,17 @@ impl Frozen {
     /// How many threads there are.
     pub fn threads(&self) -> usize {
         self.tasks.len()
+    }
+
+    /// What the kernel has written down of the threads of a process; nothing for one of few, or
+    /// where we may not read it.
+    pub(crate) fn task_fields(&self, proc: &ProcView) -> HashMap<Tid, TaskFields> {
+        let worth = self
+            .fields
+            .as_ref()
+            .filter(|_| proc.tids.len() >= WORTH_FIELDS);
+        let read = worth.map(|iter| iter.read(proc.pid).unwrap_or_default());
+        read.unwrap_or_default()
     }
 
     /// Bound on any single wait.

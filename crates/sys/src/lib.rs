@@ -11,6 +11,7 @@
 //!
 //! `unsafe` lives in this crate, `freezeframe-stub` and `inject::arch` alone.
 
+pub mod btf;
 pub mod cgroup;
 pub mod clock;
 pub mod clone;
@@ -35,6 +36,7 @@ pub mod robust_list;
 pub mod sched;
 pub mod sock_diag;
 pub mod sysv;
+pub mod task_fields;
 pub mod tcp;
 pub mod unix_diag;
 pub mod userfaultfd;

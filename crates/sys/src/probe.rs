@@ -365,6 +365,8 @@ table! {
         "pages are found by reading the pagemap, slow for large sparse memory; changed pages cannot be tracked";
     "pagemap_scan_guard_pages" Extra pagemap_scan_guard_pages
         "guard regions (MADV_GUARD_INSTALL) cannot be seen";
+    "bpf_task_iter" Extra bpf_task_iter
+        "each of many threads is asked for all that only it can say: a longer pause";
     "mem_dirty_track" Extra mem_dirty_track
         "nothing: changed pages are tracked by userfaultfd (uffd-wp-async)";
     "uffd" Useful uffd

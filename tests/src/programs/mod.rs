@@ -22,6 +22,7 @@ mod ghosts;
 mod ipcns;
 mod live;
 mod locks;
+mod many;
 mod mappings;
 mod memory;
 mod mqueue;
@@ -219,6 +220,7 @@ const FAMILIES: &[(&str, &[Program])] = &[
     ("live", live::PROGRAMS),
     ("scale", scale::PROGRAMS),
     ("memory", memory::PROGRAMS),
+    ("many", many::PROGRAMS),
     ("mappings", mappings::PROGRAMS),
     ("sysv", sysv::PROGRAMS),
     ("futexes", futexes::PROGRAMS),

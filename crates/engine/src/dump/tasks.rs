@@ -1,24 +1,35 @@
 //! Attributes of threads and processes: each kind's questions go into one
 //! batch per thread, run inside it.
 
+use std::collections::HashMap;
+
 use freezeframe_error::{Error, Kind, Result, ResultExt};
 use freezeframe_inject::live::{self, Site, Way};
 use freezeframe_inject::tracer::StoppedTask;
 use freezeframe_inject::{Batch, Replies};
 use freezeframe_kinds::model::Process;
 use freezeframe_kinds::{Asked, DumpCx, ProcView, Scope, TaskKind, TaskView, registry};
-use freezeframe_sys::ids::Pid;
+use freezeframe_sys::ids::{Pid, Tid};
 use freezeframe_sys::kcmp::{self, KcmpType};
 use freezeframe_sys::proc::SeccompMode;
 
 use crate::freeze::{Frozen, Task};
+use crate::parallel;
 
 /// What the threads of a process have answered to the questions of each kind.
 pub(super) struct Answers<'a> {
     views: Vec<TaskView<'a>>,
     batches: Vec<Batch>,
-    asked: Vec<Vec<(&'static dyn TaskKind, Asked)>>,
+    asked: Vec<Vec<Question>>,
     replies: Vec<Replies>,
+}
+
+/// What a kind has asked of a thread.
+struct Question {
+    kind: &'static dyn TaskKind,
+    asked: Asked,
+    /// The place of the thread that was asked: itself, or one that answers alike.
+    of: usize,
 }
 
 /// Asks every thread. The memory of the processes is afterwards as it was, but not meanwhile.
@@ -40,7 +51,11 @@ fn ask_process<'a>(frozen: &Frozen, proc: &'a ProcView, tasks: &[&'a Task]) -> R
         asked: Vec::with_capacity(tasks.len()),
         replies: Vec::new(),
     };
-    for task in tasks {
+    let fields = frozen.task_fields(proc);
+    let mut first_alike: HashMap<[u64; 3], usize> = HashMap::new();
+    for (place, task) in tasks.iter().enumerate() {
+        let fields = fields.get(&task.tid).copied();
+        let alike = fields.map_or(place, |f| *first_alike.entry(f.flags).or_insert(place));
         let view = TaskView {
             proc,
             tid: task.tid,
@@ -50,11 +65,21 @@ fn ask_process<'a>(frozen: &Frozen, proc: &'a ProcView, tasks: &[&'a Task]) -> R
             regs: &task.stopped.regs,
             sigmask: task.stopped.sigmask,
             before: &task.before,
+            fields,
         };
         let mut batch = Batch::new();
-        let kinds = kinds_for(&view);
-        let asked = kinds.map(|kind| Ok((kind, kind.ask(&view, &mut batch).on_task(view.tid.0)?)));
-        answers.asked.push(asked.collect::<Result<_>>()?);
+        let mut questions = Vec::new();
+        for kind in kinds_for(&view) {
+            let told = answers.asked.get(alike).filter(|_| kind.alike());
+            let told =
+                told.and_then(|by| by.iter().find(|q| q.kind.about().tag == kind.about().tag));
+            let (asked, of) = match told {
+                Some(question) => (question.asked.clone(), alike),
+                None => (kind.ask(&view, &mut batch).on_task(view.tid.0)?, place),
+            };
+            questions.push(Question { kind, asked, of });
+        }
+        answers.asked.push(questions);
         answers.batches.push(batch);
         answers.views.push(view);
     }
@@ -86,10 +111,15 @@ pub(super) fn collect(
 ) -> Result<()> {
     for of in answers {
         let each = of.views.iter().zip(&of.batches).zip(&of.asked);
-        for (((view, batch), asked), replies) in each.zip(&of.replies) {
+        for (((view, batch), questions), replies) in each.zip(&of.replies) {
             batch.check(replies).on_task(view.tid.0)?;
-            for (kind, asked) in asked {
-                match kind.dump(cx, view, asked, replies) {
+            for Question {
+                kind,
+                asked,
+                of: by,
+            } in questions
+            {
+                match kind.dump(cx, view, asked, &of.replies[*by]) {
                     Ok(Some(record)) => cx.records.push(record),
                     Ok(None) => {}
                     Err(e) if e.kind() == Kind::Unsupported => blockers.push(e.on_task(view.tid.0)),
@@ -123,20 +153,19 @@ pub(super) fn check_sharing(
         (KcmpType::Vm, "memory (CLONE_VM)"),
     ];
     for proc in cx.procs.iter().filter(|p| !p.tids.is_empty()) {
-        for tid in &proc.tids[1..] {
+        let compare = |tid: &Tid| -> Result<Vec<Error>> {
+            let mut own = Vec::new();
             for (kind, name) in what {
-                if kcmp::kcmp(proc.pid, Pid(tid.0), kind, 0, 0)
-                    .on_task(tid.0)?
-                    .is_ne()
-                {
-                    blockers.push(
-                        Error::unsupported(format!(
-                            "a thread with a {name} of its own is not supported"
-                        ))
-                        .on_task(tid.0),
-                    );
+                let order = kcmp::kcmp(proc.pid, Pid(tid.0), kind, 0, 0).on_task(tid.0)?;
+                if order.is_ne() {
+                    let what = format!("a thread with a {name} of its own is not supported");
+                    own.push(Error::unsupported(what).on_task(tid.0));
                 }
             }
+            Ok(own)
+        };
+        for own in parallel::map(&proc.tids[1..], compare) {
+            blockers.extend(own?);
         }
     }
     let alive: Vec<Pid> = processes

@@ -58,8 +58,12 @@ pub fn collect_in_threads<B: Borrow<Batch>>(
     way: Way,
     wait: Duration,
 ) -> Result<Vec<Replies>> {
-    let mut replies = vec![None; tasks.len()];
-    if way == Way::ByHost && tasks.len() >= WORTH {
+    let batches_of = batches.iter().map(|b| b.borrow());
+    // Who is asked nothing is left alone.
+    let nothing = |batch: &Batch| batch.is_empty().then(|| batch.replies(&[], 0));
+    let mut replies: Vec<_> = batches_of.map(nothing).collect();
+    let open = replies.iter().filter(|r| r.is_none()).count();
+    if way == Way::ByHost && open >= WORTH && replies[0].is_none() {
         let pin = CpuPin::to_task(site.pid, tasks[0].tid);
         let mut host = LiveSession::enter_on(tracer, site, &tasks[0], wait, pin)?;
         replies[0] = Some(host.try_run(batches[0].borrow())?);

@@ -14,6 +14,7 @@ use freezeframe_sys::ids::{Pid, Tid};
 use freezeframe_sys::ipc::IpcNamespace;
 use freezeframe_sys::proc::{FdInfo, Map, ProcDir, Stat, Status, SyscallState, TaskDir, VmFlags};
 use freezeframe_sys::ptrace::{self, Regs, SigInfo};
+use freezeframe_sys::task_fields::TaskFields;
 use nix::fcntl::OFlag;
 
 use super::{DumpOptions, Held, Orphan};
@@ -75,6 +76,9 @@ pub struct TaskView<'a> {
     pub sigmask: u64,
     /// What was seen before the stop.
     pub before: &'a BeforeStop,
+    /// What the kernel has written down of it, where we could read that: the thread itself need
+    /// not be asked for it.
+    pub fields: Option<TaskFields>,
 }
 
 impl TaskView<'_> {

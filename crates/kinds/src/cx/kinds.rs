@@ -6,6 +6,8 @@ use freezeframe_error::{Error, Result};
 use freezeframe_image::RawRecord;
 use freezeframe_inject::{Batch, Replies};
 use freezeframe_sys::fd::Message;
+#[cfg(doc)]
+use freezeframe_sys::task_fields::TaskFields;
 
 use super::{
     Asked, Backing, DumpCx, FileItem, FileView, Late, MakeMapping, MakeObject, Mapped,
@@ -26,6 +28,11 @@ pub trait TaskKind: Sync + std::fmt::Debug {
     /// Adds to the batch that runs inside the thread what only the thread itself can ask.
     fn ask(&self, _task: &TaskView<'_>, _batch: &mut Batch) -> Result<Asked> {
         Ok(Asked::default())
+    }
+    /// Whether threads of a process with equal [`TaskFields::flags`] answer alike: then one of
+    /// them is asked for all, and `dump` gets its answers.
+    fn alike(&self) -> bool {
+        false
     }
     /// Its record, or none if there is nothing to restore (the state of a fresh
     /// process that [`crate::cx::Stage`] describes).

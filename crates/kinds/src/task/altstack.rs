@@ -8,6 +8,7 @@
 use freezeframe_error::Result;
 use freezeframe_image::{RawRecord, Tag};
 use freezeframe_inject::{Arg, Batch, Replies};
+use freezeframe_sys::task_fields::TaskFields;
 use serde::{Deserialize, Serialize};
 
 use crate::about::{About, show};
@@ -29,6 +30,7 @@ static ABOUT: About = About {
     programs: &[
         "signals::alternate_stack",
         "signals::alternate_stack_autodisarm",
+        "many::attributes",
     ],
     show: show::<Record>,
 };
@@ -59,6 +61,14 @@ impl Record {
         })
     }
 
+    fn of_fields(fields: &TaskFields) -> Option<Record> {
+        (fields.altstack_size != 0).then_some(Record {
+            address: fields.altstack,
+            size: fields.altstack_size,
+            autodisarm: fields.altstack_flags & SS_AUTODISARM != 0,
+        })
+    }
+
     fn to_stack(&self) -> [u8; SIZE] {
         let flags = if self.autodisarm { SS_AUTODISARM } else { 0 };
         let mut bytes = [0; SIZE];
@@ -79,7 +89,10 @@ impl TaskKind for AltStack {
     fn stage(&self) -> Stage {
         Stage::Signals
     }
-    fn ask(&self, _task: &TaskView<'_>, batch: &mut Batch) -> Result<Asked> {
+    fn ask(&self, task: &TaskView<'_>, batch: &mut Batch) -> Result<Asked> {
+        if task.fields.is_some() {
+            return Ok(Asked::default());
+        }
         let room = batch.room(SIZE);
         batch.call(
             "sigaltstack",
@@ -100,10 +113,13 @@ impl TaskKind for AltStack {
         replies: &Replies,
     ) -> Result<Option<RawRecord>> {
         // A fresh thread has none, so nothing is to be done for a disabled one.
-        Ok(match Record::of_stack(replies.bytes(asked.data[0])) {
-            Some(record) => Some(ABOUT.record(task.subject(), &record)?),
-            None => None,
-        })
+        let stack = match &task.fields {
+            Some(fields) => Record::of_fields(fields),
+            None => Record::of_stack(replies.bytes(asked.data[0])),
+        };
+        stack
+            .map(|record| ABOUT.record(task.subject(), &record))
+            .transpose()
     }
     fn restore(&self, task: &mut RestoreTask<'_>, record: &RawRecord) -> Result<()> {
         let record: Record = ABOUT.decode(record)?;

@@ -31,6 +31,7 @@ static ABOUT: About = About {
         "process::machine_check",
         "process::io_flusher",
         "threads::registers_amx",
+        "many::attributes",
     ],
     show: show::<Record>,
 };
@@ -132,6 +133,9 @@ impl TaskKind for CpuFlags {
             ..Asked::default()
         })
     }
+    fn alike(&self) -> bool {
+        true
+    }
     fn dump(
         &self,
         _cx: &mut DumpCx<'_>,
@@ -151,7 +155,10 @@ impl TaskKind for CpuFlags {
                 .iter()
                 .filter_map(|c| Some((*c, set(3 + *c as usize)?)))
                 .collect(),
-            components: asked.data.get(1).map_or(0, |d| replies.u64(*d)),
+            components: match task.leader {
+                true => asked.data.get(1).map_or(0, |d| replies.u64(*d)),
+                false => 0,
+            },
             io_flusher: is_io_flusher(task)?,
         };
         Ok(Some(ABOUT.record(task.subject(), &record)?))

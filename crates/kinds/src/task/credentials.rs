@@ -40,6 +40,7 @@ static ABOUT: About = About {
         "credentials::securebits",
         "credentials::no_new_privs",
         "credentials::user_with_capability",
+        "many::attributes",
     ],
     show: show::<Record>,
 };
@@ -333,7 +334,10 @@ impl TaskKind for Credentials {
     fn stage(&self) -> Stage {
         Stage::Credentials
     }
-    fn ask(&self, _task: &TaskView<'_>, batch: &mut Batch) -> Result<Asked> {
+    fn ask(&self, task: &TaskView<'_>, batch: &mut Batch) -> Result<Asked> {
+        if task.fields.is_some() {
+            return Ok(Asked::default());
+        }
         let op = batch.call(
             "prctl(PR_GET_SECUREBITS)",
             libc::SYS_prctl,
@@ -362,7 +366,10 @@ impl TaskKind for Credentials {
             effective: status.cap_eff,
             bounding: status.cap_bnd,
             ambient: status.cap_amb,
-            securebits: replies.raw(asked.ops[0]) as u32,
+            securebits: match task.fields {
+                Some(fields) => fields.securebits,
+                None => replies.raw(asked.ops[0]) as u32,
+            },
             no_new_privs: status.no_new_privs,
         };
         Ok(Some(ABOUT.record(task.subject(), &record)?))

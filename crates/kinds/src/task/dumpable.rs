@@ -56,6 +56,9 @@ impl TaskKind for Dumpable {
             ..Asked::default()
         })
     }
+    fn alike(&self) -> bool {
+        true
+    }
     fn dump(
         &self,
         _cx: &mut DumpCx<'_>,

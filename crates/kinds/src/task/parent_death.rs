@@ -25,7 +25,7 @@ static ABOUT: About = About {
     since: "",
     carried: "the signal of each thread",
     refused: "",
-    programs: &["tree::parent_death_signal"],
+    programs: &["tree::parent_death_signal", "many::attributes"],
     show: show::<Record>,
 };
 
@@ -44,7 +44,10 @@ impl TaskKind for ParentDeath {
     fn stage(&self) -> Stage {
         Stage::AfterCredentials
     }
-    fn ask(&self, _task: &TaskView<'_>, batch: &mut Batch) -> Result<Asked> {
+    fn ask(&self, task: &TaskView<'_>, batch: &mut Batch) -> Result<Asked> {
+        if task.fields.is_some() {
+            return Ok(Asked::default());
+        }
         let room = batch.room(8);
         batch.call(
             "prctl(PR_GET_PDEATHSIG)",
@@ -65,7 +68,10 @@ impl TaskKind for ParentDeath {
         replies: &Replies,
     ) -> Result<Option<RawRecord>> {
         // A fresh process has none: fork clears it.
-        let signal = replies.i32(asked.data[0]);
+        let signal = match task.fields {
+            Some(fields) => fields.parent_death,
+            None => replies.i32(asked.data[0]),
+        };
         if signal == 0 {
             return Ok(None);
         }

@@ -23,7 +23,7 @@ static ABOUT: About = About {
     since: "",
     carried: "the flags of each thread",
     refused: "",
-    programs: &["process::personality"],
+    programs: &["process::personality", "many::attributes"],
     show: show::<Record>,
 };
 
@@ -45,7 +45,10 @@ impl TaskKind for Personality {
     fn stage(&self) -> Stage {
         Stage::Attributes
     }
-    fn ask(&self, _task: &TaskView<'_>, batch: &mut Batch) -> Result<Asked> {
+    fn ask(&self, task: &TaskView<'_>, batch: &mut Batch) -> Result<Asked> {
+        if task.fields.is_some() {
+            return Ok(Asked::default());
+        }
         let op = batch.call("personality", libc::SYS_personality, [ASK.into()]);
         Ok(Asked {
             ops: vec![op],
@@ -60,7 +63,10 @@ impl TaskKind for Personality {
         asked: &Asked,
         replies: &Replies,
     ) -> Result<Option<RawRecord>> {
-        let persona = replies.raw(asked.ops[0]) as u32;
+        let persona = match task.fields {
+            Some(fields) => fields.personality,
+            None => replies.raw(asked.ops[0]) as u32,
+        };
         Ok(Some(ABOUT.record(task.subject(), &Record { persona })?))
     }
     fn restore(&self, task: &mut RestoreTask<'_>, record: &RawRecord) -> Result<()> {

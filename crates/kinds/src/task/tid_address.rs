@@ -23,7 +23,7 @@ static ABOUT: About = About {
     since: "",
     carried: "the address",
     refused: "",
-    programs: &["threads::clear_tid"],
+    programs: &["threads::clear_tid", "many::attributes"],
     show: show::<Record>,
 };
 
@@ -42,7 +42,10 @@ impl TaskKind for TidAddress {
     fn stage(&self) -> Stage {
         Stage::Thread
     }
-    fn ask(&self, _task: &TaskView<'_>, batch: &mut Batch) -> Result<Asked> {
+    fn ask(&self, task: &TaskView<'_>, batch: &mut Batch) -> Result<Asked> {
+        if task.fields.is_some() {
+            return Ok(Asked::default());
+        }
         let room = batch.room(8);
         batch.call(
             "prctl(PR_GET_TID_ADDRESS)",
@@ -64,7 +67,10 @@ impl TaskKind for TidAddress {
     ) -> Result<Option<RawRecord>> {
         // Recorded if 0, too: a shell's thread may have been cloned with CLONE_CHILD_CLEARTID.
         let record = Record {
-            address: replies.u64(asked.data[0]),
+            address: match task.fields {
+                Some(fields) => fields.tid_address,
+                None => replies.u64(asked.data[0]),
+            },
         };
         Ok(Some(ABOUT.record(task.subject(), &record)?))
     }

@@ -25,7 +25,7 @@ static ABOUT: About = About {
     since: "",
     carried: "the current slack",
     refused: "the default slack, which no interface shows",
-    programs: &["threads::timer_slack"],
+    programs: &["threads::timer_slack", "many::attributes"],
     show: show::<Record>,
 };
 
@@ -44,7 +44,10 @@ impl TaskKind for TimerSlack {
     fn stage(&self) -> Stage {
         Stage::Attributes
     }
-    fn ask(&self, _task: &TaskView<'_>, batch: &mut Batch) -> Result<Asked> {
+    fn ask(&self, task: &TaskView<'_>, batch: &mut Batch) -> Result<Asked> {
+        if task.fields.is_some() {
+            return Ok(Asked::default());
+        }
         let op = batch.call(
             "prctl(PR_GET_TIMERSLACK)",
             libc::SYS_prctl,
@@ -64,7 +67,10 @@ impl TaskKind for TimerSlack {
         replies: &Replies,
     ) -> Result<Option<RawRecord>> {
         // 0 is a real-time thread, which gets it from its policy (and to set 0 is to set the default).
-        let ns = replies.raw(asked.ops[0]) as u64;
+        let ns = match task.fields {
+            Some(fields) => fields.timer_slack,
+            None => replies.raw(asked.ops[0]) as u64,
+        };
         if ns == 0 {
             return Ok(None);
         }

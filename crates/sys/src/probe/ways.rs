@@ -172,6 +172,15 @@ pub(super) fn process_vm_readv() -> Answer {
     }
 }
 
+pub(super) fn bpf_task_iter() -> Answer {
+    let iter = crate::task_fields::TaskIter::new().map_err(said)?;
+    let own = iter.read(Pid::this()).map_err(said)?;
+    match own.contains_key(&Tid::this()) {
+        true => fine(),
+        false => Err("it does not show us".into()),
+    }
+}
+
 pub(super) fn pagemap_scan() -> Answer {
     if pagemap::has_pagemap_scan() {
         fine()
