@@ -302,6 +302,7 @@ mod tests {
                 set_next_id(Sort::Semaphores, 70_001)?;
                 // SAFETY: semget and SETVAL take integers alone.
                 let id = unsafe { libc::semget(77, 3, libc::IPC_CREAT | 0o640) };
+                // SAFETY: numbers only.
                 assert_eq!(unsafe { libc::semctl(id, 1, libc::SETVAL, 5) }, 0);
                 assert_eq!(ids(Sort::Semaphores)?, [id]);
                 Ok((id, semaphores(id)?))
