@@ -3,7 +3,9 @@
 use freezeframe_image::{RawRecord, Tag};
 
 use crate::about::{About, Family};
-use crate::cx::{BeforeTree, FileKind, Linked, LookedAtLast, MemKind, NsKind, Talking, TaskKind};
+use crate::cx::{
+    AsksOn, BeforeTree, FileKind, Linked, LookedAtLast, MemKind, NsKind, Talking, TaskKind,
+};
 use crate::{file, mem, namespace, task};
 
 /// What a descriptor can refer to. The first that claims a file has it.
@@ -104,6 +106,9 @@ pub static TASKS: &[&dyn TaskKind] = &[
     &task::subreaper::Subreaper,
     &task::mm_flags::MmFlags,
 ];
+
+/// Of these, the ones that ask more than once.
+pub static ASKING_ON: &[&dyn AsksOn] = &[&task::semaphore_undo::SemaphoreUndo];
 
 /// Namespaces that a tree may have to itself.
 pub static NAMESPACES: &[&dyn NsKind] = &[&namespace::ipc::Ipc];

@@ -2,7 +2,7 @@
 
 use super::mqueue::{self, attributes, open_for, receive, send};
 use super::os::{self, PAGE};
-use super::sysv::{EXCL, attach, control, detach, get, operate, remove, semaphore, stat};
+use super::sysv::{self, EXCL, attach, control, detach, get, operate, remove, semaphore, stat};
 use super::{Cx, Program};
 
 /// A namespace is made anew.
@@ -17,6 +17,12 @@ pub(super) const PROGRAMS: &[Program] = &[
         "semaphores",
         "sets of semaphores, made and owned by several users, under ids that do not come by themselves",
         semaphores,
+    )
+    .explained(ANEW),
+    Program::new(
+        "semaphore_undo",
+        "processes that are to undo at their end what they did to semaphores",
+        semaphore_undo,
     )
     .explained(ANEW),
     Program::new(
@@ -151,6 +157,11 @@ fn semaphores(cx: &Cx) {
         operate(first, 249, -7, libc::IPC_NOWAIT as u16).ok(),
         Some(0),
     );
+}
+
+fn semaphore_undo(cx: &Cx) {
+    enter();
+    sysv::semaphore_undo(cx);
 }
 
 fn queue_of(key: i32) -> i32 {

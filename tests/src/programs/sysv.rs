@@ -54,10 +54,15 @@ pub(super) const PROGRAMS: &[Program] = &[
     ),
     Program::new(
         "semaphore_undo",
-        "a process that is to undo at its end what it did to a semaphore",
+        "processes that are to undo at their end what they did to semaphores: taken, given, much of it",
         semaphore_undo,
+    ),
+    Program::new(
+        "semaphore_undo_of_thread",
+        "a thread with adjustments that its process does not share",
+        semaphore_undo_of_thread,
     )
-    .refused("SEM_UNDO"),
+    .refused("of a thread that does not share those of its process"),
     Program::new(
         "message_queue",
         "a message queue keeps its messages, and who waits for one goes on waiting",
@@ -397,22 +402,65 @@ fn semaphores(cx: &Cx) {
     semaphore(id, 0, libc::IPC_RMID).unwrap();
 }
 
-fn semaphore_undo(cx: &Cx) {
+pub(super) fn semaphore_undo(cx: &Cx) {
+    const NOWAIT: u16 = libc::IPC_NOWAIT as u16;
     let id = semaphores_of(libc::IPC_PRIVATE);
+    let value = |number| semaphore(id, number, libc::GETVAL).ok();
     operate(id, 2, 3, 0).unwrap();
     let taken = os::fork_run(|| {
         operate(id, 2, -1, UNDO).unwrap();
         0
     });
     os::waitpid(taken, 0).unwrap();
-    cx.same("undone", semaphore(id, 2, libc::GETVAL).ok(), Some(3));
-    let child = cx.child("child", |cx| {
+    cx.same("undone", value(2), Some(3));
+    operate(id, 0, 16_000, 0).unwrap();
+    operate(id, 1, 2, 0).unwrap();
+    // They end when the parent says so: the first sight of the values is before that.
+    let (told, tell) = os::pipe(0);
+    let (told_too, tell_too) = os::pipe(0);
+    let giver = cx.child("giver", |cx| {
+        operate(id, 0, 10_000, UNDO).unwrap();
+        operate(id, 1, 2, UNDO).unwrap();
+        cx.ready_unspoilt();
+        cx.same("told", os::read(&told, &mut [0]).ok(), Some(1));
+    });
+    let taker = cx.child("taker", |cx| {
+        operate(id, 0, -15_000, UNDO).unwrap();
         operate(id, 2, -1, UNDO).unwrap();
         cx.ready_unspoilt();
+        cx.same("told", os::read(&told_too, &mut [0]).ok(), Some(1));
     });
     cx.ready(|| operate(id, 2, 1, 0));
-    cx.join("child", child);
-    cx.same("undone", semaphore(id, 2, libc::GETVAL).ok(), Some(3));
+    cx.same("values", [0, 1, 2].map(value), [11_000, 4, 2].map(Some));
+    cx.same("one more", operate(id, 1, 1, NOWAIT).ok(), Some(0));
+    os::write(&tell_too, b"x").unwrap();
+    cx.join("taker", taker);
+    cx.same("what was taken is back", value(2), Some(3));
+    os::write(&tell, b"x").unwrap();
+    cx.join("giver", giver);
+    cx.same("undone", [0, 1, 2].map(value), [16_000, 3, 3].map(Some));
+    semaphore(id, 0, libc::IPC_RMID).unwrap();
+}
+
+fn semaphore_undo_of_thread(cx: &Cx) {
+    let id = semaphores_of(libc::IPC_PRIVATE);
+    operate(id, 0, 3, 0).unwrap();
+    let (done, taken) = std::sync::mpsc::channel::<()>();
+    let (go, end) = std::sync::mpsc::channel::<()>();
+    let thread = std::thread::spawn(move || {
+        let args = [libc::CLONE_SYSVSEM as usize, 0, 0, 0, 0, 0];
+        os::syscall(libc::SYS_unshare, args).unwrap();
+        operate(id, 0, -2, UNDO).unwrap();
+        done.send(()).unwrap();
+        let _ = end.recv();
+    });
+    taken.recv().unwrap();
+    let value = || semaphore(id, 0, libc::GETVAL).ok();
+    cx.ready(|| operate(id, 0, 1, 0));
+    cx.same("taken", value(), Some(1));
+    go.send(()).unwrap();
+    thread.join().unwrap();
+    cx.check(cx.until(|| value() == Some(3)), || "not undone".to_owned());
     semaphore(id, 0, libc::IPC_RMID).unwrap();
 }
 

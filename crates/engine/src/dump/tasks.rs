@@ -8,7 +8,7 @@ use freezeframe_inject::live::{self, Site, Way};
 use freezeframe_inject::tracer::StoppedTask;
 use freezeframe_inject::{Batch, Replies};
 use freezeframe_kinds::model::Process;
-use freezeframe_kinds::{Asked, DumpCx, ProcView, Scope, TaskKind, TaskView, registry};
+use freezeframe_kinds::{Asked, DumpCx, ProcView, Scope, Stopped, TaskKind, TaskView, registry};
 use freezeframe_sys::ids::{Pid, Tid};
 use freezeframe_sys::kcmp::{self, KcmpType};
 use freezeframe_sys::proc::SeccompMode;
@@ -101,6 +101,44 @@ fn ask_process<'a>(frozen: &Frozen, proc: &'a ProcView, tasks: &[&'a Task]) -> R
     )?;
     site.erase().on_task(proc.pid.0)?;
     Ok(answers)
+}
+
+/// Lets kinds ask on. To be done where [`ask`] is.
+pub(super) fn ask_on(
+    cx: &mut DumpCx<'_>,
+    frozen: &Frozen,
+    blockers: &mut Vec<Error>,
+) -> Result<()> {
+    for kind in registry::ASKING_ON {
+        match kind.ask_on(cx, &mut Asking(frozen)) {
+            Err(e) if e.kind() == Kind::Unsupported => blockers.push(e),
+            other => other?,
+        }
+    }
+    Ok(())
+}
+
+struct Asking<'a>(&'a Frozen);
+
+impl Stopped for Asking<'_> {
+    fn run(&mut self, tid: Tid, batch: &Batch) -> Result<Replies> {
+        let frozen = self.0;
+        let found = frozen.tasks.iter().find(|t| t.tid == tid);
+        let task = found.ok_or_else(|| Error::bug("a task that is not there"))?;
+        let of = frozen.tasks.iter().filter(|t| t.proc == task.proc);
+        let all: Vec<StoppedTask> = of.map(|t| t.stopped).collect();
+        let mut site = Site::find(frozen.procs[task.proc].pid).on_task(tid.0)?;
+        site.check(&all)?;
+        let (tracer, way) = (&frozen.tracer, Way::OneByOne);
+        let one = [task.stopped];
+        let replies =
+            live::collect_in_threads(tracer, &mut site, &one, &[batch], way, frozen.wait())?;
+        site.erase().on_task(tid.0)?;
+        let mut replies = replies.into_iter();
+        replies
+            .next()
+            .ok_or_else(|| Error::bug("a task that says nothing"))
+    }
 }
 
 /// Dumps every task kind of every thread.

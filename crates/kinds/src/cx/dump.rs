@@ -24,6 +24,7 @@ use crate::file::search::Searches;
 use crate::file::terminal::Ptys;
 use crate::mem::sysv_shm::Attached;
 use crate::model::{self, FileId, ObjectId};
+use crate::task::semaphore_undo::Adjustments;
 
 /// One frozen process of the tree.
 #[derive(Debug)]
@@ -398,6 +399,8 @@ pub struct DumpCx<'a> {
     pub ipc: IpcNamespace,
     /// The System V segments that the tree has attached.
     pub segments: Attached,
+    /// What processes are to undo at their end.
+    pub adjustments: Adjustments,
     objects: HashMap<ObjectKey, ObjectId>,
     files: HashMap<(i32, i32), FileId>,
     inodes: HashMap<(u64, u64), Vec<InodeFile>>,
@@ -434,6 +437,7 @@ impl<'a> DumpCx<'a> {
             tcp: tcp::Gathered::default(),
             ipc: IpcNamespace::default(),
             segments: Attached::default(),
+            adjustments: Adjustments::default(),
             objects: HashMap::new(),
             files: HashMap::new(),
             inodes: HashMap::new(),

@@ -6,6 +6,7 @@ use freezeframe_error::{Error, Result};
 use freezeframe_image::RawRecord;
 use freezeframe_inject::{Batch, Replies};
 use freezeframe_sys::fd::Message;
+use freezeframe_sys::ids::Tid;
 #[cfg(doc)]
 use freezeframe_sys::task_fields::TaskFields;
 
@@ -45,6 +46,18 @@ pub trait TaskKind: Sync + std::fmt::Debug {
     ) -> Result<Option<RawRecord>>;
     /// Appends the calls that set it, or sets it from outside.
     fn restore(&self, task: &mut RestoreTask<'_>, record: &RawRecord) -> Result<()>;
+}
+
+/// A task kind that goes on asking tasks, each time by what they have answered.
+pub trait AsksOn: TaskKind {
+    /// Called once, before records are made.
+    fn ask_on(&self, cx: &mut DumpCx<'_>, tree: &mut dyn Stopped) -> Result<()>;
+}
+
+/// The stopped tree, to be asked.
+pub trait Stopped {
+    /// Runs calls in one of its threads. Results are for the caller to look at.
+    fn run(&mut self, tid: Tid, batch: &Batch) -> Result<Replies>;
 }
 
 /// A kind of open file.
