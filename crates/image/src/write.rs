@@ -1,14 +1,14 @@
 //! Writing an image, and its one commit point.
 
 use std::collections::HashMap;
-use std::fs::File;
+use std::fs::{File, TryLockError};
 use std::io::{BufWriter, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use freezeframe_error::{Error, Kind, Phase, Result, ResultExt, SysExt};
 use nix::errno::Errno;
-use nix::fcntl::{AT_FDCWD, AtFlags, Flock, FlockArg, OFlag, openat, renameat};
+use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, openat, renameat};
 use nix::sys::stat::Mode;
 use nix::unistd::{UnlinkatFlags, linkat, unlinkat};
 use xxhash_rust::xxh3::Xxh3;
@@ -89,27 +89,34 @@ impl std::fmt::Debug for Xxh3Debug {
 /// The directory, locked against a second dump into it where its filesystem
 /// has locks.
 #[derive(Debug)]
-enum DirFd {
-    Locked(Flock<OwnedFd>),
-    Plain(OwnedFd),
+struct DirFd {
+    dir: File,
+    locked: bool,
 }
 
 impl DirFd {
     fn lock(fd: OwnedFd) -> Result<DirFd> {
-        match Flock::lock(fd, FlockArg::LockExclusiveNonblock) {
-            Ok(locked) => Ok(DirFd::Locked(locked)),
-            Err((_, Errno::EWOULDBLOCK)) => Err(Error::new(
+        let dir = File::from(fd);
+        match dir.try_lock() {
+            Ok(()) => Ok(DirFd { dir, locked: true }),
+            Err(TryLockError::WouldBlock) => Err(Error::new(
                 Kind::ResourceInUse,
                 "another dump is being written into this directory",
             )),
-            Err((fd, _)) => Ok(DirFd::Plain(fd)),
+            Err(TryLockError::Error(_)) => Ok(DirFd { dir, locked: false }),
         }
     }
 
-    fn fd(&self) -> &OwnedFd {
-        match self {
-            DirFd::Locked(fd) => fd,
-            DirFd::Plain(fd) => fd,
+    fn fd(&self) -> &File {
+        &self.dir
+    }
+}
+
+impl Drop for DirFd {
+    fn drop(&mut self) {
+        if self.locked {
+            // Its end unlocks it too, unless a process of ours still has it.
+            let _ = self.dir.unlock();
         }
     }
 }
@@ -129,7 +136,7 @@ impl ImageWriter {
 
     fn create_in(dir: &Path, header: Header, unnamed: bool) -> Result<ImageWriter> {
         let dirfd = DirFd::lock(read::open_dir(dir)?).on(dir.display())?;
-        if matches!(dirfd, DirFd::Locked(_)) {
+        if dirfd.locked {
             remove_leftovers(&dirfd, dir);
         }
         let temporary = temporary_name(header.image_id);
