@@ -1,0 +1,5 @@
+//! What stands between freezeframe and those who know other tools.
+//!
+//! [`criu`] is CRIU's RPC (`criu swrk FD`, `criu service`).
+
+pub mod criu;
