@@ -15,7 +15,7 @@ use freezeframe_sys::proc::ProcDir;
 use freezeframe_sys::ptrace::Options;
 
 use crate::check::{Victim, wait_until};
-use crate::tool::{getters, options, same, stop};
+use crate::tool::{collect, getters, options, same, stop};
 
 /// Some other process, dead when this is dropped.
 struct Other(Child);
@@ -340,15 +340,8 @@ pub(crate) fn other_places() {
         site.check(&stopped).unwrap();
         let batch = getters(n).0;
         let batches = same(&batch, &stopped);
-        let replies = live::collect_in_threads(
-            &tracer,
-            &mut site,
-            &stopped,
-            &batches,
-            Way::OneByOne,
-            DEFAULT_WAIT,
-        )
-        .unwrap();
+        let way = Way::OneByOne;
+        let replies = collect(&tracer, &mut site, &stopped, &batches, way).unwrap();
         assert!(replies.iter().all(|r| r.done == n as usize + 2));
     }
     victim.check("with the stub in a file's text");
@@ -439,28 +432,13 @@ pub(crate) fn a_thousand_threads() {
         let stopping = begun.elapsed();
         let (batch, pid) = getters(3);
         let batches = same(&batch, &stopped);
-        let begun = cpu_time();
-        let one_by_one = live::collect_in_threads(
-            &tracer,
-            &mut site,
-            &stopped,
-            &batches,
-            Way::OneByOne,
-            DEFAULT_WAIT,
-        )
-        .unwrap();
-        let alone = cpu_time() - begun;
-        let begun = cpu_time();
-        let by_host = live::collect_in_threads(
-            &tracer,
-            &mut site,
-            &stopped,
-            &batches,
-            Way::ByHost,
-            DEFAULT_WAIT,
-        )
-        .unwrap();
-        let collecting = cpu_time() - begun;
+        let mut timed = |way| {
+            let begun = cpu_time();
+            let replies = collect(&tracer, &mut site, &stopped, &batches, way).unwrap();
+            (replies, cpu_time() - begun)
+        };
+        let (one_by_one, alone) = timed(Way::OneByOne);
+        let (by_host, collecting) = timed(Way::ByHost);
         let want = Ok(i64::from(crowd.pid().0));
         let mut replies = one_by_one.iter().chain(&by_host);
         assert!(replies.all(|r| r.done == 5 && r.result(pid) == want));

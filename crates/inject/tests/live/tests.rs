@@ -14,7 +14,7 @@ use freezeframe_sys::ids::Tid;
 
 use crate::behaviour;
 use crate::check::{Said, Victim, wait_until};
-use crate::tool::{How, Job, getters, same, stop};
+use crate::tool::{How, Job, collect, getters, same, stop};
 use crate::victim::{CLASSES, PAUSE, WAITER};
 
 /// Every test by name.
@@ -363,15 +363,9 @@ fn next_run_at_once() {
             kills += 1;
             let tracer = Tracer::new();
             let (stopped, mut site) = stop(&tracer, victim.pid(), None).unwrap();
-            let replies = live::collect_in_threads(
-                &tracer,
-                &mut site,
-                &stopped,
-                &same(&batch, &stopped),
-                Way::OneByOne,
-                DEFAULT_WAIT,
-            )
-            .unwrap();
+            let batches = same(&batch, &stopped);
+            let way = Way::OneByOne;
+            let replies = collect(&tracer, &mut site, &stopped, &batches, way).unwrap();
             let want = Ok(i64::from(victim.pid().0));
             assert!(replies.iter().all(|r| r.result(pid) == want), "{at}");
             site.erase().unwrap();

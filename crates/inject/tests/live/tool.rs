@@ -127,14 +127,8 @@ fn round(job: &Job) -> Result<()> {
     }
     if job.how == How::Visits {
         let (batch, pid) = getters(3);
-        let replies = live::collect_in_threads(
-            &tracer,
-            &mut site,
-            &stopped,
-            &same(&batch, &stopped),
-            Way::ByHost,
-            DEFAULT_WAIT,
-        )?;
+        let batches = same(&batch, &stopped);
+        let replies = collect(&tracer, &mut site, &stopped, &batches, Way::ByHost)?;
         let want = Ok(i64::from(job.pid.0));
         if replies.iter().any(|r| r.done != 5 || r.result(pid) != want) {
             return Err(Error::bug("wrong replies"));
@@ -190,6 +184,17 @@ fn fork_round(job: &Job, tracer: &Tracer, stopped: &[StoppedTask], mut site: Sit
     step::mark("looked");
     drop(fork);
     Ok(())
+}
+
+/// The replies of each of the threads to its batch.
+pub(crate) fn collect(
+    tracer: &Tracer,
+    site: &mut Site,
+    stopped: &[StoppedTask],
+    batches: &[&Batch],
+    way: Way,
+) -> Result<Vec<Replies>> {
+    live::collect_in_threads(tracer, site, stopped, batches, way, DEFAULT_WAIT)
 }
 
 /// The same batch for each.
