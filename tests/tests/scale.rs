@@ -5,6 +5,7 @@
     reason = "a test that cannot set itself up has to fail on the spot"
 )]
 
+use freezeframe_sys::task_fields::TaskIter;
 use freezeframe_tests::run::{DEADLINE, Mode, Scene};
 use std::fs;
 use std::time::Duration;
@@ -58,6 +59,25 @@ fn linear(name: &str, small: usize, large: usize) -> Done {
 #[test]
 fn a_thousand_threads() -> Done {
     linear("scale::threads", 100, 1000)
+}
+
+/// What the kernel keeps of many threads is read from the kernel itself; where that cannot be, each is asked.
+#[test]
+fn most_of_many_threads_are_not_entered() -> Done {
+    let scene = Scene::new()?;
+    let (program, target, before) = scene.start_sized("scale::threads", 200)?;
+    let dump = scene.dump_pid(target.pid, "img", &["--leave-running", "-v4"])?;
+    let dump = dump.must_exit(0)?;
+    let said = dump.stderr.lines().find_map(|line| {
+        let (before, _) = line.split_once(" of 201 threads were entered")?;
+        before.rsplit(' ').next()?.parse::<usize>().ok()
+    });
+    let entered = said.ok_or_else(|| format!("not said: {}", dump.stderr))?;
+    scene.finish(target, &program, &before, Mode::Running)?;
+    match (TaskIter::new(), entered) {
+        (Ok(_), ..20) | (Err(_), 201) => Ok(()),
+        (iter, _) => Err(format!("{entered} of 201 were entered, with {iter:?}")),
+    }
 }
 
 #[test]

@@ -381,6 +381,9 @@ fn gather(
     let tables = files::collect(&mut cx, &mut blockers).in_phase(Phase::Collect)?;
     let answers = tasks::ask(frozen).in_phase(Phase::Collect)?;
     tasks::ask_on(&mut cx, frozen, &mut blockers).in_phase(Phase::Collect)?;
+    let entered: usize = answers.iter().map(|of| of.entered()).sum();
+    let threads = frozen.threads();
+    log!(events, Debug, "{entered} of {threads} threads were entered");
     // Only now: while threads are asked, their memory has more in it.
     let (shown, collected) = parallel::beside(
         frozen.threads(),

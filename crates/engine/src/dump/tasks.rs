@@ -24,6 +24,13 @@ pub(super) struct Answers<'a> {
     replies: Vec<Replies>,
 }
 
+impl Answers<'_> {
+    /// How many threads had to be asked themselves.
+    pub(super) fn entered(&self) -> usize {
+        self.batches.iter().filter(|b| !b.is_empty()).count()
+    }
+}
+
 /// What a kind has asked of a thread.
 struct Question {
     kind: &'static dyn TaskKind,
