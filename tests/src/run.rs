@@ -637,12 +637,18 @@ impl Scene {
     ) -> Vec<String> {
         let start = Instant::now();
         loop {
-            let found = differences(before, &Snapshot::take(target.pid), program.explained);
+            let found = self.differences(target, program, before);
             if found.is_empty() || start.elapsed() > DEADLINE / 2 {
-                return found.iter().map(|d| format!("/proc: {d}")).collect();
+                return found;
             }
             std::thread::sleep(Duration::from_millis(5));
         }
+    }
+
+    /// What is not as it was, at this moment.
+    pub fn differences(&self, target: Target, program: &Program, before: &Snapshot) -> Vec<String> {
+        let found = differences(before, &Snapshot::take(target.pid), program.explained);
+        found.iter().map(|d| format!("/proc: {d}")).collect()
     }
 
     /// Waits for the target to exit with 0.

@@ -15,12 +15,14 @@ mod vfork;
 use std::cell::{Cell, RefCell};
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use freezeframe_error::{Error, Kind, Result, ResultExt};
 use freezeframe_inject::tracer::{self, StoppedTask, Stopping, Tracer};
 use freezeframe_kinds::{BeforeStop, ProcView, task};
 use freezeframe_sys::ids::{Pid, Tid};
+use freezeframe_sys::keeper;
 use freezeframe_sys::pidfd;
 use freezeframe_sys::proc::{ProcDir, Status, TaskDir};
 use freezeframe_sys::ptrace::Options;
@@ -519,8 +521,10 @@ impl Frozen {
         let deadline = Instant::now() + self.wait;
         // All are stopped: none can start anything, or handle the death of another.
         let alive = self.procs.iter().rev().filter(|p| !p.tids.is_empty());
+        let keeper = keeper::all_or_none(alive.clone().map(|p| p.pidfd.as_fd()));
         let all = alive.map(|p| (p.pid, p.tids.clone())).collect();
         let killed = self.tracer.kill_all(all, deadline);
+        drop(keeper);
         self.let_go().and(killed)
     }
 }

@@ -1,19 +1,17 @@
 //! The cgroup freezer (cgroups(7)): of version 1 wherever it is mounted, and of
 //! version 2 (`cgroup.freeze`, Linux 5.2).
-#![allow(unsafe_code)]
 
 use std::ffi::OsStr;
 use std::fs::{self, File, OpenOptions};
 use std::io::{ErrorKind, Write};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use freezeframe_error::{Error, Kind, Result, SysExt};
-use nix::errno::Errno;
 
 use crate::ids::{Pid, Tid};
-use crate::pidfd;
+use crate::keeper::{Deed, Keeper};
 use crate::proc::{Mount, ProcDir};
 
 /// Version 1 or 2.
@@ -31,6 +29,27 @@ pub struct Freezer {
 }
 
 impl Freezer {
+    /// Has each of these frozen or thawed if we die, in this order: whoever kills us must not decide
+    /// whether a frozen container goes on.
+    ///
+    /// # Errors
+    /// What open(2) and clone(2) say.
+    pub fn keep<'a>(all: impl IntoIterator<Item = (&'a Freezer, bool)>) -> Result<Keeper> {
+        let mut files: Vec<(File, &'static str)> = Vec::new();
+        for (freezer, frozen) in all {
+            let path = freezer.file();
+            let file = OpenOptions::new().write(true).open(&path);
+            let file = file
+                .sys("open")
+                .map_err(|e| e.on(path.display().to_string()))?;
+            files.push((file, freezer.word(frozen)));
+        }
+        let deeds = files
+            .iter()
+            .map(|(file, word)| Deed::Write(file.as_fd(), word));
+        Keeper::start(deeds.collect())
+    }
+
     /// The cgroup that is this directory.
     ///
     /// # Errors
@@ -205,92 +224,6 @@ pub fn frozen_by(tid: Tid) -> Option<String> {
             .map(|f| format!("frozen, cgroup {}", f.dir.display())),
         Err(e) if e.kind() == Kind::Unsupported => Some(e.to_string()),
         Err(_) => None,
-    }
-}
-
-/// A process that freezes or thaws cgroups if we die: whoever kills us must not
-/// decide whether a frozen container goes on. Dropping it ends it, and nothing
-/// is done.
-#[derive(Debug)]
-pub struct Keeper {
-    pid: libc::pid_t,
-    pidfd: OwnedFd,
-}
-
-impl Keeper {
-    /// Starts it: on our death each of these is frozen or thawed, in this order.
-    ///
-    /// # Errors
-    /// What clone says.
-    pub fn start<'a>(all: impl IntoIterator<Item = (&'a Freezer, bool)>) -> Result<Keeper> {
-        let us = pidfd::pidfd_open(Pid::this())?;
-        let mut files: Vec<(File, &'static str)> = Vec::new();
-        for (freezer, frozen) in all {
-            let path = freezer.file();
-            let file = OpenOptions::new().write(true).open(&path);
-            let file = file
-                .sys("open")
-                .map_err(|e| e.on(path.display().to_string()))?;
-            files.push((file, freezer.word(frozen)));
-        }
-        let mut kept: Vec<i32> = files.iter().map(|(file, _)| file.as_raw_fd()).collect();
-        kept.push(us.as_raw_fd());
-        kept.sort_unstable();
-        let zero = 0usize;
-        // No signal at its end: nobody but us learns of it.
-        // SAFETY: as fork(2) does it (no CLONE_VM): a copy of our memory and of this thread alone.
-        // It makes system calls only, allocates nothing and takes no lock (see `keep`), so it
-        // does not matter which were held.
-        let pid = unsafe { libc::syscall(libc::SYS_clone, zero, zero, zero, zero, zero) };
-        match Errno::result(pid).sys("clone")? {
-            0 => keep(us.as_raw_fd(), &files, &kept),
-            pid => {
-                let pid = pid as libc::pid_t;
-                Ok(Keeper {
-                    pid,
-                    pidfd: pidfd::pidfd_open(Pid(pid))?,
-                })
-            }
-        }
-    }
-}
-
-/// The keeper's life.
-fn keep(us: i32, files: &[(File, &'static str)], kept: &[i32]) -> ! {
-    let mut poll = libc::pollfd {
-        fd: us,
-        events: libc::POLLIN,
-        revents: 0,
-    };
-    // SAFETY: system calls on memory of our own (a copy: nobody else has it). Descriptors
-    // that are closed are this process's copies, and nothing here uses them any more.
-    unsafe {
-        // A kill of our process group is not meant for it.
-        libc::setsid();
-        let mut from = 0u32;
-        for fd in kept {
-            if *fd as u32 > from {
-                libc::syscall(libc::SYS_close_range, from, *fd as u32 - 1, 0);
-            }
-            from = *fd as u32 + 1;
-        }
-        libc::syscall(libc::SYS_close_range, from, u32::MAX, 0);
-        while libc::poll(&raw mut poll, 1, -1) < 1 {}
-        for (file, word) in files {
-            libc::write(file.as_raw_fd(), word.as_ptr().cast(), word.len());
-        }
-        libc::_exit(0)
-    }
-}
-
-impl Drop for Keeper {
-    fn drop(&mut self) {
-        let _ = pidfd::pidfd_send_signal(&self.pidfd, libc::SIGKILL);
-        let flags = libc::__WALL;
-        // SAFETY: waitpid with no status. Somebody else may have waited for it.
-        while unsafe { libc::waitpid(self.pid, std::ptr::null_mut(), flags) } < 0
-            && Errno::last() == Errno::EINTR
-        {}
     }
 }
 

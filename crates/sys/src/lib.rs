@@ -21,6 +21,7 @@ pub mod ids;
 pub mod ioprio;
 pub mod ipc;
 pub mod kcmp;
+pub mod keeper;
 pub mod mem;
 pub mod mmap;
 pub mod mqueue;

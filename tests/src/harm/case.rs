@@ -1,11 +1,11 @@
 //! One program and one action of the command, struck again and again; after each blow everything has to be as it was.
 
-use super::strike::{self, Blow, Struck, When, Whom};
+use super::strike::{self, Blow, Call, Struck, When, Whom};
 use crate::programs::Program;
 use crate::run::{DEADLINE, Mode, Scene, Target, own_network, own_surroundings, rules};
 use crate::snapshot::{Snapshot, children, state_of};
 use nix::errno::Errno;
-use nix::sys::signal::{Signal, kill};
+use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 use std::fs;
 use std::time::Duration;
@@ -43,6 +43,8 @@ impl Action {
 pub enum Fault {
     /// SIGKILL, after a step.
     KillAtStep(Whom),
+    /// SIGKILL, after so many calls of one sort.
+    KillAtCall(Whom, Call, u8),
     /// SIGKILL, at any instant.
     KillAnyTime(Whom),
     /// A signal that asks it to end, as a service manager or a terminal sends it.
@@ -100,6 +102,9 @@ impl Fault {
                     whom.name()
                 )
             }
+            Fault::KillAtCall(whom, call, n) => {
+                format!("SIGKILL after {}, {n} times, {}", call.name(), whom.name())
+            }
             Fault::KillAtStep(whom) => format!("SIGKILL after a step, {}", whom.name()),
             Fault::KillAnyTime(whom) => format!("SIGKILL at any instant, {}", whom.name()),
             Fault::Asked(signal) => format!("{signal}, at a step"),
@@ -109,7 +114,7 @@ impl Fault {
 
     fn blow(self) -> Blow {
         match self {
-            Fault::KillAtStep(whom) | Fault::KillAnyTime(whom) => {
+            Fault::KillAtStep(whom) | Fault::KillAtCall(whom, ..) | Fault::KillAnyTime(whom) => {
                 Blow::Signal(whom, Signal::SIGKILL)
             }
             // A terminal sends to both; the one that traces has to leave it to the other.
@@ -309,6 +314,7 @@ impl Session<'_> {
         // Each blow has its part of the way, and falls anywhere in it.
         let mut within = |whole: u64| 1 + (place * whole + dice.below(whole)) / of.max(1);
         let when = match fault {
+            Fault::KillAtCall(_, call, n) => When::Call(call, n.into()),
             Fault::KillAnyTime(_) | Fault::Paused(_) | Fault::StoppedAndKilled(_) => When::After(
                 Duration::from_micros(within(measure.time.as_micros() as u64)),
             ),
@@ -343,7 +349,10 @@ impl Session<'_> {
     /// The tree runs on as it was, with nothing beside it.
     fn unharmed(&self) -> Result<(), String> {
         self.scene.await_alone(&self.target)?;
-        self.unharmed_now()?;
+        let settled = self
+            .scene
+            .settled_differences(self.target, self.program, &self.before);
+        self.is_there_with(settled)?;
         // Those of an image whose tree is dead stay until its restore.
         match rules()?.as_slice() {
             [] => Ok(()),
@@ -403,44 +412,22 @@ impl Session<'_> {
 
     fn after_dump(&mut self) -> Result<(), String> {
         let complete = self.image()?;
-        let is = match self.alive().as_slice() {
-            [] if complete => Err(String::new()),
-            _ => self.unharmed(),
-        };
-        match is {
+        match self.all_or_nothing()? {
             Ok(()) => {
+                self.unharmed()?;
                 self.dump_whole().map_err(|e| format!("the next: {e}"))?;
                 self.only_this_image()?;
             }
             Err(e) if !complete => return Err(e),
-            // There is always one of the two. Who killed us may have stopped us half-way through the killing.
-            Err(_) => {
-                for pid in self.alive() {
-                    let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
-                }
-                self.scene.await_gone(&self.before, DEADLINE)?;
-            }
+            // There is always one of the two.
+            Err(_) => self.scene.await_gone(&self.before, DEADLINE)?,
         }
         self.restore_whole()?;
         self.unharmed().map_err(|e| format!("restored: {e}"))
     }
 
     fn after_restore(&mut self) -> Result<(), String> {
-        // Either it is over, or all of it goes.
-        let mut is = Ok(());
-        let settled = self.scene.await_that(
-            "all or nothing of the tree",
-            || {
-                reap_but(self.target.pid);
-                is = self.unharmed_now();
-                Ok(is.is_ok() || self.alive().is_empty())
-            },
-            None,
-        );
-        if let Err(e) = settled {
-            return Err(format!("{e}\n{}", is.err().unwrap_or_default()));
-        }
-        if is.is_err() {
+        if self.all_or_nothing()?.is_err() {
             self.scene.await_gone(&self.before, DEADLINE)?;
             self.scene.await_alone(&self.target)?;
             self.restore_whole().map_err(|e| format!("the next: {e}"))?;
@@ -448,17 +435,34 @@ impl Session<'_> {
         self.unharmed()
     }
 
-    fn unharmed_now(&self) -> Result<(), String> {
-        if self.alive().is_empty() {
-            return Err("nothing of it is there".to_owned());
+    /// Waits until it is over, or all of the tree goes: an error of which what is missed is told.
+    fn all_or_nothing(&mut self) -> Result<Result<(), String>, String> {
+        let mut is = Ok(());
+        let settled = self.scene.await_that(
+            "all or nothing of the tree",
+            || {
+                reap_but(self.target.pid);
+                let now = self
+                    .scene
+                    .differences(self.target, self.program, &self.before);
+                is = self.is_there_with(now);
+                Ok(is.is_ok() || self.alive().is_empty())
+            },
+            None,
+        );
+        match settled {
+            Ok(()) => Ok(is),
+            Err(e) => Err(format!("{e}\n{}", is.err().unwrap_or_default())),
         }
-        let faults = self
-            .scene
-            .settled_differences(self.target, self.program, &self.before);
-        if faults.is_empty() {
+    }
+
+    fn is_there_with(&self, differences: Vec<String>) -> Result<(), String> {
+        if self.alive().is_empty() {
+            Err("nothing of it is there".to_owned())
+        } else if differences.is_empty() {
             Ok(())
         } else {
-            Err(faults.join("\n"))
+            Err(differences.join("\n"))
         }
     }
 }

@@ -50,8 +50,39 @@ pub enum When {
     Never,
     /// Right after this step; the first is 1.
     Step(u64),
+    /// Right after so many calls of one sort; other calls are no steps then.
+    Call(Call, u64),
     /// So long after its start.
     After(Duration),
+}
+
+/// Calls that are made once for each process of a tree, and that are about all of it or nothing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Call {
+    /// A dumped process is killed.
+    Kill,
+    /// A restored task is to live on if the tool dies.
+    LetLive,
+}
+
+impl Call {
+    /// For tables.
+    pub fn name(self) -> &'static str {
+        match self {
+            Call::Kill => "kill(2)",
+            Call::LetLive => "the last PTRACE_SETOPTIONS",
+        }
+    }
+
+    fn is(self, nr: i64, args: &[u64; 6]) -> bool {
+        match self {
+            Call::Kill => nr == libc::SYS_kill && args[1] == libc::SIGKILL as u64,
+            Call::LetLive => {
+                let options = args[0] == u64::from(libc::PTRACE_SETOPTIONS);
+                nr == libc::SYS_ptrace && options && args[3] == 0
+            }
+        }
+    }
 }
 
 /// What is done to it.
@@ -431,11 +462,10 @@ impl<'w> Chase<'w> {
         match info {
             Ok(SyscallInfo::Entry { nr, args }) => {
                 let nr = nr as i64;
-                let step = match self.blow {
-                    Blow::Signal(..) | Blow::Pause(..) => {
-                        DEEDS.contains(&nr) && !is_poll(nr, &args)
-                    }
-                    Blow::Fail(_) => !never_fails(nr, &args),
+                let step = match (self.when, self.blow) {
+                    (When::Call(call, _), _) => call.is(nr, &args),
+                    (_, Blow::Fail(_)) => !never_fails(nr, &args),
+                    _ => DEEDS.contains(&nr) && !is_poll(nr, &args),
                 };
                 self.only_threads(thread, nr, &args);
                 self.threads.insert(thread.0, step.then_some(nr));
@@ -478,7 +508,7 @@ impl<'w> Chase<'w> {
     }
 
     fn strike(&mut self, thread: Tid, nr: i64) {
-        if !matches!(self.when, When::Step(at) if at == self.steps) {
+        if !matches!(self.when, When::Step(at) | When::Call(_, at) if at == self.steps) {
             return;
         }
         self.place = Some(format!("step {} {}", self.steps, name_of(nr)));

@@ -14,8 +14,9 @@ use std::time::{Duration, Instant};
 
 use freezeframe_error::{Error, Kind, Result, ResultExt};
 use freezeframe_inject::tracer::{self, StoppedTask, Stopping, Tracer};
-use freezeframe_sys::cgroup::{Freezer, Keeper};
+use freezeframe_sys::cgroup::Freezer;
 use freezeframe_sys::ids::{Pid, Tid};
+use freezeframe_sys::keeper::Keeper;
 
 use super::OPTIONS;
 
@@ -46,7 +47,7 @@ impl Ice {
             return Ok(Vec::new());
         }
         self.keepers
-            .push(Keeper::start(fresh.iter().map(|f| (f, true)))?);
+            .push(Freezer::keep(fresh.iter().map(|f| (f, true)))?);
         self.thawed.extend(fresh.iter().cloned());
         seize_and_thaw(&fresh, tracer, deadline)
     }
@@ -90,7 +91,7 @@ pub(crate) fn freeze(dir: &Path, tracer: &Tracer, deadline: Instant) -> Result<V
         return Err(Error::new(Kind::Usage, text).on(dir.display().to_string()));
     }
     let all = [freezer];
-    let keeper = Keeper::start([(&all[0], false)])?;
+    let keeper = Freezer::keep([(&all[0], false)])?;
     let thawed = Thawed(&all[0]);
     all[0].set(true)?;
     while !all[0].is_at_rest() {

@@ -2,11 +2,13 @@
 
 use std::collections::BTreeMap;
 use std::mem::offset_of;
+use std::os::fd::AsFd;
 use std::time::Instant;
 
 use freezeframe_error::{Error, Kind, Phase, Result, ResultExt, Target};
 use freezeframe_stub::layout::{OP_SIZE, Op};
 use freezeframe_stub::shell::{Slot, after_syscall};
+use freezeframe_sys::keeper;
 use freezeframe_sys::mem::Mem;
 use freezeframe_sys::pidfd::pidfd_send_signal;
 use freezeframe_sys::proc::ProcDir;
@@ -136,10 +138,14 @@ impl Shells<'_> {
             ready(self.tracer, f)?;
         }
 
-        // From here on the tree lives on if we die, but for these few calls.
+        // From here on the tree lives on if we die, once these calls are made for all of it, and
+        // the keeper has gone.
+        let alive = (0..self.processes.len()).filter(|&p| !self.is_empty(p));
+        let keeper = keeper::all_or_none(alive.map(|p| self.processes[p].pidfd.as_fd()));
         for f in &finals {
             ptrace::set_options(self.tid(f.task), Options::NONE)?;
         }
+        drop(keeper);
         let mut failed = None;
         for f in &finals {
             let tid = self.tid(f.task);
