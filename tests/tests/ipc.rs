@@ -5,11 +5,16 @@
     reason = "a test that cannot set itself up has to fail on the spot"
 )]
 
+use freezeframe_sys::ids::Pid;
+use freezeframe_sys::ipc::queue_names;
+use freezeframe_sys::pidfd::{pidfd_getfd, pidfd_open};
 use freezeframe_sys::sysv;
 use freezeframe_tests::run::{DEADLINE, Mode, Scene, Target, ipc_left, own_ipc};
 use freezeframe_tests::tool::freezeframe;
 use nix::sched::{CloneFlags, setns};
 use std::fs;
+use std::os::fd::AsRawFd;
+use std::path::PathBuf;
 use std::process::Command;
 
 /// Lets a program check itself, and sees it pass and end.
@@ -154,6 +159,37 @@ fn a_namespace_that_others_are_in_is_refused() {
     dumped.must_exit(0).unwrap();
     scene.await_gone(&before, DEADLINE).unwrap();
     let target = scene.restore_pid(target.pid, "img", &[]).unwrap().0;
+    let mode = Mode::Restore;
+    scene.finish(target, &program, &before, mode).unwrap();
+}
+
+#[test]
+fn a_queue_without_a_name_that_others_have_is_refused() {
+    own_ipc().unwrap();
+    let scene = Scene::new().unwrap();
+    let name = "mqueue::deleted_with_messages";
+    let (program, target, before) = scene.start_program(name).unwrap();
+    let fds = fs::read_dir(format!("/proc/{}/fd", target.pid)).unwrap();
+    let mut fds = fds.map(|fd| fd.unwrap());
+    let is_queue = |path: PathBuf| path.as_os_str() == "/ff-deleted (deleted)";
+    let fd = fds.find(|fd| fs::read_link(fd.path()).is_ok_and(is_queue));
+    let fd = fd.unwrap().file_name().into_string().unwrap();
+    let process = pidfd_open(Pid(target.pid)).unwrap();
+    let ours = pidfd_getfd(&process, fd.parse().unwrap()).unwrap();
+    let refused = scene.dump_pid(target.pid, "no", &[]).unwrap();
+    let refused = refused.must_exit(1).unwrap();
+    let words = format!(
+        "process {} (fd {}) has open too",
+        std::process::id(),
+        ours.as_raw_fd()
+    );
+    assert!(refused.stderr.contains(&words), "{}", refused.told());
+    drop(ours);
+    let dumped = scene.dump_pid(target.pid, "img", &[]).unwrap();
+    dumped.must_exit(0).unwrap();
+    scene.await_gone(&before, DEADLINE).unwrap();
+    let target = scene.restore_pid(target.pid, "img", &[]).unwrap().0;
+    assert_eq!(queue_names().unwrap(), Vec::<Vec<u8>>::new());
     let mode = Mode::Restore;
     scene.finish(target, &program, &before, mode).unwrap();
 }

@@ -239,6 +239,11 @@ pub fn queue_names() -> Result<Vec<Vec<u8>>> {
     entries.map(name).collect()
 }
 
+/// The device of the file system of the queues.
+pub fn queue_device() -> Result<u64> {
+    Ok(crate::fd::fstat(queue_mount()?)?.dev)
+}
+
 /// The file system of the queues, mounted nowhere.
 fn queue_mount() -> Result<OwnedFd> {
     const FSCONFIG_CMD_CREATE: i32 = 6;

@@ -4,24 +4,31 @@
 //! when those that have it open end. So only the descriptor is carried, as that of a
 //! file is; the queue has to be there at the restore, and be the same.
 //!
+//! One whose name is gone ends with the last descriptor, so it is carried whole, and made
+//! again under a name of ours for the moment. What waits in it can be read only by
+//! receiving it, which is done when the tree is dead.
+//!
 //! # References
-//! mq_overview(7), mq_notify(3)
+//! mq_overview(7), mq_notify(3), mq_unlink(3)
 
 use std::ffi::CString;
 use std::fs::File;
 use std::io::Read;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 
 use freezeframe_error::{Error, Kind, Result};
 use freezeframe_image::{RawRecord, Tag};
-use freezeframe_sys::fd::{fstat, reopen};
-use freezeframe_sys::mqueue;
+use freezeframe_inject::{Arg, Batch, OpRef};
+use freezeframe_sys::fd::{Stat, fstat, reopen};
+use freezeframe_sys::{ipc, mqueue};
 use nix::fcntl::OFlag;
 use serde::{Deserialize, Serialize};
 
 use crate::about::{About, show};
-use crate::cx::{DumpCx, FileItem, FileKind, FileView, RestoreFiles};
-use crate::file::{is_opath, shown};
+use crate::cx::{DumpCx, FileItem, FileKind, FileView, Orphan, RestoreFiles};
+use crate::file::{access, is_opath, outside, provide_made, shown};
+use crate::model::FileId;
+use crate::namespace::ipc::made_by;
 
 /// See the module.
 #[derive(Debug)]
@@ -29,17 +36,19 @@ pub struct Mqueue;
 
 static ABOUT: About = About {
     tag: Tag::new(*b"FMQU"),
-    version: 1,
+    version: 2,
     name: "mqueue",
     title: "POSIX message queues",
     manual: "mq_overview(7)",
     since: "",
-    carried: "descriptors of queues that have a name, with access mode and O_NONBLOCK; the queue and what waits in it stay where they are, as the contents of a file do",
-    refused: "a queue without a name (\"a deleted message queue (mqueue) is not supported\"), one that is to notify a process of the tree (\"the notification of a message queue (mq_notify) is not supported\"); at a restore, one that is gone or another",
+    carried: "descriptors of queues that have a name, with access mode and O_NONBLOCK; the queue and what waits in it stay where they are, as the contents of a file do. Queues without a name (mq_unlink) whole: size, owner, permissions, messages with their priorities; /proc shows them under another name",
+    refused: "one that is to notify a process of the tree (\"the notification of a message queue (mq_notify) is not supported\"), one of another IPC namespace; without a name, one that a process outside the tree has open too (\"which is outside the tree\") and, with the tree left running, one with messages (\"holds messages, which are read by taking them away\"); at a restore, one that is gone or another",
     programs: &[
         "mqueue::queue",
         "mqueue::waited_for",
         "mqueue::deleted",
+        "mqueue::deleted_with_messages",
+        "mqueue::deleted_limits",
         "mqueue::notifies",
     ],
     show: show::<Record>,
@@ -51,6 +60,95 @@ struct Record {
     name: Vec<u8>,
     dev: u64,
     ino: u64,
+    deleted: Option<Deleted>,
+}
+
+/// What is said of a file of a queue without a name.
+#[derive(Debug, Serialize, Deserialize)]
+struct Deleted {
+    /// The first file of the queue, which has it.
+    first: FileId,
+    queue: Option<Queue>,
+}
+
+/// A queue that is made anew.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Queue {
+    uid: u32,
+    gid: u32,
+    mode: u32,
+    /// Messages at most.
+    most: i64,
+    /// Bytes of a message at most.
+    size: i64,
+    /// Priority and text.
+    pub(crate) messages: Vec<(u32, Vec<u8>)>,
+}
+
+impl Queue {
+    /// All of a queue but what waits in it, which has to wait until the tree is dead: a tree
+    /// that is not to be killed is refused, if something does. Says whether.
+    pub(crate) fn look(cx: &DumpCx<'_>, queue: impl AsFd, stat: &Stat) -> Result<(Queue, bool)> {
+        let attributes = mqueue::attributes(queue)?;
+        let waiting = attributes.waiting > 0;
+        if waiting && !cx.options.kills {
+            return Err(Error::unsupported(
+                "it holds messages, which are read by taking them away: not supported where the tree is left running",
+            ));
+        }
+        let queue = Queue {
+            uid: stat.uid,
+            gid: stat.gid,
+            mode: stat.mode & 0o7777,
+            most: attributes.most,
+            size: attributes.size,
+            messages: Vec::new(),
+        };
+        Ok((queue, waiting))
+    }
+
+    /// Takes what waits in it. The name is for people.
+    pub(crate) fn take(&mut self, queue: impl AsFd, name: &[u8]) -> Result<()> {
+        self.messages = mqueue::take_all(queue).map_err(|e| {
+            let name = shown(name);
+            e.context(format!(
+                "what waited in the POSIX message queue {name} is lost"
+            ))
+        })?;
+        Ok(())
+    }
+
+    /// Appends the calls that make it under this name, as the user who had made it; gives the
+    /// descriptor.
+    pub(crate) fn make(&self, batch: &mut Batch, name: &[u8]) -> OpRef {
+        let name = batch.cstr(name);
+        let attributes = [0, self.most, self.size, 0, 0, 0, 0, 0];
+        let bytes: Vec<u8> = attributes.iter().flat_map(|n| n.to_ne_bytes()).collect();
+        let attributes = batch.data(&bytes);
+        let flags =
+            libc::O_CREAT | libc::O_EXCL | libc::O_RDWR | libc::O_NONBLOCK | libc::O_CLOEXEC;
+        let opened = made_by(batch, (self.uid, self.gid), |batch| {
+            let args = [name.into(), flags.into(), 0o600.into(), attributes.into()];
+            batch.call("mq_open", libc::SYS_mq_open, args)
+        });
+        let mode = [opened.into(), self.mode.into()];
+        batch.call("fchmod", libc::SYS_fchmod, mode);
+        opened
+    }
+}
+
+/// Appends the call that sends a message to a queue; gives its length.
+pub(crate) fn send(batch: &mut Batch, queue: Arg, (priority, text): &(u32, Vec<u8>)) -> usize {
+    let message = batch.data(text);
+    let args = [
+        queue,
+        message.into(),
+        text.len().into(),
+        (*priority).into(),
+        0.into(),
+    ];
+    batch.call("mq_timedsend", libc::SYS_mq_timedsend, args);
+    text.len()
 }
 
 /// mqueue (statfs(2)).
@@ -58,8 +156,12 @@ const MQUEUE: i64 = 0x1980_0202;
 
 /// The name of the queue that is shown as `/dev/mqueue/NAME` or `/NAME`.
 fn name_of(link: &[u8]) -> &[u8] {
-    link.rsplit(|b| *b == b'/').next().unwrap_or_default()
+    let name = link.rsplit(|b| *b == b'/').next().unwrap_or_default();
+    name.strip_suffix(DELETED).unwrap_or(name)
 }
+
+/// What stands behind the name of a queue without one.
+const DELETED: &[u8] = b" (deleted)";
 
 /// Whom the queue notifies, as reading it tells: `QSIZE:0 NOTIFY:0 SIGNO:0 NOTIFY_PID:12`.
 pub(crate) fn notified(text: &str) -> i32 {
@@ -104,9 +206,6 @@ impl FileKind for Mqueue {
         None
     }
     fn dump(&self, cx: &mut DumpCx<'_>, file: &FileView<'_>) -> Result<RawRecord> {
-        if file.stat.nlink == 0 {
-            return Err(file.refuse("a deleted message queue (mqueue) is not supported"));
-        }
         let mut text = String::new();
         // Another open file: reading has a position.
         let status = reopen(file.ours()?, OFlag::O_RDONLY).map_err(|e| file.blame(e))?;
@@ -119,7 +218,11 @@ impl FileKind for Mqueue {
                 file.refuse("the notification of a message queue (mq_notify) is not supported")
             );
         }
-        let name = name_of(file.link);
+        if file.stat.nlink == 0 {
+            return dump_deleted(cx, file);
+        }
+        let name = file.link.rsplit(|b| *b == b'/').next();
+        let name = name.unwrap_or_default();
         let (dev, ino) = (file.stat.dev, file.stat.ino);
         let same = || open_same(name, OFlag::O_RDONLY, Some((dev, ino)));
         if cx.ipc.inside(same)?.is_none() {
@@ -131,13 +234,27 @@ impl FileKind for Mqueue {
             name: name.to_vec(),
             dev,
             ino,
+            deleted: None,
         };
         ABOUT.record(file.subject(), &record)
     }
-    /// By us, who can look whether it is the same: a queue does not care who has opened it.
+    fn group(&self, item: &FileItem<'_>) -> Result<u64> {
+        let record: Record = ABOUT.decode(item.record)?;
+        let first = record.deleted.map_or(item.id, |deleted| deleted.first);
+        Ok(first.0.into())
+    }
+    /// One that has a name by us, who can look whether it is the same: a queue does not care
+    /// who has opened it. But it counts against the limit of the user who has made it.
     fn restore(&self, cx: &mut RestoreFiles<'_>, group: &[FileItem<'_>]) -> Result<()> {
         for item in group {
             let record: Record = ABOUT.decode(item.record)?;
+            if let Some(deleted) = record.deleted {
+                match deleted.queue {
+                    Some(queue) => make_deleted(cx, &queue, group),
+                    None => continue,
+                }
+                return Ok(());
+            }
             let kept = libc::O_ACCMODE | libc::O_NONBLOCK;
             let flags = OFlag::from_bits_retain(item.common.flags as i32 & kept);
             let flags = flags | OFlag::O_CLOEXEC;
@@ -154,6 +271,96 @@ impl FileKind for Mqueue {
     }
 }
 
+fn dump_deleted(cx: &mut DumpCx<'_>, file: &FileView<'_>) -> Result<RawRecord> {
+    let (dev, ino) = (file.stat.dev, file.stat.ino);
+    let mut record = Record {
+        name: name_of(file.link).to_vec(),
+        dev,
+        ino,
+        deleted: None,
+    };
+    let first = cx
+        .files_of_inode(dev, ino)
+        .first()
+        .map_or(file.id, |f| f.id);
+    if first != file.id {
+        record.deleted = Some(Deleted { first, queue: None });
+        return ABOUT.record(file.subject(), &record);
+    }
+    if cx.ipc.inside(ipc::queue_device)? != dev {
+        return Err(
+            file.refuse("a message queue (mqueue) of another IPC namespace is not supported")
+        );
+    }
+    let is_deleted = |link: &[u8]| link.ends_with(DELETED);
+    let mut others = outside::opened(cx, is_deleted).into_iter();
+    if let Some(other) = others.find(|o| o.inode == (dev, ino)) {
+        return Err(file.refuse(format!(
+            "a deleted message queue (mqueue) that process {} (fd {}) has open too, which is outside the tree, is not supported",
+            other.pid, other.fd
+        )));
+    }
+    let how = OFlag::O_RDONLY | OFlag::O_NONBLOCK;
+    let opened = reopen(file.ours()?, how).map_err(|e| file.blame(e))?;
+    let (queue, waiting) = Queue::look(cx, &opened, file.stat).map_err(|e| file.blame(e))?;
+    record.deleted = Some(Deleted {
+        first,
+        queue: Some(queue),
+    });
+    let raw = ABOUT.record(file.subject(), &record)?;
+    if waiting {
+        cx.orphans.push(Box::new(Left {
+            queue: opened,
+            subject: file.subject(),
+            record,
+        }));
+    }
+    Ok(raw)
+}
+
+/// A queue without a name of a tree that is to be killed.
+#[derive(Debug)]
+struct Left {
+    queue: OwnedFd,
+    subject: u64,
+    record: Record,
+}
+
+impl Orphan for Left {
+    fn take(mut self: Box<Self>, _: &str, _: &mut Vec<String>) -> Result<Option<RawRecord>> {
+        let Record { name, deleted, .. } = &mut self.record;
+        let queue = deleted.as_mut().and_then(|deleted| deleted.queue.as_mut());
+        let queue = queue.ok_or_else(|| Error::bug("a message queue that is none"))?;
+        queue.take(&self.queue, name)?;
+        ABOUT.record(self.subject, &self.record).map(Some)
+    }
+}
+
+/// Makes a queue without a name, and opens it as often as it was.
+fn make_deleted(cx: &mut RestoreFiles<'_>, queue: &Queue, group: &[FileItem<'_>]) {
+    let name = format!("freezeframe.{}.{}", cx.pid, group[0].id.0).into_bytes();
+    let unlink = |batch: &mut Batch| {
+        let name = batch.cstr(&name);
+        batch.call("mq_unlink", libc::SYS_mq_unlink, [name.into()])
+    };
+    // That of a restore that was killed just here.
+    let before = unlink(cx.batch);
+    cx.batch.may_fail(before);
+    let made = queue.make(cx.batch, &name);
+    for item in group {
+        let how = libc::O_CLOEXEC | access(item.common.flags);
+        let path = cx.batch.cstr(&name);
+        let args = [path.into(), how.into(), 0.into(), 0.into()];
+        let opened = cx.batch.call("mq_open", libc::SYS_mq_open, args);
+        provide_made(cx, item.id, opened, item.common.flags, 0);
+    }
+    unlink(cx.batch);
+    for message in &queue.messages {
+        send(cx.batch, made.into(), message);
+    }
+    cx.batch.call("close", libc::SYS_close, [made.into()]);
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -161,7 +368,7 @@ mod tests {
     #[test]
     fn name_and_notification_are_read() {
         assert_eq!(name_of(b"/dev/mqueue/a b"), b"a b");
-        assert_eq!(name_of(b"/a"), b"a");
+        assert_eq!(name_of(b"/a (deleted)"), b"a");
         let text = "QSIZE:129        NOTIFY:2     SIGNO:0     NOTIFY_PID:8260  \n";
         assert_eq!(notified(text), 8260);
         assert_eq!(notified("QSIZE:0 NOTIFY:0 SIGNO:0 NOTIFY_PID:0 \n"), 0);

@@ -8,9 +8,7 @@ use std::time::{Duration, Instant};
 use freezeframe_error::{Error, Kind, Result, ResultExt, SysExt};
 use freezeframe_sys::fd::terminal::{self, Settings};
 use freezeframe_sys::fd::{self, ioctl};
-use freezeframe_sys::ids::Pid;
 use freezeframe_sys::pidfd::pidfd_getfd;
-use freezeframe_sys::proc::{ProcDir, all_pids};
 use nix::fcntl::OFlag;
 use nix::poll::PollFlags;
 use nix::sys::stat::Mode;
@@ -21,6 +19,7 @@ use super::queue::{HOLDS, Input, Meddling, Stopped, cut, has_lines, ready, waiti
 use super::{CONTROLLING, PTMX, device_of, external_name, name_of};
 use crate::bytes::Bytes;
 use crate::cx::{DumpCx, FileView, InodeFile};
+use crate::file::outside;
 use crate::model::FileId;
 
 /// Whether a slave is open.
@@ -119,26 +118,10 @@ impl Ptys {
     /// Whoever is outside of the tree and has a terminal of ours open would
     /// have it hung up, and keep its number from being used again.
     fn look_outside(&mut self, cx: &DumpCx<'_>) {
-        let inside: HashSet<Pid> = cx.procs.iter().map(|p| p.pid).collect();
-        for pid in all_pids().unwrap_or_default() {
-            // They come and go: whoever is gone has nothing open.
-            if inside.contains(&pid) || pid == Pid::this() {
-                continue;
-            }
-            let Ok(dir) = ProcDir::open(pid) else {
-                continue;
-            };
-            for number in dir.fds().unwrap_or_default() {
-                let is_pty = |link: Vec<u8>| link.starts_with(b"/dev/pts/");
-                if !dir.fd_link(number).is_ok_and(is_pty) {
-                    continue;
-                }
-                let stat = std::fs::metadata(format!("/proc/{pid}/fd/{number}"));
-                if let Ok(stat) = stat {
-                    let key = (stat.dev(), stat.rdev());
-                    self.outside.entry(key).or_insert((pid.0, number));
-                }
-            }
+        let is_pty = |link: &[u8]| link.starts_with(b"/dev/pts/");
+        for file in outside::opened(cx, is_pty) {
+            let key = (file.inode.0, file.rdev);
+            self.outside.entry(key).or_insert((file.pid.0, file.fd));
         }
     }
 }

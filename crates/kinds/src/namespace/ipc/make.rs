@@ -3,9 +3,11 @@
 use freezeframe_error::{Error, Result, ResultExt};
 use freezeframe_inject::{Arg, Batch, OpRef};
 use freezeframe_sys::ipc::{Sort, set_next_id};
+use nix::unistd::{getegid, geteuid};
 
-use super::{Owner, Queue, Record};
+use super::{Owner, Record};
 use crate::cx::MakeObject;
+use crate::file::mqueue::{self, Queue};
 use crate::file::shown;
 
 /// Bytes of messages that are sent by one batch.
@@ -17,20 +19,21 @@ pub(crate) fn made_by(
     (uid, gid): (u32, u32),
     call: impl FnOnce(&mut Batch) -> OpRef,
 ) -> OpRef {
+    let us = (geteuid().as_raw(), getegid().as_raw());
     let switch = |batch: &mut Batch, to: (u32, u32)| {
         let keep = Arg::Imm(u64::from(u32::MAX));
-        if gid != 0 {
+        if gid != us.1 {
             let args = [to.1.into(), to.1.into(), keep];
             batch.call("setresgid", libc::SYS_setresgid, args);
         }
-        if uid != 0 {
+        if uid != us.0 {
             let args = [to.0.into(), to.0.into(), keep];
             batch.call("setresuid", libc::SYS_setresuid, args);
         }
     };
     switch(batch, (uid, gid));
     let made = call(batch);
-    switch(batch, (0, 0));
+    switch(batch, us);
     made
 }
 
@@ -47,8 +50,8 @@ pub(super) fn object(cx: &mut dyn MakeObject, object: &Record) -> Result<()> {
             messages,
         } => message_queue(cx, *id, owner, *limit, messages)
             .on(format!("System V message queue {id}")),
-        Record::Queue(queue) => {
-            posix_queue(cx, queue).on(format!("POSIX message queue {}", shown(&queue.name)))
+        Record::Queue { name, queue } => {
+            posix_queue(cx, name, queue).on(format!("POSIX message queue {}", shown(name)))
         }
     }
 }
@@ -136,39 +139,15 @@ fn message_queue(
     cx.run(&batch).map(drop)
 }
 
-fn posix_queue(cx: &mut dyn MakeObject, queue: &Queue) -> Result<()> {
+fn posix_queue(cx: &mut dyn MakeObject, name: &[u8], queue: &Queue) -> Result<()> {
     let mut batch = Batch::new();
-    let name = batch.cstr(&queue.name);
-    let attributes = [0, queue.most, queue.size, 0, 0, 0, 0, 0];
-    let bytes: Vec<u8> = attributes.iter().flat_map(|n| n.to_ne_bytes()).collect();
-    let attributes = batch.data(&bytes);
-    let flags = libc::O_CREAT | libc::O_EXCL | libc::O_RDWR | libc::O_NONBLOCK | libc::O_CLOEXEC;
-    let opened = made_by(&mut batch, (queue.uid, queue.gid), |batch| {
-        let args = [name.into(), flags.into(), 0o600.into(), attributes.into()];
-        batch.call("mq_open", libc::SYS_mq_open, args)
-    });
-    let mode = [opened.into(), queue.mode.into()];
-    batch.call("fchmod", libc::SYS_fchmod, mode);
+    let opened = queue.make(&mut batch, name);
     let fd = cx.run(&batch)?.raw(opened);
     let fd = Arg::from(i32::try_from(fd).map_err(|_| Error::bug("a descriptor that is none"))?);
     let mut batch = Batch::new();
-    send_all(
-        cx,
-        &mut batch,
-        &queue.messages,
-        |batch, (priority, text)| {
-            let message = batch.data(text);
-            let args = [
-                fd,
-                message.into(),
-                text.len().into(),
-                (*priority).into(),
-                0.into(),
-            ];
-            batch.call("mq_timedsend", libc::SYS_mq_timedsend, args);
-            text.len()
-        },
-    )?;
+    send_all(cx, &mut batch, &queue.messages, |batch, message| {
+        mqueue::send(batch, fd, message)
+    })?;
     batch.call("close", libc::SYS_close, [fd]);
     cx.run(&batch).map(drop)
 }

@@ -28,7 +28,7 @@ use freezeframe_image::{RawRecord, Tag};
 use freezeframe_sys::fd::fstat;
 use freezeframe_sys::ipc::{self, IpcNamespace, Sort};
 use freezeframe_sys::proc::ProcDir;
-use freezeframe_sys::{mqueue, sysv};
+use freezeframe_sys::sysv;
 use nix::fcntl::OFlag;
 use serde::{Deserialize, Serialize};
 
@@ -37,7 +37,7 @@ pub(crate) use settings::Settings;
 
 use crate::about::{About, show};
 use crate::cx::{DumpCx, MakeObject, NsKind, Orphan, ProcView};
-use crate::file::mqueue::{notified, open as open_queue};
+use crate::file::mqueue::{Queue, notified, open as open_queue};
 use crate::file::shown;
 use crate::mem::sysv_shm;
 
@@ -47,7 +47,7 @@ pub struct Ipc;
 
 static ABOUT: About = About {
     tag: Tag::new(*b"NIPC"),
-    version: 1,
+    version: 2,
     name: "ipc-namespace",
     title: "IPC namespace of the tree",
     manual: "ipc_namespaces(7)",
@@ -87,7 +87,11 @@ enum Record {
         /// Type and text.
         messages: Vec<(i64, Vec<u8>)>,
     },
-    Queue(Queue),
+    /// A POSIX message queue, its name without a slash.
+    Queue {
+        name: Vec<u8>,
+        queue: Queue,
+    },
 }
 
 /// Key, owner and permissions of an object of System V.
@@ -99,22 +103,6 @@ struct Owner {
     cuid: u32,
     cgid: u32,
     mode: u32,
-}
-
-/// A POSIX message queue.
-#[derive(Debug, Serialize, Deserialize)]
-struct Queue {
-    /// Without a slash.
-    name: Vec<u8>,
-    uid: u32,
-    gid: u32,
-    mode: u32,
-    /// Messages at most.
-    most: i64,
-    /// Bytes of a message at most.
-    size: i64,
-    /// Priority and text.
-    messages: Vec<(u32, Vec<u8>)>,
 }
 
 impl From<ipc::Permissions> for Owner {
@@ -234,7 +222,6 @@ fn segments(attached: &sysv_shm::Attached) -> Result<Vec<(i32, sysv::Segment)>> 
 fn dump_queue(cx: &mut DumpCx<'_>, name: &[u8], subject: u64) -> Result<()> {
     let flags = OFlag::O_RDONLY | OFlag::O_NONBLOCK;
     let queue = cx.ipc.inside(|| open_queue(name, flags))?;
-    let attributes = mqueue::attributes(&queue)?;
     let stat = fstat(&queue)?;
     let mut text = String::new();
     let mut file = File::from(queue);
@@ -244,28 +231,16 @@ fn dump_queue(cx: &mut DumpCx<'_>, name: &[u8], subject: u64) -> Result<()> {
         let what = "the notification of a message queue (mq_notify) is not supported";
         return Err(Error::unsupported(what));
     }
-    if attributes.waiting > 0 && !cx.options.kills {
-        return Err(Error::unsupported(
-            "it holds messages, which are read by taking them away: not supported where the tree is left running",
-        ));
-    }
-    let record = Queue {
+    let (queue, waiting) = Queue::look(cx, &file, &stat)?;
+    let record = Record::Queue {
         name: name.to_vec(),
-        uid: stat.uid,
-        gid: stat.gid,
-        mode: stat.mode & 0o7777,
-        most: attributes.most,
-        size: attributes.size,
-        messages: Vec::new(),
+        queue,
     };
-    cx.records
-        .push(ABOUT.record(subject, &Record::Queue(record))?);
-    if attributes.waiting > 0 {
-        let record = cx.records.last().cloned();
-        cx.orphans.extend(record.map(|record| {
-            let queue = OwnedFd::from(file);
-            Box::new(Left { queue, record }) as Box<dyn Orphan>
-        }));
+    let record = ABOUT.record(subject, &record)?;
+    cx.records.push(record.clone());
+    if waiting {
+        let queue = OwnedFd::from(file);
+        cx.orphans.push(Box::new(Left { queue, record }));
     }
     Ok(())
 }
@@ -279,17 +254,12 @@ struct Left {
 
 impl Orphan for Left {
     fn take(self: Box<Self>, _image: &str, _: &mut Vec<String>) -> Result<Option<RawRecord>> {
-        let Record::Queue(mut queue) = ABOUT.decode(&self.record)? else {
+        let Record::Queue { name, mut queue } = ABOUT.decode(&self.record)? else {
             return Err(Error::bug("a message queue that is none"));
         };
-        let what = format!(
-            "what waited in the POSIX message queue {}",
-            shown(&queue.name)
-        );
-        let taken = mqueue::take_all(&self.queue);
-        queue.messages = taken.map_err(|e| e.context(format!("{what} is lost")))?;
+        queue.take(&self.queue, &name)?;
         ABOUT
-            .record(self.record.subject, &Record::Queue(queue))
+            .record(self.record.subject, &Record::Queue { name, queue })
             .map(Some)
     }
 }
