@@ -13,7 +13,7 @@ use clap::error::ErrorKind;
 use clap::parser::ValueSource;
 use clap::{Arg, ArgAction, ArgMatches, Command, value_parser};
 
-use crate::actions::{ACTIONS, Act};
+use crate::actions::{ACTIONS, Act, shim};
 use crate::options::{Carried, OPTIONS, Opt, Takes, WITHOUT_OPTIONS};
 
 /// The level of the log unless told otherwise: warnings.
@@ -386,6 +386,9 @@ fn command_with(wanted: impl Fn(Act) -> bool) -> Command {
             .args_override_self(true)
             .override_usage(usage(a.act))
             .max_term_width(100);
+        if a.act == Act::Shim {
+            sub = shim::describe(sub);
+        }
         if let Some((name, most)) = a.words {
             sub = sub.arg(
                 Arg::new("words")

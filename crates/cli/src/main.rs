@@ -38,13 +38,22 @@ use grammar::{Stop, Usage};
 fn main() {
     let args: Vec<OsString> = std::env::args_os().collect();
     let as_criu = called_as_criu(&args);
+    if let Some(words) = actions::shim::called(&args) {
+        std::process::exit(code(actions::shim::run(&words), &args));
+    }
     // No thread may exist before the engine's process is forked.
     let line = config::expand(&args, as_criu).map_err(Stop::from);
     let line = line.and_then(|args| grammar::parse(&args));
-    let code = match line.and_then(|line| run(&line)) {
+    let done = line.and_then(|line| run(&line));
+    std::process::exit(code(done, &args));
+}
+
+/// How it ended, told where that is still to be done; the exit code.
+fn code(done: Result<i32, Stop>, args: &[OsString]) -> i32 {
+    match done {
         Ok(code) => code,
         Err(Stop::Version) => {
-            version(as_criu);
+            version(called_as_criu(args));
             outcome::DONE
         }
         Err(Stop::Clap(e)) => {
@@ -52,15 +61,14 @@ fn main() {
             if e.use_stderr() {
                 let rendered = e.render().to_string();
                 let first = rendered.lines().next().unwrap_or_default();
-                usage_json(&args, first.trim_start_matches("error: "));
+                usage_json(args, first.trim_start_matches("error: "));
                 outcome::USAGE
             } else {
                 outcome::DONE
             }
         }
-        Err(Stop::Usage(Usage(text))) => usage(&args, &text),
-    };
-    std::process::exit(code);
+        Err(Stop::Usage(Usage(text))) => usage(args, &text),
+    }
 }
 
 fn run(line: &grammar::Line) -> Result<i32, Stop> {
@@ -73,6 +81,7 @@ fn run(line: &grammar::Line) -> Result<i32, Stop> {
         Act::Support => actions::support::run(line),
         Act::Completions => actions::completions::run(line),
         Act::Man => actions::man::run(line),
+        Act::Shim => Err(Usage("shim has to be the first word".to_owned()).into()),
         later => Err(Usage(format!("the action {} is not carried yet", later.name())).into()),
     }
 }

@@ -99,7 +99,7 @@ const fn opt(long: &'static str, help: &'static str) -> Opt {
 
 use Act::{
     Check, Completions, Dedup, Dump, Inspect, LazyPages, Man, PageServer, PreDump, Restore,
-    Service, Support, Swrk, Verify,
+    Service, Shim, Support, Swrk, Verify,
 };
 
 const DUMPS: &[Act] = &[Dump, PreDump];
@@ -231,7 +231,7 @@ pub(crate) static OPTIONS: &[Opt] = &[
 ];
 
 /// Actions that take no part in the option groups above.
-pub(crate) const WITHOUT_OPTIONS: &[Act] = &[Completions, Man];
+pub(crate) const WITHOUT_OPTIONS: &[Act] = &[Completions, Man, Shim];
 
 #[cfg(test)]
 mod tests {

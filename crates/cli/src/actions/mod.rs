@@ -6,6 +6,7 @@ pub(crate) mod dump;
 pub(crate) mod inspect;
 pub(crate) mod man;
 pub(crate) mod restore;
+pub(crate) mod shim;
 pub(crate) mod support;
 pub(crate) mod verify;
 
@@ -34,6 +35,7 @@ pub(crate) enum Act {
     Support,
     Completions,
     Man,
+    Shim,
 }
 
 /// An action's row: its name, its line in the help, what follows it.
@@ -109,6 +111,7 @@ pub(crate) static ACTIONS: &[About] = &[
     )
     .words("SHELL", 1),
     about(Act::Man, "man", "Print the manual page"),
+    about(Act::Shim, "shim", "Stand in for a container runtime"),
     later(
         Act::PreDump,
         "pre-dump",
