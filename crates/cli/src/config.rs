@@ -36,19 +36,34 @@ pub(crate) fn expand(args: &[OsString], as_criu: bool) -> Result<Vec<OsString>, 
     }
     let mut out: Vec<OsString> = args.iter().take(1).cloned().collect();
     if defaults {
-        let home = std::env::var_os("HOME").map(|home| Path::new(&home).join(".criu/default.conf"));
-        let named = std::env::var_os("CRIU_CONFIG_FILE").map(PathBuf::from);
-        for file in [Some("/etc/criu/default.conf".into()), home, named]
-            .into_iter()
-            .flatten()
-        {
-            out.extend(read(&file, true)?);
-        }
+        out.extend(of_default_files()?);
     }
     for file in files {
         out.extend(read(&file, false)?);
     }
     out.extend(args.iter().skip(1).cloned());
+    Ok(out)
+}
+
+/// The options of a request by CRIU's RPC: those of the default files before its own,
+/// and after them, which so are overridden, those of the file it names, if that is there.
+pub(crate) fn around(words: &[OsString], file: Option<&Path>) -> Result<Vec<OsString>, Usage> {
+    let mut out = of_default_files()?;
+    out.extend_from_slice(words);
+    if let Some(file) = file {
+        out.extend(read(file, true)?);
+    }
+    Ok(out)
+}
+
+fn of_default_files() -> Result<Vec<OsString>, Usage> {
+    let home = std::env::var_os("HOME").map(|home| Path::new(&home).join(".criu/default.conf"));
+    let named = std::env::var_os("CRIU_CONFIG_FILE").map(PathBuf::from);
+    let files = [Some("/etc/criu/default.conf".into()), home, named];
+    let mut out = Vec::new();
+    for file in files.into_iter().flatten() {
+        out.extend(read(&file, true)?);
+    }
     Ok(out)
 }
 

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex};
 use freezeframe::{Error, Events, Kind, Level, Phase, Result, Step};
 
 use crate::guard::Link;
+use crate::hooks::Hooks;
 use crate::log::Log;
 
 /// The command's [`Events`].
@@ -18,27 +19,35 @@ pub(crate) struct Ears {
     holds: bool,
     phase: Mutex<Option<Phase>>,
     pidfile: Option<PathBuf>,
+    hooks: Hooks,
 }
 
 impl Ears {
     /// For a dump: the log is held while the target is frozen.
-    pub(crate) fn of_dump(log: Arc<Log>, link: Link) -> Ears {
+    pub(crate) fn of_dump(log: Arc<Log>, link: Link, hooks: Hooks) -> Ears {
         Ears {
             log,
             link,
             holds: true,
             phase: Mutex::new(None),
             pidfile: None,
+            hooks,
         }
     }
     /// For a restore, which writes the root's PID to `pidfile` before it runs.
-    pub(crate) fn of_restore(log: Arc<Log>, link: Link, pidfile: Option<PathBuf>) -> Ears {
+    pub(crate) fn of_restore(
+        log: Arc<Log>,
+        link: Link,
+        hooks: Hooks,
+        pidfile: Option<PathBuf>,
+    ) -> Ears {
         Ears {
             log,
             link,
             holds: false,
             phase: Mutex::new(None),
             pidfile,
+            hooks,
         }
     }
     /// Tells the visible process the root of the tree.
@@ -74,10 +83,10 @@ impl Events for Ears {
         if self.cancelled() {
             return Err(Error::new(Kind::Cancelled, "stopped by a signal"));
         }
-        match (step, &self.pidfile) {
-            (Step::PostRestore(pid), Some(path)) => write_pid(path, pid),
-            _ => Ok(()),
+        if let (Step::PostRestore(pid), Some(path)) = (step, &self.pidfile) {
+            write_pid(path, pid)?;
         }
+        self.hooks.call(step, &|| self.cancelled())
     }
     fn cancelled(&self) -> bool {
         self.link.wants_stop()

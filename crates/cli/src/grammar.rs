@@ -7,13 +7,15 @@
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use clap::error::ErrorKind;
 use clap::parser::ValueSource;
 use clap::{Arg, ArgAction, ArgMatches, Command, value_parser};
 
 use crate::actions::{ACTIONS, Act, shim};
+use crate::caller::Caller;
 use crate::options::{Carried, OPTIONS, Opt, Takes, WITHOUT_OPTIONS};
 
 /// The level of the log unless told otherwise: warnings.
@@ -26,6 +28,10 @@ pub(crate) struct Line {
     matches: ArgMatches,
     /// Lines for the log: options that mean nothing here.
     pub(crate) ignored: Vec<String>,
+    /// Who asked for it by CRIU's RPC.
+    pub(crate) caller: Option<Arc<Caller>>,
+    /// Whether we are CRIU to whoever called.
+    pub(crate) as_criu: bool,
 }
 
 impl Line {
@@ -126,6 +132,12 @@ impl From<Usage> for Stop {
     }
 }
 
+/// Called by a link of that name we are CRIU to whoever calls.
+pub(crate) fn called_as_criu(args: &[OsString]) -> bool {
+    let name = args.first().and_then(|a| Path::new(a).file_name());
+    name.is_some_and(|n| n.as_bytes() == b"criu")
+}
+
 /// Reads a command line, the program's own name first.
 pub(crate) fn parse(args: &[OsString]) -> Result<Line, Stop> {
     let words = canonical(args)?;
@@ -154,6 +166,8 @@ pub(crate) fn parse(args: &[OsString]) -> Result<Line, Stop> {
         act,
         matches,
         ignored: Vec::new(),
+        caller: None,
+        as_criu: called_as_criu(args),
     };
     if !WITHOUT_OPTIONS.contains(&act) {
         line.ignored = judge(&line)?;

@@ -59,11 +59,11 @@ enum Way {
 }
 
 impl Link {
-    fn new(way: Way) -> Link {
+    fn new(way: Way, shown: bool) -> Link {
         Link {
             way,
             stop: AtomicBool::new(false),
-            shown: std::io::stderr().is_terminal(),
+            shown,
             told: Mutex::new(Instant::now()),
         }
     }
@@ -119,11 +119,13 @@ fn signals() -> SigSet {
     [SIGINT, SIGTERM, SIGHUP, SIGQUIT].into_iter().collect()
 }
 
-/// Does `work` in a child process and watches it.
+/// Does `work` in a child process and watches it; `drawn`: progress is shown to
+/// whom it may concern.
 ///
 /// # Errors
 /// When the child cannot be made, or did not live to tell how it ended.
-pub(crate) fn in_child(work: impl FnOnce(Link) -> i32) -> Result<Ended> {
+pub(crate) fn in_child(drawn: bool, work: impl FnOnce(Link) -> i32) -> Result<Ended> {
+    let drawn = drawn && std::io::stderr().is_terminal();
     let early = |e: Error| e.leaving(Target::Untouched);
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags)
@@ -145,12 +147,12 @@ pub(crate) fn in_child(work: impl FnOnce(Link) -> i32) -> Result<Ended> {
             let _ = stops.thread_swap_mask(SigmaskHow::SIG_BLOCK);
             process::without_stop_notices();
             take_descriptors();
-            let code = work(Link::new(Way::Child(theirs)));
+            let code = work(Link::new(Way::Child(theirs), drawn));
             std::process::exit(code);
         }
         Forked::Parent(child) => {
             drop(theirs);
-            let ended = watch(Pid::from_raw(child.0), &ours);
+            let ended = watch(Pid::from_raw(child.0), &ours, drawn);
             let _ = mask(before, SigmaskHow::SIG_SETMASK);
             ended
         }
@@ -174,13 +176,13 @@ pub(crate) fn here(work: impl FnOnce(Link) -> i32) -> Result<Ended> {
     let fd = SignalFd::with_flags(&signals(), SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
         .map_err(|e| early("signalfd", e))?;
     take_descriptors();
-    let code = work(Link::new(Way::Direct(fd)));
+    let code = work(Link::new(Way::Direct(fd), false));
     let _ = before.thread_swap_mask(SigmaskHow::SIG_SETMASK);
     Ok(Ended { code, root: None })
 }
 
 /// Passes signals on, draws the progress, until the child has ended.
-fn watch(child: Pid, socket: &UnixStream) -> Result<Ended> {
+fn watch(child: Pid, socket: &UnixStream, drawn: bool) -> Result<Ended> {
     let lost = |e: Error| {
         e.context("the engine's process cannot be watched")
             .leaving(Target::Unknown)
@@ -188,7 +190,7 @@ fn watch(child: Pid, socket: &UnixStream) -> Result<Ended> {
     let signals = SignalFd::with_flags(&signals(), SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
         .map_err(|e| lost(Error::syscall("signalfd", e as i32)))?;
     let mut ended = Ended::default();
-    let mut progress = std::io::stderr().is_terminal().then(Progress::new);
+    let mut progress = drawn.then(Progress::new);
     let start = Instant::now();
     let mut tick = Duration::ZERO;
     loop {

@@ -30,6 +30,8 @@ pub(crate) struct Log {
     act: Act,
     out: Mutex<Out>,
     path: Option<PathBuf>,
+    /// Nothing goes to stderr beside the file: it may be that of a container.
+    quiet: bool,
 }
 
 struct Out {
@@ -65,6 +67,7 @@ impl Log {
             act: line.act,
             out: Mutex::new(Out { file, held: None }),
             path,
+            quiet: line.caller.is_some(),
         })
     }
 
@@ -161,7 +164,7 @@ impl Log {
         if self.level > 0 {
             self.write(&format!("{last}\n"));
         }
-        if let Some(path) = &self.path {
+        if let Some(path) = self.path.as_ref().filter(|_| !self.quiet) {
             let mut text = String::new();
             for (area, line) in story(e, self.act) {
                 text += &format!("{} ({area}): {}\n", error_word(), shown(&line));
@@ -185,6 +188,14 @@ fn error_word() -> &'static str {
 pub(crate) fn last_line(e: &Error, exit: i32) -> String {
     let phase = e.phase().map(|p| format!(" phase={p}")).unwrap_or_default();
     format!("kind={}{phase} target={} exit={exit}", e.kind(), e.target())
+}
+
+/// The chain of an error and what else was found, in one line.
+pub(crate) fn in_one_line(e: &Error, act: Act) -> String {
+    let mut lines = Vec::new();
+    tell(e, act, "", &mut lines);
+    let texts: Vec<String> = lines.into_iter().map(|(_, text)| shown(&text)).collect();
+    texts.join("; ")
 }
 
 /// The chain of an error, each link once, then what else was found, then what it means.

@@ -16,10 +16,12 @@ macro_rules! complain {
 }
 
 mod actions;
+mod caller;
 mod config;
 mod ears;
 mod grammar;
 mod guard;
+mod hooks;
 mod log;
 mod options;
 mod outcome;
@@ -28,8 +30,6 @@ mod table;
 mod words;
 
 use std::ffi::OsString;
-use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
 
 use actions::Act;
 use freezeframe::{Error, Kind, Target};
@@ -37,10 +37,10 @@ use grammar::{Stop, Usage};
 
 fn main() {
     let args: Vec<OsString> = std::env::args_os().collect();
-    let as_criu = called_as_criu(&args);
     if let Some(words) = actions::shim::called(&args) {
         std::process::exit(code(actions::shim::run(&words), &args));
     }
+    let as_criu = grammar::called_as_criu(&args);
     // No thread may exist before the engine's process is forked.
     let line = config::expand(&args, as_criu).map_err(Stop::from);
     let line = line.and_then(|args| grammar::parse(&args));
@@ -53,7 +53,7 @@ fn code(done: Result<i32, Stop>, args: &[OsString]) -> i32 {
     match done {
         Ok(code) => code,
         Err(Stop::Version) => {
-            version(called_as_criu(args));
+            version(grammar::called_as_criu(args));
             outcome::DONE
         }
         Err(Stop::Clap(e)) => {
@@ -82,6 +82,8 @@ fn run(line: &grammar::Line) -> Result<i32, Stop> {
         Act::Completions => actions::completions::run(line),
         Act::Man => actions::man::run(line),
         Act::Shim => Err(Usage("shim has to be the first word".to_owned()).into()),
+        Act::Swrk => actions::rpc::swrk(line),
+        Act::Service => actions::service::run(line),
         later => Err(Usage(format!("the action {} is not carried yet", later.name())).into()),
     }
 }
@@ -98,12 +100,6 @@ fn usage_json(args: &[OsString], text: &str) {
         let e = Error::new(Kind::Usage, text.to_owned()).leaving(Target::Untouched);
         outcome::print(&outcome::failure(&e));
     }
-}
-
-/// Called by a link of that name we are CRIU to whoever calls.
-fn called_as_criu(args: &[OsString]) -> bool {
-    let name = args.first().and_then(|a| Path::new(a).file_name());
-    name.is_some_and(|n| n.as_bytes() == b"criu")
 }
 
 /// Called as `criu`, in the form that CRIU's users read.

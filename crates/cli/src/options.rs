@@ -111,6 +111,12 @@ const IMAGES: &[Act] = &[
 const RUNS: &[Act] = &[Dump, PreDump, Restore, Service, Swrk, PageServer, LazyPages];
 const PAGES: &[Act] = &[Dump, PreDump, Restore, PageServer, LazyPages];
 
+const SERVERS: &[Act] = &[Service, PageServer, LazyPages];
+
+/// Why what concerns a namespace means nothing.
+const NO_MOUNTS: &str = "a tree with mounts of its own is refused, so there are none to carry";
+const NO_NETWORK: &str = "a tree with a network of its own is refused, so there is none to carry";
+
 /// All options, in the order of the help.
 pub(crate) static OPTIONS: &[Opt] = &[
     // What, and where.
@@ -163,6 +169,10 @@ pub(crate) static OPTIONS: &[Opt] = &[
     opt("display-stats", "Print counts and times at the end").on(BOTH),
     opt("close", "Close our descriptor FD first").takes("FD").on(RUNS).repeats(),
     opt("log-pid", "A log for each process").on(&[Restore]).moot("one process does all the work of a restore, so there is one log"),
+    opt("action-script", "Run this at each step, by the shell: CRTOOLS_SCRIPT_ACTION names the step, CRTOOLS_IMAGE_DIR the image, CRTOOLS_INIT_PID the root of the tree. One that fails ends the operation")
+        .takes("SCRIPT")
+        .on(BOTH)
+        .repeats(),
     opt("unprivileged", "Do with the rights there are").on(&[Dump, PreDump, Restore, Check]).moot("it is always tried with the rights there are"),
     opt("no-default-config", "Do not read /etc/criu/default.conf and $HOME/.criu/default.conf (read when called as criu)"),
     opt("config", "Read more options from FILE: one a line, without the dashes").takes("FILE"),
@@ -177,7 +187,7 @@ pub(crate) static OPTIONS: &[Opt] = &[
     opt("check", "Compare FILE with what would be printed; exit 1 if it is stale").takes("FILE").on(&[Support]),
     // Not carried, or moot.
     opt("ghost-fiemap", "Find the data of files without a name by fiemap").on(DUMPS).moot("their holes are found by lseek"),
-    opt("evasive-devices", "Use any path of a device").on(BOTH).not_yet(),
+    opt("evasive-devices", "Use any path of a device").on(DUMPS).not_yet(),
     opt("force-irmap", "Find the names of inotify watches by search").on(DUMPS).not_yet(),
     opt("irmap-scan-path", "Where to search for them").takes("DIR").on(DUMPS).repeats().not_yet(),
     opt("freeze-cgroup", "Freeze this cgroup while all in it is seized").takes("DIR").on(DUMPS),
@@ -187,30 +197,31 @@ pub(crate) static OPTIONS: &[Opt] = &[
     opt("cgroup-props-file", "Properties of controllers, from a file").takes("FILE").on(BOTH).not_yet(),
     opt("cgroup-dump-controller", "Dump only this controller").takes("NAME").on(DUMPS).repeats().not_yet(),
     opt("cgroup-yard", "Where the cgroups are mounted").takes("DIR").on(BOTH).not_yet(),
-    opt("root", "Another root of the mount namespace").short('r').takes("DIR").on(&[Restore]).not_yet(),
-    opt("ext-mount-map", "External mounts").short('M').takes("KEY:VALUE").on(BOTH).repeats().not_yet(),
-    opt("enable-external-sharing", "Accept external shared mounts").on(DUMPS).not_yet(),
-    opt("enable-external-masters", "Accept external master mounts").on(DUMPS).not_yet(),
-    opt("skip-mnt", "Do not carry this mount").takes("DIR").on(DUMPS).repeats().not_yet(),
-    opt("enable-fs", "Treat these filesystems as known").takes("NAMES").on(BOTH).repeats().not_yet(),
-    opt("mntns-compat-mode", "Another way to restore mount namespaces").on(&[Restore]).moot("no mount namespace is restored"),
-    opt("empty-ns", "Make this namespace, and leave it empty").takes("NS").on(BOTH).repeats().not_yet(),
+    opt("root", "Another root of the mount namespace").short('r').takes("DIR").on(&[Restore]).moot(NO_MOUNTS),
+    opt("ext-mount-map", "External mounts").short('M').takes("KEY:VALUE").on(BOTH).repeats().moot(NO_MOUNTS),
+    opt("enable-external-sharing", "Accept external shared mounts").on(DUMPS).moot(NO_MOUNTS),
+    opt("enable-external-masters", "Accept external master mounts").on(DUMPS).moot(NO_MOUNTS),
+    opt("skip-mnt", "Do not carry this mount").takes("DIR").on(DUMPS).repeats().moot(NO_MOUNTS),
+    opt("enable-fs", "Treat these filesystems as known").takes("NAMES").on(BOTH).repeats().moot(NO_MOUNTS),
+    opt("mntns-compat-mode", "Another way to restore mount namespaces").on(&[Restore]).moot(NO_MOUNTS),
+    opt("orphan-pts-master", "Give the client the master of a terminal whose other side is in the tree").on(BOTH).moot("a terminal whose master is outside needs a namespace of mounts, and is refused by name"),
+    opt("empty-ns", "Make this namespace, and leave it empty").takes("NS").on(BOTH).repeats().moot(NO_NETWORK),
     opt("join-ns", "Join this namespace").short('J').takes("NS:FILE").on(&[Restore]).repeats().not_yet(),
-    opt("veth-pair", "Names of veth devices").takes("IN=OUT").on(&[Restore]).repeats().not_yet(),
+    opt("veth-pair", "Names of veth devices").takes("IN=OUT").on(&[Restore]).repeats().moot(NO_NETWORK),
     opt("weak-sysctls", "Skip sysctls that are missing").on(&[Restore]).moot("no sysctl is restored"),
     opt("lsm-profile", "LSM profile of the restored tree").takes("TYPE:NAME").on(&[Restore]).not_yet(),
-    opt("lsm-mount-context", "SELinux context of mounts").takes("CONTEXT").on(&[Restore]).not_yet(),
-    opt("cpu-cap", "Which CPU features must match").maybe("CAP").on(BOTH).repeats().not_yet(),
+    opt("lsm-mount-context", "SELinux context of mounts").takes("CONTEXT").on(&[Restore]).moot(NO_MOUNTS),
+    opt("cpu-cap", "Which CPU features must match").maybe("CAP").on(BOTH).repeats().only(&["none"]),
     opt("file-validation", "How files are compared: filesize or buildid").takes("METHOD").on(BOTH).only(&["filesize"]),
     opt("skip-file-rwx-check", "Do not compare file permissions").on(&[Restore]).moot("file permissions are not compared"),
     opt("allow-uprobes", "Accept the uprobes mapping").on(DUMPS).not_yet(),
     opt("track-mem", "Track memory changes for a later dump").on(DUMPS).not_yet(),
     opt("prev-images-dir", "Directory of the image this one builds on").takes("DIR").on(DUMPS).not_yet(),
-    opt("auto-dedup", "Drop what a newer image has again").on(PAGES).not_yet(),
+    opt("auto-dedup", "Drop what a newer image has again").on(PAGES).moot("no image builds on another"),
     opt("pre-dump-mode", "How a pre-dump reads memory: splice or read").takes("MODE").on(&[PreDump]).not_yet(),
     opt("lazy-pages", "Serve memory when it is asked for").on(PAGES).not_yet(),
     opt("page-server", "Send pages to a page server").on(DUMPS).not_yet(),
-    opt("address", "Address of the page server").takes("ADDRESS").on(RUNS).not_yet(),
+    opt("address", "The socket a service listens on (default /var/run/criu_service.socket)").takes("ADDRESS").on(SERVERS),
     opt("port", "Port of the page server").takes("PORT").on(PAGES).not_yet(),
     opt("ps-socket", "Connected socket to the page server").takes("FD").on(PAGES).not_yet(),
     opt("tls", "TLS to the page server").on(PAGES).not_yet(),
@@ -219,12 +230,8 @@ pub(crate) static OPTIONS: &[Opt] = &[
     opt("tls-cert", "Our certificate").takes("FILE").on(PAGES).not_yet(),
     opt("tls-key", "Our private key").takes("FILE").on(PAGES).not_yet(),
     opt("tls-no-cn-verify", "Do not compare the server's name with its certificate").on(PAGES).not_yet(),
-    opt("daemon", "Run as a daemon").on(&[Service, PageServer, LazyPages]).not_yet(),
-    opt("status-fd", "Write a zero byte to FD when a server is ready")
-        .takes("FD")
-        .on(RUNS)
-        .moot("no server is started"),
-    opt("action-script", "Run this program at each step").takes("FILE").on(BOTH).repeats().not_yet(),
+    opt("daemon", "Go to the background when clients can come").on(SERVERS),
+    opt("status-fd", "Write a zero byte to FD when clients can come").takes("FD").on(SERVERS),
     opt("exec-cmd", "Run this command after the restore").on(&[Restore]).not_yet(),
     opt("libdir", "Directory of plugins").short('L').takes("DIR").on(BOTH).not_yet(),
     opt("stream", "Write or read the image as one stream").on(BOTH).not_yet(),

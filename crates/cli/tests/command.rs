@@ -129,19 +129,26 @@ fn what_is_not_carried_is_refused_by_name() {
             "--manage-cgroups=soft is not carried yet",
         ),
         (
-            "dump -t 1 -D /nowhere --external mnt[/x]:y",
-            "--external mnt[...] is not carried yet",
+            "dump -t 1 -D /nowhere --external dev[8/1]:y",
+            "--external dev[...] is not carried yet",
         ),
         (
             "restore -D /nowhere -d --lazy-pages",
             "--lazy-pages is not carried yet",
         ),
-        ("restore -D /nowhere -r /root", "--root is not carried yet"),
+        (
+            "restore -D /nowhere --join-ns net:1",
+            "--join-ns is not carried yet",
+        ),
         (
             "pre-dump -t 1 -D /nowhere",
             "the action pre-dump is not carried yet",
         ),
-        ("swrk 3", "the action swrk is not carried yet"),
+        ("swrk 77", "fd 77: fcntl(F_DUPFD_CLOEXEC) failed"),
+        (
+            "page-server --port 1",
+            "the action page-server is not carried yet",
+        ),
     ] {
         let out = freezeframe(&line.split(' ').collect::<Vec<_>>());
         let stderr = text(&out.stderr);

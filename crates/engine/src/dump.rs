@@ -132,22 +132,34 @@ pub fn run(request: &DumpRequest, events: &dyn Events) -> Result<DumpReport> {
         frozen.threads()
     );
 
-    let gathered = gather(
-        request,
-        events,
-        &host,
-        (&frozen, &around),
-        (&mut pages, &mut writer),
-        &mut report,
-        started,
-    )
-    .and_then(|g| {
+    let locked = host.namespaces.differ(&frozen.procs[0], "ns/net");
+    let gathered = lock(locked, events).and_then(|()| {
+        gather(
+            request,
+            events,
+            &host,
+            (&frozen, &around),
+            (&mut pages, &mut writer),
+            &mut report,
+            started,
+        )
+    });
+    let gathered = gathered.and_then(|g| {
         events.step(Step::PostDump).in_phase(Phase::Commit)?;
+        if request.after != After::Kill {
+            unlock(locked, events).in_phase(Phase::Thaw)?;
+        }
         Ok(g)
     });
     let gathered = match gathered {
         Ok(gathered) => gathered,
-        Err(e) => return Err(release_after(e, frozen)),
+        Err(e) => {
+            let also = unlock(locked, events).err();
+            return Err(release_after(
+                e.and_also(also.into_iter().collect()),
+                frozen,
+            ));
+        }
     };
     match request.after {
         After::Kill => {
@@ -221,6 +233,26 @@ pub fn run(request: &DumpRequest, events: &dyn Events) -> Result<DumpReport> {
         report.pages_written
     );
     Ok(report)
+}
+
+/// The caller's part, once the tree is stopped.
+fn lock(own_network: bool, events: &dyn Events) -> Result<()> {
+    let locked = if own_network {
+        events.step(Step::NetworkLock)
+    } else {
+        Ok(())
+    };
+    let asked = locked.and_then(|()| events.step(Step::ExternalFiles));
+    asked.in_phase(Phase::Collect)
+}
+
+/// Takes back what the caller did at [`Step::NetworkLock`].
+fn unlock(own_network: bool, events: &dyn Events) -> Result<()> {
+    if own_network {
+        events.step(Step::NetworkUnlock)
+    } else {
+        Ok(())
+    }
 }
 
 /// Writes what was gathered, and makes it count.

@@ -23,12 +23,20 @@ pub enum Level {
 pub enum Step {
     /// Before anything is frozen.
     PreDump,
+    /// The tree, which has a network namespace of its own, is stopped: nothing may reach it.
+    NetworkLock,
+    /// The tree is stopped; which of its files are from outside may be asked now.
+    ExternalFiles,
     /// The image is written; the tree is still stopped.
     PostDump,
+    /// After [`NetworkLock`](Step::NetworkLock), if the tree is to run on.
+    NetworkUnlock,
     /// Before the first process is created.
     PreRestore,
     /// The root process exists (its PID is given); it runs nothing of its own yet.
     SetupNamespaces(i32),
+    /// Its namespaces are as they were.
+    PostSetupNamespaces(i32),
     /// Everything is rebuilt; nothing runs yet.
     PostRestore(i32),
     /// Just before the tree goes on.
@@ -38,7 +46,8 @@ pub enum Step {
 }
 
 /// The caller's ears. Called on the operation's thread; while the target is
-/// frozen an implementation must not block.
+/// frozen an implementation must not block (but for a step whose point is that
+/// somebody else acts).
 pub trait Events {
     /// One line of log.
     fn log(&self, level: Level, text: fmt::Arguments<'_>);

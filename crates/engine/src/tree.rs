@@ -135,6 +135,12 @@ impl Namespaces {
         Ok(Namespaces(known.collect()))
     }
 
+    /// Whether a process is in another one, by its file in /proc/PID, than we.
+    pub(crate) fn differ(&self, proc: &ProcView, file: &str) -> bool {
+        let ours = self.0.iter().find(|(known, ..)| *known == file);
+        ours.is_some_and(|(.., ours)| proc.dir.link(file).is_ok_and(|is| is != *ours))
+    }
+
     /// Refuses by name processes in other ones: they would come back in ours. Gives the
     /// kinds of those that the tree has to itself.
     pub fn check(

@@ -344,6 +344,20 @@ pub fn reopen(fd: impl AsFd, flags: OFlag) -> Result<OwnedFd> {
     .on(path)
 }
 
+/// Takes a descriptor that this process was started with, by its number: the same
+/// open file under another number, close-on-exec, the old one closed.
+pub fn take(number: i32) -> Result<OwnedFd> {
+    // SAFETY: F_DUPFD_CLOEXEC looks at the number and at nothing else of ours.
+    let raw = unsafe { libc::fcntl(number, libc::F_DUPFD_CLOEXEC, 3) };
+    if raw < 0 {
+        return Err(Error::last_os("fcntl(F_DUPFD_CLOEXEC)").on(format!("fd {number}")));
+    }
+    // SAFETY: the kernel has just given us this number, nobody else has it.
+    let taken = unsafe { OwnedFd::from_raw_fd(raw) };
+    nix::unistd::close(number).sys("close")?;
+    Ok(taken)
+}
+
 /// Raises our soft limit on descriptors to the hard one: a dump of a large
 /// tree holds many. The limit now. Affects the whole calling process.
 pub fn raise_nofile() -> Result<u64> {

@@ -6,11 +6,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use freezeframe::{Compression, CudaCheckpoint, Dump, DumpReport, Result};
+use freezeframe_shims::criu::side;
 use serde_json::json;
 
 use crate::ears::Ears;
 use crate::grammar::{Line, Stop, Usage};
 use crate::guard::{self, Link};
+use crate::hooks::Hooks;
 use crate::log::Log;
 use crate::outcome;
 
@@ -53,7 +55,8 @@ pub(crate) fn run(line: &Line) -> Result<i32, Stop> {
         stopped: line.has("leave-stopped"),
     };
     let work = |link: Link| {
-        let ears = Arc::new(Ears::of_dump(Arc::clone(&log), link));
+        let hooks = Hooks::of(line, &dir, Some(pid));
+        let ears = Arc::new(Ears::of_dump(Arc::clone(&log), link, hooks));
         let mut dump = Dump::new(pid)
             .images_dir(&dir)
             .leave_running(after.running)
@@ -98,20 +101,22 @@ pub(crate) fn run(line: &Line) -> Result<i32, Stop> {
         let result = dump.run().map_err(outcome::settled);
         match result {
             Ok(report) => {
+                let work_dir = line.work_dir();
+                super::write_side_files(line, &log, || side::after_dump(&dir, &work_dir, &report));
                 log.success();
-                if json {
-                    outcome::print(&result_json(pid, &dir, &report));
-                } else {
-                    tell(pid, &dir, after, &report, stats);
+                match &line.caller {
+                    Some(caller) => caller.dumped(),
+                    None if json => outcome::print(&result_json(pid, &dir, &report)),
+                    None => tell(pid, &dir, after, &report, stats),
                 }
                 outcome::DONE
             }
-            Err(e) => super::failed(&log, json, &e),
+            Err(e) => super::failed(line, &log, &e),
         }
     };
-    let code = match guard::in_child(work) {
+    let code = match guard::in_child(line.caller.is_none(), work) {
         Ok(ended) => ended.code,
-        Err(e) => super::failed(&log, json, &e),
+        Err(e) => super::failed(line, &log, &e),
     };
     if made && code != outcome::DONE {
         // Goes only if it is empty: not with a log in it.
@@ -179,9 +184,9 @@ fn external_name(name: Option<&str>) -> Result<String, Usage> {
     let kind = name.split(['[', ':']).next().unwrap_or_default();
     match kind {
         "file" | "unix" | "pipe" | "tty" | "socket" => Ok(name.to_owned()),
-        "mnt" | "dev" | "veth" | "macvlan" | "net" | "pid" | "netdev" => {
-            Err(Usage(format!("--external {kind}[...] is not carried yet")))
-        }
+        // Of namespaces: a tree that has one is refused by its name, another needs none of this.
+        "mnt" | "veth" | "macvlan" | "net" | "pid" | "netdev" => Ok(name.to_owned()),
+        "dev" => Err(Usage(format!("--external {kind}[...] is not carried yet"))),
         _ => Err(Usage(format!(
             "--external: '{name}' is not of the form TYPE[ID]:VALUE"
         ))),
@@ -277,8 +282,9 @@ mod tests {
     fn external_names() {
         assert!(external_name(Some("tty[8801:5]")).is_ok());
         assert!(external_name(Some("unix[123]")).is_ok());
+        assert!(external_name(Some("net[4026532177]:extRootNetNS")).is_ok());
         assert!(
-            external_name(Some("mnt[]"))
+            external_name(Some("dev[8/1]"))
                 .unwrap_err()
                 .0
                 .contains("not carried yet")

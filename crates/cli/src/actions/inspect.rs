@@ -38,7 +38,7 @@ pub(crate) fn run(line: &Line) -> Result<i32, Stop> {
     });
     Ok(shown.unwrap_or_else(|e| {
         let e = e.in_phase(Phase::Load).leaving(Target::Untouched);
-        super::failed(&log, as_json, &e)
+        super::failed(line, &log, &e)
     }))
 }
 

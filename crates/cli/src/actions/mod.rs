@@ -6,6 +6,8 @@ pub(crate) mod dump;
 pub(crate) mod inspect;
 pub(crate) mod man;
 pub(crate) mod restore;
+pub(crate) mod rpc;
+pub(crate) mod service;
 pub(crate) mod shim;
 pub(crate) mod support;
 pub(crate) mod verify;
@@ -123,8 +125,17 @@ pub(crate) static ACTIONS: &[About] = &[
         "Write an ELF core file for each process of an image",
     )
     .words("DIR", 1),
-    later(Act::Swrk, "swrk", "Serve one request on a socket").words("FD", 1),
-    later(Act::Service, "service", "Serve requests"),
+    about(
+        Act::Swrk,
+        "swrk",
+        "Serve a client of CRIU's RPC on a descriptor",
+    )
+    .words("FD", 1),
+    about(
+        Act::Service,
+        "service",
+        "Serve clients of CRIU's RPC on a socket",
+    ),
     later(
         Act::PageServer,
         "page-server",
@@ -182,12 +193,26 @@ fn close_fds(line: &Line) -> Result<(), Usage> {
     Ok(())
 }
 
-/// Tells a failure to people and machines; the exit code.
-fn failed(log: &Log, json: bool, e: &Error) -> i32 {
+/// Tells a failure to people, machines and clients; the exit code.
+fn failed(line: &Line, log: &Log, e: &Error) -> i32 {
     let code = outcome::exit_code(e);
     log.failure(e, code);
-    if json {
+    if line.has("json") {
         outcome::print(&outcome::failure(e));
     }
+    if let Some(caller) = &line.caller {
+        caller.failed(e);
+    }
     code
+}
+
+/// Writes what CRIU's clients look for beside image and log; without it one of them
+/// may miss something, but what was to be done is done.
+fn write_side_files(line: &Line, log: &Log, write: impl FnOnce() -> std::io::Result<()>) {
+    if line.as_criu
+        && let Err(e) = write()
+    {
+        let text = format_args!("inventory.img or the statistics cannot be written: {e}");
+        log.line(Level::Warning, line.act.name(), text);
+    }
 }

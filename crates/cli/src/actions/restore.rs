@@ -6,12 +6,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use freezeframe::{CudaCheckpoint, Restore, RestoreReport, Result};
+use freezeframe_shims::criu::side;
 use nix::unistd::Pid;
 use serde_json::json;
 
 use crate::ears::Ears;
 use crate::grammar::{Line, Stop, Usage};
 use crate::guard::{self, Link};
+use crate::hooks::Hooks;
 use crate::log::Log;
 use crate::outcome;
 
@@ -44,7 +46,9 @@ pub(crate) fn run(line: &Line) -> Result<i32, Stop> {
     let stats = line.has("display-stats");
     let pidfile = line.value("pidfile").map(|name| line.work_dir().join(name));
     let work = |link: Link| {
-        let ears = Arc::new(Ears::of_restore(Arc::clone(&log), link, pidfile.clone()));
+        let hooks = Hooks::of(line, &dir, None);
+        let ears = Ears::of_restore(Arc::clone(&log), link, hooks, pidfile.clone());
+        let ears = Arc::new(ears);
         let mut restore = Restore::new(&dir)
             .sibling(true)
             .leave_stopped(line.has("leave-stopped"))
@@ -67,11 +71,14 @@ pub(crate) fn run(line: &Line) -> Result<i32, Stop> {
         match restore.run().map_err(outcome::settled) {
             Ok(restored) => {
                 ears.root(restored.pid());
+                let report = restored.report();
+                let work_dir = line.work_dir();
+                super::write_side_files(line, &log, || side::after_restore(&work_dir, report));
                 log.success();
-                if json {
-                    outcome::print(&result_json(&dir, restored.report()));
-                } else {
-                    tell(&dir, restored.report(), stats);
+                match &line.caller {
+                    Some(caller) => caller.restored(restored.pid()),
+                    None if json => outcome::print(&result_json(&dir, report)),
+                    None => tell(&dir, report, stats),
                 }
                 outcome::DONE
             }
@@ -80,18 +87,18 @@ pub(crate) fn run(line: &Line) -> Result<i32, Stop> {
                     // Of a tree that is not there.
                     let _ = std::fs::remove_file(path);
                 }
-                super::failed(&log, json, &e)
+                super::failed(line, &log, &e)
             }
         }
     };
     let ended = if sibling {
         guard::here(work)
     } else {
-        guard::in_child(work)
+        guard::in_child(line.caller.is_none(), work)
     };
     let ended = match ended {
         Ok(ended) => ended,
-        Err(e) => return Ok(super::failed(&log, json, &e)),
+        Err(e) => return Ok(super::failed(line, &log, &e)),
     };
     match ended.root {
         Some(root) if ended.code == outcome::DONE && !detached => Ok(wait(root)),

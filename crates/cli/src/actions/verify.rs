@@ -43,7 +43,7 @@ pub(crate) fn run(line: &Line) -> Result<i32, Stop> {
         }
         Err(e) => {
             let e = e.in_phase(Phase::Load).leaving(Target::Untouched);
-            super::failed(&log, json, &e)
+            super::failed(line, &log, &e)
         }
     })
 }

@@ -351,6 +351,7 @@ impl<'a> Builder<'a> {
         self.events.step(Point::SetupNamespaces(report.pid))?;
         namespaces::enter(self.loaded, &mut shells, root_task, options, segments)
             .in_phase(Phase::Rebuild)?;
+        self.events.step(Point::PostSetupNamespaces(report.pid))?;
         let objects = memory::make_objects(
             self.loaded,
             &mut self.filler,

@@ -1,0 +1,163 @@
+//! A client of CRIU's RPC, as plain as can be.
+
+use freezeframe_shims::criu::proto::{Kind, Opts, Req, Resp};
+use freezeframe_tests::run::DEADLINE;
+use freezeframe_tests::tool::binary;
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, SockFlag, SockType, UnixAddr, connect, recv, send, setsockopt, socket,
+    socketpair, sockopt,
+};
+use nix::sys::time::{TimeVal, TimeValLike};
+use prost::Message;
+use std::fs::File;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+
+/// One connection, to a `swrk` that was started for it or to a service.
+#[derive(Debug)]
+pub(crate) struct Connection {
+    socket: OwnedFd,
+    child: Option<Child>,
+}
+
+/// A step as a client is told of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Told {
+    /// Its name.
+    pub(crate) script: String,
+    /// The root of the restored tree.
+    pub(crate) pid: Option<i32>,
+}
+
+impl Connection {
+    /// Starts `freezeframe swrk` for itself.
+    pub(crate) fn swrk() -> Result<Self, String> {
+        let (ours, theirs) = socketpair(
+            AddressFamily::Unix,
+            SockType::SeqPacket,
+            None,
+            SockFlag::empty(),
+        )
+        .map_err(|e| e.to_string())?;
+        fcntl(&ours, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).map_err(|e| e.to_string())?;
+        let child = Command::new(binary())
+            .arg("swrk")
+            .arg(theirs.as_raw_fd().to_string())
+            .stdin(Stdio::null())
+            .spawn()
+            .map_err(|e| e.to_string())?;
+        Connection {
+            socket: ours,
+            child: Some(child),
+        }
+        .with_deadline()
+    }
+
+    /// Goes to the service at this address.
+    pub(crate) fn to(address: &Path) -> Result<Self, String> {
+        let flags = SockFlag::SOCK_CLOEXEC;
+        let socket = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)
+            .map_err(|e| e.to_string())?;
+        let at = UnixAddr::new(address).map_err(|e| e.to_string())?;
+        connect(socket.as_raw_fd(), &at).map_err(|e| format!("connect: {e}"))?;
+        let child = None;
+        Connection { socket, child }.with_deadline()
+    }
+
+    fn with_deadline(self) -> Result<Self, String> {
+        let limit = TimeVal::seconds(DEADLINE.as_secs() as i64);
+        setsockopt(&self.socket, sockopt::ReceiveTimeout, &limit).map_err(|e| e.to_string())?;
+        Ok(self)
+    }
+
+    /// Sends anything.
+    pub(crate) fn send_bytes(&self, bytes: &[u8]) -> Result<(), String> {
+        let flags = MsgFlags::MSG_NOSIGNAL;
+        send(self.socket.as_raw_fd(), bytes, flags)
+            .map(drop)
+            .map_err(|e| format!("send: {e}"))
+    }
+
+    /// Sends a request.
+    pub(crate) fn send(&self, req: &Req) -> Result<(), String> {
+        self.send_bytes(&req.encode_to_vec())
+    }
+
+    /// The next answer.
+    pub(crate) fn receive(&self) -> Result<Resp, String> {
+        let mut bytes = vec![0; 64 << 10];
+        let got = recv(self.socket.as_raw_fd(), &mut bytes, MsgFlags::empty())
+            .map_err(|e| format!("no answer: {e}"))?;
+        if got == 0 {
+            return Err("the connection was dropped".to_owned());
+        }
+        Resp::decode(&bytes[..got]).map_err(|e| e.to_string())
+    }
+
+    /// Sends a request and waits for its answer.
+    pub(crate) fn ask(&self, req: &Req) -> Result<Resp, String> {
+        self.ask_with(req, |_| true).map(|(resp, _)| resp)
+    }
+
+    /// The same; each step is confirmed if `confirms` says so. With all that was told.
+    pub(crate) fn ask_with(
+        &self,
+        req: &Req,
+        mut confirms: impl FnMut(&Told) -> bool,
+    ) -> Result<(Resp, Vec<Told>), String> {
+        self.send(req)?;
+        let mut all = Vec::new();
+        loop {
+            let resp = self.receive()?;
+            if resp.r#type() != Kind::Notify {
+                return Ok((resp, all));
+            }
+            let notify = resp.notify.clone().unwrap_or_default();
+            let told = Told {
+                script: notify.script().to_owned(),
+                pid: notify.pid,
+            };
+            let confirmed = confirms(&told);
+            all.push(told);
+            self.send(&Req {
+                notify_success: Some(confirmed),
+                ..request(Kind::Notify)
+            })?;
+        }
+    }
+
+    /// Closes the connection; the exit code of the `swrk`.
+    pub(crate) fn end(self) -> Result<Option<i32>, String> {
+        let Connection { socket, child } = self;
+        drop(socket);
+        match child {
+            Some(mut child) => child
+                .wait()
+                .map(|status| status.code())
+                .map_err(|e| e.to_string()),
+            None => Ok(None),
+        }
+    }
+}
+
+/// A request without options.
+pub(crate) fn request(kind: Kind) -> Req {
+    Req {
+        r#type: kind.into(),
+        ..Req::default()
+    }
+}
+
+/// A request about the image in a directory that we have open.
+pub(crate) fn request_on(kind: Kind, images: &File, opts: Opts) -> Req {
+    let opts = Opts {
+        images_dir_fd: images.as_raw_fd(),
+        ..opts
+    };
+    Req {
+        opts: Some(opts),
+        ..request(kind)
+    }
+}

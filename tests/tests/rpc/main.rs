@@ -1,0 +1,495 @@
+//! CRIU's RPC: `swrk` and `service`, with a client of ours that can do what a decent one does not.
+
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test that cannot set itself up has to fail on the spot"
+)]
+
+mod client;
+
+use client::{Connection, Told, request, request_on};
+use freezeframe_shims::criu::proto::{Features, Kind, Opts, Req, Resp};
+use freezeframe_tests::run::{DEADLINE, Mode, Scene, Target, own_network};
+use freezeframe_tests::snapshot::children;
+use freezeframe_tests::tool::binary;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command};
+
+type Done = Result<(), String>;
+
+/// Of no matter which kind; several processes and some memory.
+const PROGRAM: &str = "tree::family";
+
+/// The names of the steps.
+fn names(told: &[Told]) -> Vec<&str> {
+    told.iter().map(|t| t.script.as_str()).collect()
+}
+
+fn equal<T: PartialEq + std::fmt::Debug>(what: &str, is: T, wanted: T) -> Done {
+    if is == wanted {
+        return Ok(());
+    }
+    Err(format!("{what}: {is:?}, not {wanted:?}"))
+}
+
+/// A failure of this kind, with these words in its message.
+fn fails(resp: &Resp, kind: Kind, words: &str) -> Done {
+    equal("type", resp.r#type(), kind)?;
+    equal("success", resp.success, false)?;
+    let said = resp.cr_errmsg();
+    if said.contains(words) && resp.cr_errno() > 0 {
+        return Ok(());
+    }
+    Err(format!(
+        "errno {}: {said:?} and not {words:?}",
+        resp.cr_errno()
+    ))
+}
+
+fn succeeds(resp: &Resp) -> Done {
+    match resp.success {
+        true => Ok(()),
+        false => Err(format!("errno {}: {}", resp.cr_errno(), resp.cr_errmsg())),
+    }
+}
+
+fn image_dir(scene: &Scene) -> File {
+    let path = scene.path("img");
+    fs::create_dir_all(&path).unwrap();
+    File::open(path).unwrap()
+}
+
+/// Options of a dump as runtimes send them.
+fn dumped(target: &Target) -> Opts {
+    Opts {
+        pid: Some(target.pid),
+        log_level: Some(4),
+        log_file: Some(b"dump.log".to_vec()),
+        notify_scripts: Some(true),
+        ..Opts::default()
+    }
+}
+
+/// Options of a restore as runtimes send them.
+fn restored() -> Opts {
+    Opts {
+        log_level: Some(4),
+        log_file: Some(b"restore.log".to_vec()),
+        notify_scripts: Some(true),
+        rst_sibling: Some(true),
+        ..Opts::default()
+    }
+}
+
+#[test]
+fn versions_and_features() -> Done {
+    let client = Connection::swrk()?;
+    let more = |req: Req| Req {
+        keep_open: Some(true),
+        ..req
+    };
+    let resp = client.ask(&more(request(Kind::Version)))?;
+    succeeds(&resp)?;
+    let version = resp.version.unwrap();
+    equal(
+        "version",
+        (version.major_number, version.minor_number),
+        (4, 2),
+    )?;
+    equal("gitid", version.gitid, None)?;
+
+    let asked = Features {
+        mem_track: Some(true),
+        ..Features::default()
+    };
+    let resp = client.ask(&more(Req {
+        features: Some(asked),
+        ..request(Kind::FeatureCheck)
+    }))?;
+    succeeds(&resp)?;
+    let features = resp.features.unwrap();
+    let all = [
+        features.mem_track,
+        features.lazy_pages,
+        features.pidfd_store,
+    ];
+    equal("all are told of", all.iter().all(Option::is_some), true)?;
+    equal("one not asked for", features.lazy_pages, Some(false))?;
+
+    succeeds(&client.ask(&more(request(Kind::Check)))?)?;
+    equal("exit code", client.end()?, Some(0))
+}
+
+#[test]
+fn what_is_not_carried_is_refused_by_name() -> Done {
+    for (kind, name) in [
+        (Kind::PreDump, "PRE_DUMP"),
+        (Kind::SinglePreDump, "SINGLE_PRE_DUMP"),
+        (Kind::PageServer, "PAGE_SERVER"),
+        (Kind::PageServerChld, "PAGE_SERVER_CHLD"),
+        (Kind::CpuinfoDump, "CPUINFO_DUMP"),
+        (Kind::CpuinfoCheck, "CPUINFO_CHECK"),
+        (Kind::WaitPid, "no child of the service"),
+    ] {
+        let client = Connection::swrk()?;
+        fails(&client.ask(&request(kind))?, kind, name)?;
+        equal(name, client.end()?, Some(1))?;
+    }
+    let odd = [request(Kind::Empty), request(Kind::Notify)];
+    let unknown = Req {
+        r#type: 77,
+        ..Req::default()
+    };
+    for req in odd.into_iter().chain([unknown]) {
+        let client = Connection::swrk()?;
+        fails(&client.ask(&req)?, Kind::Empty, "is no request")?;
+        equal("exit code", client.end()?, Some(1))?;
+    }
+    Ok(())
+}
+
+#[test]
+fn nonsense_is_answered() -> Done {
+    let huge = vec![0; 150 << 10];
+    for bytes in [&b"\xff\xff\xff"[..], b"\x08", b"\x12\x05abc", b"x", &huge] {
+        let client = Connection::swrk()?;
+        client.send_bytes(bytes)?;
+        fails(&client.receive()?, Kind::Empty, "")?;
+        equal("exit code", client.end()?, Some(1))?;
+    }
+    // And one that says nothing.
+    let client = Connection::swrk()?;
+    equal("exit code", client.end()?, Some(0))
+}
+
+/// Dumps the target, with the client's part.
+fn dump(images: &File, target: &Target) -> Done {
+    let client = Connection::swrk()?;
+    let req = request_on(Kind::Dump, images, dumped(target));
+    let (resp, told) = client.ask_with(&req, |_| true)?;
+    succeeds(&resp)?;
+    equal(
+        "steps",
+        names(&told),
+        vec!["pre-dump", "query-ext-files", "post-dump"],
+    )?;
+    equal("restored", resp.dump.unwrap().restored, Some(false))?;
+    equal("exit code", client.end()?, Some(0))
+}
+
+const OF_A_RESTORE: [&str; 6] = [
+    "pre-restore",
+    "setup-namespaces",
+    "post-setup-namespaces",
+    "post-restore",
+    "pre-resume",
+    "post-resume",
+];
+
+fn restore(images: &File, target: &Target) -> Done {
+    let client = Connection::swrk()?;
+    let req = request_on(Kind::Restore, images, restored());
+    let mut early = true;
+    let (resp, told) = client.ask_with(&req, |step| {
+        // Before it runs, as runc needs it.
+        early &= step.script != "post-restore" || is_ours(target.pid);
+        true
+    })?;
+    succeeds(&resp)?;
+    equal("steps", names(&told), OF_A_RESTORE.to_vec())?;
+    let with_pid: Vec<&str> = told
+        .iter()
+        .filter(|t| t.pid == Some(target.pid))
+        .map(|t| t.script.as_str())
+        .collect();
+    equal("PIDs", with_pid, vec!["setup-namespaces", "post-restore"])?;
+    equal("our child at post-restore", early, true)?;
+    equal("pid", resp.restore.unwrap().pid, target.pid)?;
+    equal("exit code", client.end()?, Some(0))
+}
+
+fn is_ours(pid: i32) -> bool {
+    children(std::process::id() as i32).contains(&pid)
+}
+
+#[test]
+fn a_dump_and_a_restore_as_runtimes_do_them() -> Done {
+    let scene = Scene::new()?;
+    let images = image_dir(&scene);
+    let (program, target, before) = scene.start_program(PROGRAM)?;
+    dump(&images, &target)?;
+    scene.await_gone(&before, DEADLINE)?;
+    for name in ["inventory.img", "stats-dump"] {
+        equal(name, scene.path("img").join(name).exists(), true)?;
+    }
+    let log = fs::read_to_string(scene.path("img/dump.log")).unwrap();
+    equal(
+        "its end",
+        log.contains("Dumping finished successfully"),
+        true,
+    )?;
+    restore(&images, &target)?;
+    equal(
+        "stats-restore",
+        scene.path("img/stats-restore").exists(),
+        true,
+    )?;
+    scene.finish(target, &program, &before, Mode::Restore)
+}
+
+/// Whoever refuses a step, or goes, stops the work, and nothing has happened.
+#[test]
+fn a_client_may_refuse_each_step() -> Done {
+    let scene = Scene::new()?;
+    let images = image_dir(&scene);
+    let (program, target, before) = scene.start_program(PROGRAM)?;
+    let refuse = |kind: Kind, opts: &Opts, refused: &str| {
+        let client = Connection::swrk()?;
+        let req = request_on(kind, &images, opts.clone());
+        let (resp, told) = client.ask_with(&req, |step| step.script != refused)?;
+        fails(&resp, kind, &format!("notification {refused}"))?;
+        equal(
+            "the last step",
+            told.last().unwrap().script.as_str(),
+            refused,
+        )?;
+        client.end().map(drop)
+    };
+    let go = |kind: Kind, opts: &Opts| {
+        let client = Connection::swrk()?;
+        client.send(&request_on(kind, &images, opts.clone()))?;
+        equal("a step", client.receive()?.r#type(), Kind::Notify)?;
+        equal(
+            "exit code",
+            client.end()?.is_some_and(|code| code > 0),
+            true,
+        )
+    };
+    for step in ["pre-dump", "query-ext-files", "post-dump"] {
+        refuse(Kind::Dump, &dumped(&target), step)?;
+    }
+    go(Kind::Dump, &dumped(&target))?;
+    dump(&images, &target)?;
+    scene.await_gone(&before, DEADLINE)?;
+    for step in &OF_A_RESTORE[..5] {
+        refuse(Kind::Restore, &restored(), step)?;
+        scene.await_gone(&before, DEADLINE)?;
+    }
+    go(Kind::Restore, &restored())?;
+    scene.await_gone(&before, DEADLINE)?;
+    restore(&images, &target)?;
+    scene.finish(target, &program, &before, Mode::Restore)
+}
+
+#[test]
+fn options_that_are_not_carried_are_refused_by_name() -> Done {
+    let scene = Scene::new()?;
+    let images = image_dir(&scene);
+    let (program, target, before) = scene.start_program(PROGRAM)?;
+    let with = |change: &dyn Fn(&mut Opts)| {
+        let mut opts = dumped(&target);
+        change(&mut opts);
+        let client = Connection::swrk()?;
+        let resp = client.ask(&request_on(Kind::Dump, &images, opts))?;
+        client.end()?;
+        Ok::<Resp, String>(resp)
+    };
+    let resp = with(&|o| {
+        o.manage_cgroups = Some(true);
+        o.parent_img = Some(b"../parent".to_vec());
+    })?;
+    fails(
+        &resp,
+        Kind::Dump,
+        "--manage-cgroups, --prev-images-dir are not carried yet",
+    )?;
+    equal("errno", resp.cr_errno(), 56)?;
+    let log = fs::read_to_string(scene.path("img/dump.log")).unwrap();
+    equal(
+        "log",
+        log.starts_with("Error (options): --manage-cgroups"),
+        true,
+    )?;
+    let resp = with(&|o| o.log_file = Some(b"../x".to_vec()))?;
+    fails(&resp, Kind::Dump, "log_file")?;
+    let resp = with(&|o| o.work_dir_fd = Some(777))?;
+    fails(&resp, Kind::Dump, "work_dir_fd")?;
+    let resp = with(&|o| o.pid = Some(i32::MAX))?;
+    fails(&resp, Kind::Dump, "no such process")?;
+    equal("errno", resp.cr_errno(), 3)?;
+    scene.finish(target, &program, &before, Mode::Running)
+}
+
+#[test]
+fn a_file_of_options_overrides_the_request() -> Done {
+    let scene = Scene::new()?;
+    let images = image_dir(&scene);
+    fs::create_dir(scene.path("work")).unwrap();
+    let work = File::open(scene.path("work")).unwrap();
+    let (program, target, before) = scene.start_program(PROGRAM)?;
+    let file = scene.path("runc.conf");
+    fs::write(&file, "log-file other.log\nleave-running\n").unwrap();
+    let text = |path: &Path| Some(path.to_str().unwrap().as_bytes().to_vec());
+    for (named, log) in [
+        (file, "other.log"),
+        (scene.path("missing.conf"), "dump.log"),
+    ] {
+        let opts = Opts {
+            config_file: text(&named),
+            leave_running: Some(log == "dump.log"),
+            work_dir_fd: Some(std::os::fd::AsRawFd::as_raw_fd(&work)),
+            ..dumped(&target)
+        };
+        let client = Connection::swrk()?;
+        succeeds(&client.ask(&request_on(Kind::Dump, &images, opts))?)?;
+        client.end()?;
+        equal(log, scene.path("work").join(log).exists(), true)?;
+    }
+    equal("statistics", scene.path("work/stats-dump").exists(), true)?;
+    scene.finish(target, &program, &before, Mode::Running)
+}
+
+/// Of a tree with a network of its own the client is told when nothing may reach it.
+#[test]
+fn the_network_is_locked_and_unlocked() -> Done {
+    let scene = Scene::new()?;
+    let images = image_dir(&scene);
+    let (program, target, before) = {
+        // The program's, not ours.
+        let started = std::thread::scope(|s| {
+            let inside = || own_network().and_then(|()| scene.start_program(PROGRAM));
+            s.spawn(inside).join().unwrap()
+        });
+        started?
+    };
+    let client = Connection::swrk()?;
+    let req = request_on(Kind::Dump, &images, dumped(&target));
+    let (resp, told) = client.ask_with(&req, |_| true)?;
+    fails(&resp, Kind::Dump, "network namespace")?;
+    let wanted = vec![
+        "pre-dump",
+        "network-lock",
+        "query-ext-files",
+        "network-unlock",
+    ];
+    equal("steps", names(&told), wanted)?;
+    equal("exit code", client.end()?, Some(1))?;
+    scene.finish(target, &program, &before, Mode::Running)
+}
+
+struct Service {
+    child: Child,
+    address: PathBuf,
+}
+
+impl Service {
+    fn start(scene: &Scene) -> Result<Service, String> {
+        let address = scene.path("socket");
+        let child = Command::new(binary())
+            .arg("service")
+            .arg("--address")
+            .arg(&address)
+            .spawn()
+            .map_err(|e| e.to_string())?;
+        let service = Service { child, address };
+        let there = || Ok(Connection::to(&service.address).is_ok());
+        scene.await_that("the service", there, None)?;
+        Ok(service)
+    }
+
+    fn ends_well(mut self) -> Done {
+        kill(Pid::from_raw(self.child.id() as i32), Signal::SIGTERM).unwrap();
+        let status = self.child.wait().map_err(|e| e.to_string())?;
+        equal("exit code", status.code(), Some(0))?;
+        equal("its socket", self.address.exists(), false)
+    }
+}
+
+impl Drop for Service {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[test]
+fn a_service_outlives_bad_clients() -> Done {
+    let scene = Scene::new()?;
+    // Left by one that was killed.
+    let socket = std::os::unix::net::UnixListener::bind(scene.path("socket")).unwrap();
+    drop(socket);
+    let service = Service::start(&scene)?;
+    let silent = Connection::to(&service.address)?;
+    for bytes in [&b"\xff\xff"[..], b"\x08\x63"] {
+        let bad = Connection::to(&service.address)?;
+        bad.send_bytes(bytes)?;
+        fails(&bad.receive()?, Kind::Empty, "")?;
+    }
+    let images = image_dir(&scene);
+    let (program, target, before) = scene.start_program(PROGRAM)?;
+    // Goes in the middle of a dump.
+    let gone = Connection::to(&service.address)?;
+    gone.send(&request_on(Kind::Dump, &images, dumped(&target)))?;
+    equal("a step", gone.receive()?.r#type(), Kind::Notify)?;
+    gone.end()?;
+    // Two at a time of one tree: one of them has it.
+    scene.await_rest(&target)?;
+    let client = Connection::to(&service.address)?;
+    let (resp, told) =
+        client.ask_with(&request_on(Kind::Dump, &images, dumped(&target)), |_| true)?;
+    succeeds(&resp)?;
+    equal("steps", told.len(), 3)?;
+    scene.await_gone(&before, DEADLINE)?;
+    // A child of the service cannot be a client's.
+    let client = Connection::to(&service.address)?;
+    let resp = client.ask(&request_on(Kind::Restore, &images, restored()))?;
+    fails(&resp, Kind::Restore, "rst_sibling")?;
+    let client = Connection::to(&service.address)?;
+    let opts = Opts {
+        rst_sibling: None,
+        ..restored()
+    };
+    let resp = client.ask(&request_on(Kind::Restore, &images, opts))?;
+    succeeds(&resp)?;
+    equal("pid", resp.restore.unwrap().pid, target.pid)?;
+    // It comes to us, who adopt orphans, when the process of the client has ended.
+    scene.await_that("its adoption", || Ok(is_ours(target.pid)), None)?;
+    drop(silent);
+    service.ends_well()?;
+    scene.await_alone(&target)?;
+    scene.finish(target, &program, &before, Mode::Restore)
+}
+
+/// What takes the place of a client on the command line.
+#[test]
+fn an_action_script_is_told_of_each_step() -> Done {
+    let scene = Scene::new()?;
+    let (program, target, before) = scene.start_program(PROGRAM)?;
+    let told = scene.path("told");
+    let script = format!(
+        "echo $CRTOOLS_SCRIPT_ACTION $CRTOOLS_INIT_PID $CRTOOLS_IMAGE_DIR >> {}; [ ! -e {} ]",
+        told.display(),
+        scene.path("refuse").display(),
+    );
+    let words = ["--action-script", script.as_str()];
+    fs::write(scene.path("refuse"), "").unwrap();
+    let refused = scene.dump_pid(target.pid, "img", &words)?.must_exit(1)?;
+    equal("named", refused.stderr.contains("action script"), true)?;
+    fs::remove_file(scene.path("refuse")).unwrap();
+    fs::remove_file(&told).unwrap();
+    scene.dump_pid(target.pid, "img", &words)?.must_exit(0)?;
+    scene.await_gone(&before, DEADLINE)?;
+    scene.restore_pid(target.pid, "img", &words)?;
+    let image = scene.path("img");
+    let line = |name: &str, pid: &str| format!("{name} {pid} {}", image.display());
+    let pid = target.pid.to_string();
+    let mut wanted = vec![line("pre-dump", &pid), line("post-dump", &pid)];
+    wanted.push(line("pre-restore", "").replace("  ", " "));
+    wanted.extend(OF_A_RESTORE[1..].iter().map(|name| line(name, &pid)));
+    let all = fs::read_to_string(&told).unwrap();
+    equal("steps", all.lines().map(str::to_owned).collect(), wanted)?;
+    scene.finish(target, &program, &before, Mode::Restore)
+}
