@@ -46,13 +46,12 @@ use freezeframe_sys::mem::Mem;
 use freezeframe_sys::proc::{ProcDir, parse};
 use freezeframe_sys::ptrace::{self, Options, SyscallInfo};
 use nix::errno::Errno;
-use nix::sys::signal::{self, Signal};
 
 use crate::arch;
 use crate::batch::Batch;
 use crate::live::{LiveSession, Site};
 use crate::step::step;
-use crate::tracer::{Stop, StoppedTask, Tracer, timeout};
+use crate::tracer::{self, Stop, StoppedTask, Tracer, timeout};
 
 /// What the stub calls for the go-between.
 const GO_BETWEEN: i32 = libc::CLONE_VM | libc::CLONE_FS | libc::CLONE_FILES | libc::CLONE_PTRACE;
@@ -97,7 +96,7 @@ impl Drop for Fork<'_> {
 }
 
 fn kill(pid: Pid) {
-    let _ = signal::kill(nix::unistd::Pid::from_raw(pid.0), Signal::SIGKILL);
+    let _ = tracer::kill(pid);
     step("kill-fork");
 }
 

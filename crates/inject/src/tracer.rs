@@ -30,7 +30,7 @@ use freezeframe_error::{Error, Kind, Result};
 use freezeframe_sys::ids::Tid;
 use freezeframe_sys::ptrace::{self, Options, Regs, SigInfo, event};
 
-pub(crate) use self::ends::wait_for_dead;
+pub(crate) use self::ends::{kill, wait_for_dead};
 pub use self::look::not_stopped;
 pub(crate) use self::look::{is_dead, stat_fields, threads, timeout};
 use self::look::{is_ours, name_right, refusal};
@@ -66,21 +66,33 @@ pub enum Stop {
 }
 
 impl Stop {
-    pub(crate) fn of(tid: Tid, info: &SigInfo) -> Stop {
+    /// How a task of ours is stopped; None if it is not, or is being killed.
+    pub(crate) fn now(tid: Tid) -> Result<Option<Stop>> {
+        match ptrace::try_siginfo(tid) {
+            Ok(Some(info)) => match Stop::of(tid, &info) {
+                Err(e) if e.errno() == Some(libc::ESRCH) => Ok(None),
+                stop => stop.map(Some),
+            },
+            Ok(None) => Ok(None),
+            Err(errno) => Err(Error::syscall("ptrace(GETSIGINFO)", errno).on_task(tid.0)),
+        }
+    }
+
+    fn of(tid: Tid, info: &SigInfo) -> Result<Stop> {
         let (sig, code) = (info.signo(), info.code());
         if sig == libc::SIGTRAP && code == libc::SIGTRAP | 0x80 {
-            return Stop::SyscallStop;
+            return Ok(Stop::SyscallStop);
         }
-        match (code >> 8) as u32 {
+        Ok(match (code >> 8) as u32 {
             event::STOP if sig == libc::SIGTRAP => Stop::EventStop,
             event::STOP => Stop::GroupStop(sig),
             kind @ event::FORK..=event::SECCOMP
                 if sig == libc::SIGTRAP && code & 0xff == libc::SIGTRAP =>
             {
-                Stop::Event(kind, ptrace::geteventmsg(tid).unwrap_or(0))
+                Stop::Event(kind, ptrace::geteventmsg(tid)?)
             }
             _ => Stop::SignalDelivery(*info),
-        }
+        })
     }
 }
 
@@ -263,12 +275,8 @@ impl Tracer {
     pub fn wait_stop(&self, tid: Tid, deadline: Instant) -> Result<Stop> {
         let mut round = 0u32;
         loop {
-            match ptrace::try_siginfo(tid) {
-                Ok(Some(info)) => return Ok(Stop::of(tid, &info)),
-                Ok(None) => {}
-                Err(errno) => {
-                    return Err(Error::syscall("ptrace(GETSIGINFO)", errno).on_task(tid.0));
-                }
+            if let Some(stop) = Stop::now(tid)? {
+                return Ok(stop);
             }
             round += 1;
             // Mostly the task needs our own CPU (see live::CpuPin), so give it away soon.
@@ -463,10 +471,9 @@ impl Tracer {
 
     /// Looks whether an interrupted task has stopped yet.
     fn poll_stopped(&self, tid: Tid) -> Result<Option<StoppedTask>> {
-        match ptrace::try_siginfo(tid) {
-            Ok(Some(info)) => self.take_stop(tid, Stop::of(tid, &info)),
-            Ok(None) => Ok(None),
-            Err(errno) => Err(Error::syscall("ptrace(GETSIGINFO)", errno).on_task(tid.0)),
+        match Stop::now(tid)? {
+            Some(stop) => self.take_stop(tid, stop),
+            None => Ok(None),
         }
     }
 
@@ -605,19 +612,15 @@ impl Tracer {
     /// Lets a task that runs in our stub go on if it was stopped meanwhile; says
     /// whether it is alive.
     pub(crate) fn nudge(&self, tid: Tid) -> Result<()> {
-        let info = match ptrace::try_siginfo(tid) {
-            Ok(Some(info)) => info,
-            Ok(None) if is_dead(tid) => return Err(self.died(tid)),
-            Ok(None) => return Ok(()),
-            Err(errno) => return Err(Error::syscall("ptrace(GETSIGINFO)", errno).on_task(tid.0)),
-        };
-        match Stop::of(tid, &info) {
-            Stop::SignalDelivery(info) => ptrace::cont(tid, info.signo()),
-            Stop::Event(kind, message) => {
+        match Stop::now(tid)? {
+            None if is_dead(tid) => Err(self.died(tid)),
+            None => Ok(()),
+            Some(Stop::SignalDelivery(info)) => ptrace::cont(tid, info.signo()),
+            Some(Stop::Event(kind, message)) => {
                 self.note(tid, kind, message);
                 ptrace::cont(tid, 0)
             }
-            _ => ptrace::cont(tid, 0),
+            Some(_) => ptrace::cont(tid, 0),
         }
     }
 

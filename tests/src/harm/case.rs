@@ -45,6 +45,8 @@ pub enum Fault {
     KillAtStep(Whom),
     /// SIGKILL, after so many calls of one sort.
     KillAtCall(Whom, Call, u8),
+    /// A call of one sort, the first, fails with this error.
+    ErrorAtCall(i32, Call),
     /// SIGKILL, at any instant.
     KillAnyTime(Whom),
     /// A signal that asks it to end, as a service manager or a terminal sends it.
@@ -105,6 +107,9 @@ impl Fault {
             Fault::KillAtCall(whom, call, n) => {
                 format!("SIGKILL after {}, {n} times, {}", call.name(), whom.name())
             }
+            Fault::ErrorAtCall(errno, call) => {
+                format!("{:?} from {}", Errno::from_raw(errno), call.name())
+            }
             Fault::KillAtStep(whom) => format!("SIGKILL after a step, {}", whom.name()),
             Fault::KillAnyTime(whom) => format!("SIGKILL at any instant, {}", whom.name()),
             Fault::Asked(signal) => format!("{signal}, at a step"),
@@ -120,7 +125,9 @@ impl Fault {
             // A terminal sends to both; the one that traces has to leave it to the other.
             Fault::Asked(Signal::SIGINT) => Blow::Signal(Whom::Both, Signal::SIGINT),
             Fault::Asked(signal) => Blow::Signal(Whom::Visible, signal),
-            Fault::Error(errno) => Blow::Fail(Errno::from_raw(errno)),
+            Fault::Error(errno) | Fault::ErrorAtCall(errno, _) => {
+                Blow::Fail(Errno::from_raw(errno))
+            }
             Fault::Paused(whom) | Fault::PausedAtStep(whom) => {
                 Blow::Pause(whom, PAUSE, Signal::SIGCONT)
             }
@@ -315,6 +322,7 @@ impl Session<'_> {
         let mut within = |whole: u64| 1 + (place * whole + dice.below(whole)) / of.max(1);
         let when = match fault {
             Fault::KillAtCall(_, call, n) => When::Call(call, n.into()),
+            Fault::ErrorAtCall(_, call) => When::Call(call, 1),
             Fault::KillAnyTime(_) | Fault::Paused(_) | Fault::StoppedAndKilled(_) => When::After(
                 Duration::from_micros(within(measure.time.as_micros() as u64)),
             ),

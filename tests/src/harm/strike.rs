@@ -63,6 +63,8 @@ pub enum Call {
     Kill,
     /// A restored task is to live on if the tool dies.
     LetLive,
+    /// Of a task in an event stop: which child it has made.
+    WhichChild,
 }
 
 impl Call {
@@ -71,16 +73,16 @@ impl Call {
         match self {
             Call::Kill => "kill(2)",
             Call::LetLive => "the last PTRACE_SETOPTIONS",
+            Call::WhichChild => "PTRACE_GETEVENTMSG",
         }
     }
 
     fn is(self, nr: i64, args: &[u64; 6]) -> bool {
+        let ptrace = |request: u32| nr == libc::SYS_ptrace && args[0] == u64::from(request);
         match self {
             Call::Kill => nr == libc::SYS_kill && args[1] == libc::SIGKILL as u64,
-            Call::LetLive => {
-                let options = args[0] == u64::from(libc::PTRACE_SETOPTIONS);
-                nr == libc::SYS_ptrace && options && args[3] == 0
-            }
+            Call::LetLive => ptrace(libc::PTRACE_SETOPTIONS) && args[3] == 0,
+            Call::WhichChild => ptrace(libc::PTRACE_GETEVENTMSG),
         }
     }
 }
@@ -431,9 +433,10 @@ impl<'w> Chase<'w> {
     }
 
     fn at_event(&mut self, tid: Pid, kind: u32) {
-        let who = ptrace::geteventmsg(Tid(tid.as_raw())).unwrap_or_default() as i32;
+        let who = ptrace::geteventmsg(Tid(tid.as_raw()));
         if kind == event::FORK && tid == self.visible && self.engine.is_none() {
-            self.engine = Some(Pid::from_raw(who));
+            // It may have been killed meanwhile.
+            self.engine = who.ok().map(|who| Pid::from_raw(who as i32));
             let _ = ptrace::detach(Tid(tid.as_raw()), 0);
         } else {
             self.go_on(tid, 0);

@@ -137,17 +137,13 @@ impl Shells<'_> {
         let end = self.end();
         let mut round = 0;
         loop {
-            match ptrace::try_siginfo(tid) {
-                Ok(Some(info)) => {
-                    if let Stop::Event(event::FORK | event::VFORK | event::CLONE, child) =
-                        Stop::of(tid, &info)
-                    {
-                        return Ok(Some(Tid(child as i32)));
-                    }
-                    self.look(from, &|| "clone3".to_owned())?;
+            match Stop::now(tid)? {
+                Some(Stop::Event(event::FORK | event::VFORK | event::CLONE, child)) => {
+                    return Ok(Some(Tid(child as i32)));
                 }
+                Some(_) => self.look(from, &|| "clone3".to_owned())?,
                 // Looked at after the stop: the event comes before the result.
-                Ok(None) if self.is_done(from)? => {
+                None if self.is_done(from)? => {
                     // The event may have come between the two looks.
                     return match ptrace::try_siginfo(tid) {
                         Ok(None) => Ok(None),
@@ -155,10 +151,7 @@ impl Shells<'_> {
                     };
                 }
                 // Yielding alone can starve a shell that shares our CPU: it must sleep too.
-                Ok(None) => super::pause(&mut round),
-                Err(errno) => {
-                    return Err(Error::syscall("ptrace(GETSIGINFO)", errno));
-                }
+                None => super::pause(&mut round),
             }
             if Instant::now() >= end {
                 self.look(from, &|| "clone3".to_owned())?;

@@ -61,9 +61,7 @@ impl Shells<'_> {
                 if tid == pid.leader()
                     && !poll_dead(&self.processes[process].pidfd, Duration::ZERO)?
                 {
-                    if let Ok(Some(info)) = ptrace::try_siginfo(tid)
-                        && let Stop::SignalDelivery(info) = Stop::of(tid, &info)
-                    {
+                    if let Ok(Some(Stop::SignalDelivery(info))) = Stop::now(tid) {
                         let pass = if ignorable(info.signo()) {
                             0
                         } else {
@@ -211,7 +209,7 @@ impl Shells<'_> {
             let known = self.processes.iter().find(|p| p.pid == pid);
             let result = match known {
                 Some(process) => pidfd_send_signal(&process.pidfd, libc::SIGKILL),
-                None => kill(pid),
+                None => tracer::kill(pid).map_err(|e| Error::syscall("kill", e as i32)),
             };
             if let Err(e) = result
                 && e.kind() != Kind::TargetGone
@@ -247,14 +245,6 @@ impl Shells<'_> {
             }
         }
         Ok(())
-    }
-}
-
-fn kill(pid: Pid) -> Result<()> {
-    use nix::sys::signal::{Signal, kill};
-    match kill(nix::unistd::Pid::from_raw(pid.0), Signal::SIGKILL) {
-        Ok(()) => Ok(()),
-        Err(errno) => Err(Error::syscall("kill", errno as i32)),
     }
 }
 

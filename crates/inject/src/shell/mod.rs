@@ -488,18 +488,14 @@ impl<'t> Shells<'t> {
     /// `call` names what it is doing.
     fn look(&self, task: TaskId, call: &dyn Fn() -> String) -> Result<()> {
         let tid = self.tid(task);
-        let info = match ptrace::try_siginfo(tid) {
-            Ok(Some(info)) => info,
-            Ok(None) => {
-                if tracer::is_dead(tid) || poll_dead(self.pidfd(task), Duration::ZERO)? {
-                    let message = format!("the restore shell ended in {}", call());
-                    return Err(Error::new(Kind::TargetGone, message).on_task(tid.0));
-                }
-                return Ok(());
+        let Some(stop) = Stop::now(tid)? else {
+            if tracer::is_dead(tid) || poll_dead(self.pidfd(task), Duration::ZERO)? {
+                let message = format!("the restore shell ended in {}", call());
+                return Err(Error::new(Kind::TargetGone, message).on_task(tid.0));
             }
-            Err(errno) => return Err(Error::syscall("ptrace(GETSIGINFO)", errno).on_task(tid.0)),
+            return Ok(());
         };
-        match Stop::of(tid, &info) {
+        match stop {
             Stop::SignalDelivery(info) => match ignorable(info.signo()) {
                 true => ptrace::cont(tid, 0),
                 false => Err(self.hit(tid, &info, call)),

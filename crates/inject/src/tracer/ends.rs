@@ -14,6 +14,14 @@ use super::{LETTING_GO, Stop, Tracer};
 use crate::arch;
 use crate::step::step;
 
+/// Kills one process: never a group, or all there are, which kill(2) takes numbers below 1 for.
+pub(crate) fn kill(pid: Pid) -> std::result::Result<(), Errno> {
+    if pid.0 < 1 {
+        return Err(Errno::ESRCH);
+    }
+    signal::kill(nix::unistd::Pid::from_raw(pid.0), Signal::SIGKILL)
+}
+
 impl Tracer {
     /// Lets a stopped task go. One that was in a job-control stop is in it again.
     pub fn detach(&self, tid: Tid) -> Result<()> {
@@ -77,23 +85,21 @@ impl Tracer {
             .options(tid)
             .is_some_and(|o| o.contains(Options::EXITKILL))
         {
-            let _ = signal::kill(nix::unistd::Pid::from_raw(tid.0), Signal::SIGKILL);
+            let _ = kill(Pid(tid.0));
             return self.reap(tid);
         }
-        let sig = match ptrace::try_siginfo(tid) {
-            Ok(Some(info)) => match Stop::of(tid, &info) {
-                Stop::SignalDelivery(info) => info.signo(),
-                Stop::EventStop | Stop::GroupStop(_) => {
-                    // It stopped just now, and nobody has seen what in.
-                    if let Ok(mut regs) = ptrace::getregs(tid)
-                        && arch::make_restartable(&mut regs)
-                    {
-                        let _ = ptrace::setregs(tid, &regs);
-                    }
-                    0
+        let sig = match Stop::now(tid) {
+            Ok(Some(Stop::SignalDelivery(info))) => info.signo(),
+            Ok(Some(Stop::EventStop | Stop::GroupStop(_))) => {
+                // It stopped just now, and nobody has seen what in.
+                if let Ok(mut regs) = ptrace::getregs(tid)
+                    && arch::make_restartable(&mut regs)
+                {
+                    let _ = ptrace::setregs(tid, &regs);
                 }
-                _ => 0,
-            },
+                0
+            }
+            Ok(Some(_)) => 0,
             _ if is_dead(tid) => {
                 self.let_die(tid);
                 self.forget(tid);
@@ -127,7 +133,7 @@ impl Tracer {
     /// As of [`kill`](Tracer::kill).
     pub fn kill_all(&self, processes: Vec<(Pid, Vec<Tid>)>, deadline: Instant) -> Result<()> {
         for (pid, _) in &processes {
-            match signal::kill(nix::unistd::Pid::from_raw(pid.0), Signal::SIGKILL) {
+            match kill(*pid) {
                 Ok(()) | Err(Errno::ESRCH) => {}
                 Err(e) => return Err(Error::syscall("kill", e as i32).on_task(pid.0)),
             }

@@ -122,11 +122,25 @@ pub(crate) fn timeout(tid: Tid, what: &str) -> Error {
     Error::new(
         Kind::Timeout,
         format!(
-            "{what} (state {state}, in {wchan}, freezer: {})",
+            "{what} (state {state}, in {wchan}, {}freezer: {})",
+            cpu_times(tid).unwrap_or_default(),
             frozen_by(tid).unwrap_or_else(|| "not frozen".to_string())
         ),
     )
     .on_task(tid.0)
+}
+
+/// How long a thread has run, and how long it had to wait for a CPU, in all its life: whether
+/// it does nothing, or is not let.
+fn cpu_times(tid: Tid) -> Option<String> {
+    let text = std::fs::read_to_string(format!("/proc/{tid}/schedstat")).ok()?;
+    let mut times = text.split_whitespace().map(str::parse::<u64>);
+    let mut ms = || Some(times.next()?.ok()? / 1_000_000);
+    let (run, waited) = (ms()?, ms()?);
+    Some(format!(
+        "{run} ms run, {waited} ms waited for a CPU on CPU {}, ",
+        stat_fields(tid, tid).ok()?.split(' ').nth(36)?
+    ))
 }
 
 /// All threads of a process.
