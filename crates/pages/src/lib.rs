@@ -44,7 +44,7 @@ pub use index::{
     PageIndex, PageStats, Range, What,
 };
 pub use ledger::Ledger;
-pub use reader::{Delta, PageReader, Part, Piece, Place, Use, uses, zeros};
+pub use reader::{Delta, PageReader, Part, Piece, Place, Use, push_piece, uses, zeros};
 pub use source::Source;
 pub use zero::is_zero;
 

@@ -455,7 +455,8 @@ fn place_at(piece: &Piece, addr: u64) -> Place {
     }
 }
 
-fn push_piece(pieces: &mut Vec<Piece>, piece: Piece) {
+/// Adds a piece behind others; to the last of them where it goes on with that.
+pub fn push_piece(pieces: &mut Vec<Piece>, piece: Piece) {
     if let Some(last) = pieces.last_mut()
         && last.addr + last.len == piece.addr
         && place_at(last, piece.addr) == piece.place

@@ -10,7 +10,8 @@
 //! work while other processes are mapped and descriptors restored;
 //! [`Building::finish`] waits for them and does what must come after: huge
 //! pages, protections, advice, guard regions, locks. The way in:
-//! - Anonymous private memory, [`MISSING`] bytes of it or more in a process: UFFDIO_COPY.
+//! - Anonymous private memory, [`MISSING`] bytes of it or more in a process and [`DENSE`] in
+//!   a mapping: UFFDIO_COPY.
 //!   The process makes a userfaultfd, which we take; it is unregistered and closed
 //!   when the pages are in place. Where the kernel refuses one: as all else.
 //! - Huge pages, that is 2 MiB of data where the VMA asks for them (or all get them):
@@ -32,7 +33,8 @@ use freezeframe_kinds::{
     Backing, MakeMapping, MakeObject, RestoreOptions, Segments, Sharing, registry,
 };
 use freezeframe_pages::{
-    Delta, Destination, Filler, Filling, PAGE, PageReader, Piece, Place, Use, uses, zeros,
+    Delta, Destination, Filler, Filling, PAGE, PageReader, Piece, Place, Use, push_piece, uses,
+    zeros,
 };
 use freezeframe_sys::ids::Pid;
 use freezeframe_sys::proc::VmFlags;
@@ -47,6 +49,13 @@ const MADV_GUARD_INSTALL: i32 = 102;
 
 /// So many bytes of anonymous memory are worth a userfaultfd.
 const MISSING: u64 = 1 << 20;
+
+/// So many bytes in a mapping are worth the two calls that a range of a userfaultfd takes.
+const DENSE: u64 = 64 << 10;
+
+/// Neighbouring VMAs are mapped together up to this size: what is far from all the memory there
+/// is, so that no call asks for more than the host will promise.
+const TOGETHER: u64 = 64 << 20;
 
 /// The size of a huge page.
 const HUGE: u64 = 2 << 20;
@@ -84,6 +93,8 @@ struct Fresh<'a> {
     /// What goes there by huge pages.
     huge: Vec<Piece>,
     zeros: Vec<Range<u64>>,
+    /// Whether it is mapped by the call that maps the one before.
+    joined: bool,
 }
 
 /// What one shmat(2) has attached, as far as it is mapped afresh.
@@ -124,6 +135,58 @@ impl Fresh<'_> {
         let was_writable = !self.vma.shared && flags.contains(VmFlags::ACCOUNT);
         self.has_pages() || was_writable && self.vma.prot & libc::PROT_WRITE as u32 == 0
     }
+
+    /// How it is mapped first.
+    fn prot(&self) -> u32 {
+        match self.is_mapped_writable() {
+            true => filling_prot(),
+            false => self.vma.prot,
+        }
+    }
+
+    /// Whether one mmap(2) maps the other behind it too.
+    fn joins(&self, next: &Fresh<'_>) -> bool {
+        let (this, next_vma) = (self.vma, next.vma);
+        let same = |vma: &Vma| (vma.kind, vma.object, map_flags(vma));
+        this.end == next_vma.start
+            && is_anonymous(this)
+            && is_anonymous(next_vma)
+            && map_flags(this) & libc::MAP_GROWSDOWN == 0
+            && same(this) == same(next_vma)
+            && self.prot() == next.prot()
+    }
+}
+
+/// Finds the VMAs that are mapped together, in the order of their addresses.
+fn join(fresh: &mut [Fresh<'_>]) {
+    let mut len = fresh.first().map_or(0, |f| f.vma.len());
+    for i in 1..fresh.len() {
+        let more = fresh[i].vma.len();
+        let joined = fresh[i - 1].joins(&fresh[i]) && len + more <= TOGETHER;
+        len = if joined { len + more } else { more };
+        fresh[i].joined = joined;
+    }
+}
+
+/// What one mmap(2) maps.
+fn together<'f, 'a>(fresh: &'f [Fresh<'a>]) -> impl Iterator<Item = &'f [Fresh<'a>]> {
+    fresh.chunk_by(|_, next| next.joined)
+}
+
+/// From where to where it reaches.
+fn range_of(mapping: &[Fresh<'_>]) -> Range<u64> {
+    mapping[0].vma.start..mapping[mapping.len() - 1].vma.end
+}
+
+/// Whether a userfaultfd is to fill it.
+fn is_dense(mapping: &[Fresh<'_>]) -> bool {
+    is_anonymous(mapping[0].vma) && data(mapping) >= DENSE
+}
+
+/// How many bytes go there.
+fn data(mapping: &[Fresh<'_>]) -> u64 {
+    let pieces = mapping.iter().flat_map(|f| &f.pieces);
+    pieces.map(|p| p.len).sum()
 }
 
 /// Makes the tree-wide objects in the root and fills them.
@@ -273,11 +336,8 @@ impl<'a> Memory<'a> {
         for number in numbers.values() {
             batch.call("close", libc::SYS_close, [(*number).into()]);
         }
-        let missing: Vec<&Fresh<'_>> = fresh
-            .iter()
-            .filter(|f| is_anonymous(f.vma) && !f.pieces.is_empty())
-            .collect();
-        let size: u64 = missing.iter().flat_map(|f| &f.pieces).map(|p| p.len).sum();
+        let missing: Vec<&[Fresh<'_>]> = together(&fresh).filter(|m| is_dense(m)).collect();
+        let size: u64 = missing.iter().map(|m| data(m)).sum();
         let uffd = (size >= MISSING && !self.no_userfaultfd).then(|| {
             let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
             let op = batch.call("userfaultfd", libc::SYS_userfaultfd, [flags.into()]);
@@ -285,18 +345,24 @@ impl<'a> Memory<'a> {
         });
         let replies = shells.run(task, &batch).on_task(pid.0)?;
         if let Some(Ok(number)) = uffd.map(|op| replies.result(op)) {
-            let ranges = missing.iter().map(|f| f.vma.start..f.vma.end).collect();
+            let ranges = missing.iter().map(|m| range_of(m)).collect();
             building.missing = register(shells, task, number as i32, ranges).on_task(pid.0)?;
         }
 
         let vm = Destination::Vm(pid);
         let (mut by_uffd, mut by_vm, mut by_huge) = (Vec::new(), Vec::new(), Vec::new());
-        for f in fresh {
-            let way = match is_anonymous(f.vma) && building.missing.is_some() {
+        for mapping in together(&fresh) {
+            let way = match is_dense(mapping) && building.missing.is_some() {
                 true => &mut by_uffd,
                 false => &mut by_vm,
             };
-            way.extend(f.pieces.iter().cloned());
+            let mut pieces = Vec::new();
+            for piece in mapping.iter().flat_map(|f| &f.pieces) {
+                push_piece(&mut pieces, piece.clone());
+            }
+            way.append(&mut pieces);
+        }
+        for f in fresh {
             if !f.huge.is_empty() {
                 building.huge.push(f.vma);
                 by_huge.extend(f.huge.iter().cloned());
@@ -364,10 +430,12 @@ impl<'a> Memory<'a> {
                         pieces,
                         huge,
                         zeros,
+                        joined: false,
                     });
                 }
             }
         }
+        join(fresh);
         Ok(())
     }
 
@@ -539,8 +607,8 @@ impl<'a> Memory<'a> {
         // One open per object, however many VMAs map it.
         let mut opened: HashMap<ObjectId, Arg> = HashMap::new();
         let mut kernel: Option<u64> = None;
-        for f in fresh {
-            let vma = f.vma;
+        for mapping in together(fresh) {
+            let (vma, range) = (mapping[0].vma, range_of(mapping));
             let kind =
                 registry::memory(vma.kind).ok_or_else(|| Error::bug("a memory kind vanished"))?;
             let record = self.loaded.object_record(vma.kind, vma.object)?;
@@ -575,18 +643,13 @@ impl<'a> Memory<'a> {
                     }
                 },
             };
-            let prot = if f.is_mapped_writable() {
-                filling_prot()
-            } else {
-                vma.prot
-            };
             batch.call(
-                format!("mmap({:x}-{:x} {})", vma.start, vma.end, vma.name),
+                format!("mmap({:x}-{:x} {})", range.start, range.end, vma.name),
                 libc::SYS_mmap,
                 [
-                    Arg::Imm(vma.start),
-                    Arg::Imm(vma.len()),
-                    prot.into(),
+                    Arg::Imm(range.start),
+                    Arg::Imm(range.end - range.start),
+                    mapping[0].prot().into(),
                     (map_flags(vma) | more).into(),
                     fd.unwrap_or(Arg::Imm(u64::MAX)),
                     Arg::Imm(if fd.is_some() { vma.offset } else { 0 }),
