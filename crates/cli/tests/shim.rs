@@ -547,6 +547,55 @@ fn other_words_go_through_unchanged_by_any_name() {
     assert!(!container.at("marks").exists());
 }
 
+#[test]
+fn what_runsc_answers_is_the_exit_code() {
+    let container = Container::new();
+    let runsc = |options: &[&str], line: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_freezeframe"));
+        command.current_dir(container.place.path()).args([
+            "shim",
+            "runsc",
+            "--runtime",
+            "./record",
+        ]);
+        command.args(options).arg("--").args(line).output().unwrap()
+    };
+    assert_eq!(runsc(&[], &["state", "c1"]).status.code(), Some(7));
+    assert_eq!(container.text("called"), "state\nc1\n");
+    let line = [
+        "checkpoint",
+        "--image-path",
+        "image",
+        "--tcp-established",
+        "c1",
+    ];
+    let refused = runsc(&[], &line);
+    assert_eq!(refused.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("runsc has no --tcp-established"));
+    assert_eq!(container.text("called"), "--version\n");
+    assert!(!container.at("image").exists());
+    let output = runsc(&["--lacking", "warn"], &line);
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(
+        said.contains("Warn  (shim): runsc has no --tcp-established"),
+        "{said}"
+    );
+    assert!(
+        said.contains("runsc checkpoint failed (exit status: 7)")
+            && said.contains("target=unknown"),
+        "{said}"
+    );
+    assert_eq!(
+        output.status.code(),
+        Some(3),
+        "whether the container lives is not known"
+    );
+    assert_eq!(
+        container.text("called"),
+        "checkpoint\n--image-path\nimage\nc1\n"
+    );
+}
+
 /// A container of the real runtime, ended with the test.
 struct Real(PathBuf);
 

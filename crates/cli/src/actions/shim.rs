@@ -6,9 +6,10 @@
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Arg, ArgMatches, Command, value_parser};
 use freezeframe::Error;
-use freezeframe_shims::runtime::{RuncAdapter, Runtime, skip_resume};
+use freezeframe_shims::runtime::{Lacking, RuncAdapter, RunscAdapter, Runtime, skip_resume};
 
 use crate::actions::Act;
 use crate::grammar::Stop;
@@ -42,7 +43,7 @@ pub(crate) fn describe(command: Command) -> Command {
             Arg::new("name")
                 .value_name("RUNTIME")
                 .required(true)
-                .value_parser(["runc"])
+                .value_parser(["runc", "runsc"])
                 .help("Whose command line it is"),
         )
         .arg(option("runtime", "PROGRAM", "FREEZEFRAME_RUNTIME", "The runtime itself (default: RUNTIME on PATH)"))
@@ -55,6 +56,17 @@ pub(crate) fn describe(command: Command) -> Command {
             "The container manager's namespace (default: the last part of --root where that is containerd's, else \"default\")",
         ))
         .arg(directory("marks", "FREEZEFRAME_MARKS", "Where the marks not to resume a container are").default_value(skip_resume::DEFAULT_DIR))
+        .arg(
+            option("lacking", "POLICY", "FREEZEFRAME_LACKING", "runsc: refuse or warn of options that it lacks")
+                .value_parser(PossibleValuesParser::new(["refuse", "warn"]).map(OsString::from))
+                .default_value("refuse"),
+        )
+        .arg(option(
+            "cuda-checkpoint",
+            "PROGRAM",
+            "FREEZEFRAME_CUDA_CHECKPOINT",
+            "runsc: cuda-checkpoint inside the container, called around a checkpoint; it may fail",
+        ))
         .arg(
             Arg::new("args")
                 .value_name("ARGS")
@@ -70,7 +82,11 @@ Before `checkpoint` the container's upper directory is copied to `upper` in the 
 container marked not to be resumed (the file NAMESPACE/ID below --marks); `restore` copies it back. Of the options of
 these two, --work-dir is taken out. Then the runtime runs in our place. If anything fails before, all is as it was.
 
-Called by a link named freezeframe-runc, all words are the runtime's; the environment then has the options.";
+runsc is asked for what it has of the same words; what it lacks (CRIU's options) is refused by name. Its exit code is
+ours, and its own words are in the error.
+
+Called by a link named freezeframe-runc or freezeframe-runsc, all words are the runtime's; the environment then has the
+options.";
 
 fn option(name: &'static str, value: &'static str, env: &'static str, help: &'static str) -> Arg {
     let arg = Arg::new(name).long(name).value_name(value).env(env);
@@ -92,6 +108,19 @@ pub(crate) fn run(words: &[OsString]) -> Result<i32, Stop> {
         .cloned()
         .collect();
     let path = |name| value(&matches, name).map(PathBuf::from);
+    let runtime = matches.get_one::<String>("name").map(String::as_str);
+    if runtime == Some(Runtime::Runsc.name()) {
+        let defaults = RunscAdapter::default();
+        let warn = value(&matches, "lacking") == Some(OsStr::new("warn"));
+        let adapter = RunscAdapter {
+            command: path("runtime").unwrap_or(defaults.command),
+            images_dir: path("images-dir"),
+            lacking: if warn { Lacking::Warn } else { Lacking::Refuse },
+            cuda_checkpoint: value(&matches, "cuda-checkpoint").map(OsStr::to_owned),
+            note,
+        };
+        return Ok(adapter.run(&args).unwrap_or_else(|e| failed(&e)));
+    }
     let defaults = RuncAdapter::default();
     let adapter = RuncAdapter {
         command: path("runtime").unwrap_or(defaults.command),
@@ -99,9 +128,13 @@ pub(crate) fn run(words: &[OsString]) -> Result<i32, Stop> {
         upper: path("upper"),
         namespace: value(&matches, "namespace").map(|n| n.to_string_lossy().into_owned()),
         marks: path("marks").unwrap_or(defaults.marks),
-        note: |text| complain!("Warn  (shim): {text}"),
+        note,
     };
     Ok(failed(&adapter.exec(&args)))
+}
+
+fn note(text: &str) {
+    complain!("Warn  (shim): {text}");
 }
 
 fn value<'a>(matches: &'a ArgMatches, name: &str) -> Option<&'a OsStr> {

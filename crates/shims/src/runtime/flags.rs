@@ -77,7 +77,8 @@ const fn row(
     }
 }
 
-/// What is known, from the `--help` of each version (runc 1.1.5, 1.3.6; crun 1.8.1, 1.28) and, of runsc, its documentation.
+/// What is known, from the `--help` of each version (runc 1.1.5, 1.3.6; crun 1.8.1, 1.28) and, of runsc, its documentation and
+/// history (versions are the dates of releases; those of its flags to the half-year).
 #[rustfmt::skip]
 pub static TABLE: &[Row] = &[
     row(Runtime::Runc, &[], Part::Global, &[
@@ -118,9 +119,9 @@ pub static TABLE: &[Row] = &[
     row(Runtime::Runsc, &[], Part::Restore, &[
         "image-path=", "work-path=", "bundle=", "console-socket=", "pid-file=", "user-log=", "detach", "no-subreaper",
     ]),
-    row(Runtime::Runsc, &[2023], Part::Checkpoint, &["compression="]),
-    row(Runtime::Runsc, &[2024], Part::Checkpoint, &["direct", "exclude-committed-zero-pages"]),
-    row(Runtime::Runsc, &[2024], Part::Restore, &["direct", "background"]),
+    row(Runtime::Runsc, &[20230701], Part::Checkpoint, &["compression="]),
+    row(Runtime::Runsc, &[20240101], Part::Checkpoint, &["direct", "exclude-committed-zero-pages"]),
+    row(Runtime::Runsc, &[20240101], Part::Restore, &["direct", "background"]),
 ];
 
 /// Whether a runtime of this version (any, if it is not known) has the option, and then whether it takes a value.
@@ -204,9 +205,20 @@ impl Line {
     /// Reads a line. Only what follows `checkpoint` and `restore` is taken apart; after another subcommand the words
     /// stay as they are.
     pub fn parse(runtime: Runtime, args: &[OsString]) -> Result<Line> {
-        let known = |part| move |name: &str| takes_value(runtime, None, part, name);
+        Line::parse_with(args, |part, name| takes_value(runtime, None, part, name))
+    }
+
+    /// The same, `known` telling of each option whether it takes a value, or that it is not known.
+    pub(crate) fn parse_with(
+        args: &[OsString],
+        known: impl Fn(Part, &str) -> Option<bool>,
+    ) -> Result<Line> {
         let mut args = args.iter().cloned();
-        let global = words(&mut args, known(Part::Global), Until::Subcommand)?;
+        let global = words(
+            &mut args,
+            |name| known(Part::Global, name),
+            Until::Subcommand,
+        )?;
         let (subcommand, global) = match global.split_last() {
             Some((Word::Plain(word), before)) => (Some(word.clone()), before.to_vec()),
             _ => (None, global),
@@ -215,7 +227,7 @@ impl Line {
         let rest = match part {
             Some(part) => {
                 // `--work-dir` is the word of those who call us, not of any runtime.
-                let flags = |name: &str| (name == "work-dir").then_some(true).or(known(part)(name));
+                let flags = |name: &str| (name == "work-dir").then_some(true).or(known(part, name));
                 words(&mut args, flags, Until::End)?
             }
             None => args.map(Word::Plain).collect(),
