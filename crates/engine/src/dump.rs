@@ -14,6 +14,7 @@ use freezeframe_error::{Error, Kind, Phase, Result, ResultExt, Target};
 use freezeframe_image::{Header, ImageId, ImageWriter, RawRecord};
 use freezeframe_inject::fork::Fork;
 use freezeframe_kinds::model::{self, FdTable, Life, Mm, Process, Thread, Tree};
+use freezeframe_kinds::task::aio::Contexts;
 use freezeframe_kinds::{DumpCx, DumpOptions, Held, Made, Orphan, registry};
 use freezeframe_pages::{PageDumper, PageOptions};
 use freezeframe_sys::ids::Pid;
@@ -340,6 +341,7 @@ struct Host {
     boot_id: String,
     vdso_hash: u64,
     namespaces: tree::Namespaces,
+    aio: Contexts,
     /// What was seen of the tree itself.
     seen: Seen,
 }
@@ -350,6 +352,7 @@ impl Host {
             boot_id: clock::boot_id()?,
             vdso_hash: crate::vdso::own_hash()?,
             namespaces: tree::Namespaces::ours()?,
+            aio: Contexts::prepare(),
             seen: Seen::default(),
         })
     }
@@ -410,6 +413,10 @@ fn gather(
     for kind in &own {
         kind.enter(&mut cx, &procs[0]).in_phase(Phase::Collect)?;
     }
+    cx.aio = host.aio.clone();
+    cx.aio
+        .settle(procs, &mut blockers)
+        .in_phase(Phase::Collect)?;
     let tables = files::collect(&mut cx, &mut blockers).in_phase(Phase::Collect)?;
     let answers = tasks::ask(frozen).in_phase(Phase::Collect)?;
     tasks::ask_on(&mut cx, frozen, &mut blockers).in_phase(Phase::Collect)?;

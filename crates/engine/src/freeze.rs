@@ -518,7 +518,9 @@ impl Frozen {
 
     /// Kills the tree, children before parents, and waits until it is dead.
     pub fn kill(self) -> Result<()> {
-        let deadline = Instant::now() + self.wait;
+        // Nothing leads back any more, and the kernel may take its time on a busy machine: the end
+        // of an AIO context waits until each CPU has been through the scheduler.
+        let deadline = Instant::now() + 6 * self.wait;
         // All are stopped: none can start anything, or handle the death of another.
         let alive = self.procs.iter().rev().filter(|p| !p.tids.is_empty());
         let keeper = keeper::all_or_none(alive.clone().map(|p| p.pidfd.as_fd()));

@@ -54,6 +54,7 @@ pub static MEMORY: &[&dyn MemKind] = &[
     &mem::sysv_shm::SysvShm,
     &mem::dev_zero::DevZero,
     &mem::memfd::Memfd,
+    &mem::aio_ring::AioRing,
     &mem::other::Other,
     &mem::ghost::Ghost,
     &mem::file::MappedFile,
@@ -75,6 +76,7 @@ pub static TASKS: &[&dyn TaskKind] = &[
     &task::scheduler::Scheduler,
     &task::timer_slack::TimerSlack,
     &task::io_priority::IoPriority,
+    &task::aio::Aio,
     // Stage::Signals
     &task::sigaction::SigActions,
     &task::altstack::AltStack,

@@ -11,6 +11,8 @@
 //!
 //! `unsafe` lives in this crate, `freezeframe-stub` and `inject::arch` alone.
 
+pub mod aio;
+mod bpf;
 pub mod btf;
 pub mod cgroup;
 pub mod clock;

@@ -11,10 +11,14 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::Read;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 
 use freezeframe_error::{Error, Result, SysExt};
 
+use crate::bpf::{
+    ADD, Attributes, CALL, EXIT, FRAME, ITER_CREATE, JUMP_IF, LINK_CREATE, LOAD_4, LOAD_8, MOVE,
+    R0, R1, R2, R3, R6, R7, SET, STORE_8, TRACE_ITER, load_iterator, op,
+};
 use crate::btf::{Btf, Field, Is};
 use crate::ids::{Pid, Tid};
 
@@ -46,7 +50,7 @@ pub struct TaskFields {
 /// How deep the PID namespace may be that we are in.
 const LEVELS: usize = 4;
 /// One number in the program's answer for each of these.
-const ROW: usize = LEVELS + 12;
+const ROW: usize = LEVELS + 13;
 const BYTES: usize = 8 * ROW;
 
 /// The program, ready to run.
@@ -63,7 +67,7 @@ impl TaskIter {
     pub fn new() -> Result<TaskIter> {
         let btf = Btf::of_kernel()?;
         let mut iter = TaskIter {
-            program: load(&program(&btf)?, btf.find(Is::Function, "bpf_iter_task")?)?,
+            program: load_iterator(&program(&btf)?, btf.find(Is::Function, "bpf_iter_task")?)?,
             level: 0,
         };
         let own = Pid::this();
@@ -80,6 +84,13 @@ impl TaskIter {
     pub fn read(&self, process: Pid) -> Result<HashMap<Tid, TaskFields>> {
         let rows = self.rows(process)?;
         Ok(rows.iter().map(|row| self.fields(row)).collect())
+    }
+
+    /// Where the kernel has its account of the memory of a process; None if it has none.
+    pub(crate) fn memory(&self, process: Pid) -> Result<Option<u64>> {
+        let rows = self.rows(process)?;
+        let memory = rows.first().map(|row| row[LEVELS + 12]);
+        Ok(memory.filter(|at| *at != 0))
     }
 
     fn fields(&self, row: &[u64; ROW]) -> (Tid, TaskFields) {
@@ -128,86 +139,10 @@ impl TaskIter {
     }
 }
 
-const PROG_LOAD: i64 = 5;
-const LINK_CREATE: i64 = 28;
-const ITER_CREATE: i64 = 33;
-const PROGRAM_TRACING: u32 = 26;
-const TRACE_ITER: u32 = 28;
-
-/// `union bpf_attr`.
-struct Attributes([u8; 128]);
-
-impl Default for Attributes {
-    fn default() -> Attributes {
-        Attributes([0; 128])
-    }
-}
-
-impl Attributes {
-    fn word(&mut self, at: usize, value: u32) -> &mut Attributes {
-        self.0[at..at + 4].copy_from_slice(&value.to_le_bytes());
-        self
-    }
-
-    fn long(&mut self, at: usize, value: u64) -> &mut Attributes {
-        self.0[at..at + 8].copy_from_slice(&value.to_le_bytes());
-        self
-    }
-
-    /// A call that gives a descriptor. What the attributes point to lives in the caller.
-    fn call(&self, command: i64, name: &'static str) -> Result<OwnedFd> {
-        // SAFETY: the kernel reads the attributes, and what they point to, which the callers in
-        // this module keep alive and of the length they state; it writes none of it.
-        let fd = unsafe { libc::syscall(libc::SYS_bpf, command, self.0.as_ptr(), self.0.len()) };
-        if fd < 0 {
-            return Err(Error::last_os(name));
-        }
-        // SAFETY: a descriptor the kernel has just given us, which nobody else knows.
-        Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
-    }
-}
-
-fn load(program: &[u64], of: u32) -> Result<OwnedFd> {
-    // What writes the rows may be used only by programs that may be used under the GPL. This
-    // one may, if somebody likes: it is under the MIT licence.
-    let license = c"Dual MIT/GPL";
-    let mut attributes = Attributes::default();
-    attributes
-        .word(0, PROGRAM_TRACING)
-        .word(4, program.len() as u32);
-    attributes
-        .long(8, program.as_ptr() as u64)
-        .long(16, license.as_ptr() as u64);
-    attributes.word(68, TRACE_ITER).word(108, of);
-    attributes.call(PROG_LOAD, "bpf(BPF_PROG_LOAD)")
-}
-
-/// Registers of the program: its argument and the first of calls, the others of calls, and those
-/// that outlive calls.
-const R0: u8 = 0;
-const R1: u8 = 1;
-const R2: u8 = 2;
-const R3: u8 = 3;
-const META: u8 = 6;
-const TASK: u8 = 7;
-const FRAME: u8 = 10;
-
-const LOAD_4: u8 = 0x61;
-const LOAD_8: u8 = 0x79;
-const STORE_8: u8 = 0x7b;
-const MOVE: u8 = 0xbf;
-const SET: u8 = 0xb7;
-const ADD: u8 = 0x07;
-const JUMP_IF: u8 = 0x15;
-const CALL: u8 = 0x85;
-const EXIT: u8 = 0x95;
+/// Those of its registers that outlive calls.
+const META: u8 = R6;
+const TASK: u8 = R7;
 const SEQ_WRITE: i32 = 127;
-
-fn op(code: u8, to: u8, from: u8, offset: i16, value: i32) -> u64 {
-    let [low, high] = offset.to_le_bytes();
-    let [a, b, c, d] = value.to_le_bytes();
-    u64::from_le_bytes([code, from << 4 | to, low, high, a, b, c, d])
-}
 
 /// Loads a field of the structure a register points to.
 fn load_field(to: u8, from: u8, field: Field) -> Result<u64> {
@@ -256,6 +191,7 @@ fn program(btf: &Btf) -> Result<Vec<u64>> {
     for (row, name) in (LEVELS + 9..).zip(["thread_info.flags", "flags", "atomic_flags"]) {
         body.extend([load_field(R0, TASK, task(name)?)?, stored(row)]);
     }
+    body.extend([load_field(R0, TASK, task("mm")?)?, stored(LEVELS + 12)]);
     body.push(load_field(R1, TASK, task("cred")?)?);
     body.extend([
         load_field(R0, R1, btf.field(cred?, "securebits")?)?,

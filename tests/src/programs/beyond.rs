@@ -86,7 +86,6 @@ pub(super) const PROGRAMS: &[Program] = &[
         pseudo_terminal,
     )
     .carried_or_refused("terminal"),
-    Program::new("aio", "an aio context", aio).refused("an AIO ring (io_setup) is not supported"),
     Program::new("kmsg", "/dev/kmsg", kmsg).carried_or_refused("kmsg"),
     Program::new(
         "host_name_space",
@@ -491,27 +490,6 @@ fn pseudo_terminal(cx: &Cx) {
     cx.check(os::write(&pty.slave, b"x").is_ok(), || {
         "cannot write".to_owned()
     });
-}
-
-fn aio(cx: &Cx) {
-    let mut context = 0usize;
-    os::syscall(
-        libc::SYS_io_setup,
-        [8, os::at_mut(&mut context), 0, 0, 0, 0],
-    )
-    .unwrap();
-    cx.check(good(cx), || "spoilt".to_owned());
-    let none = os::timespec(0);
-    let mut events = [0u64; 32];
-    let got = os::syscall(
-        libc::SYS_io_getevents,
-        [context, 0, 1, os::at_mut(&mut events), os::at(&none), 0],
-    );
-    cx.same("events", got.ok(), Some(0));
-    cx.check(
-        os::syscall(libc::SYS_io_destroy, [context, 0, 0, 0, 0, 0]).is_ok(),
-        || "no such context".to_owned(),
-    );
 }
 
 fn kmsg(cx: &Cx) {

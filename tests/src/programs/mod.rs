@@ -12,6 +12,7 @@
 mod cx;
 pub(crate) mod os;
 
+mod aio;
 mod basic;
 mod beyond;
 mod credentials;
@@ -226,6 +227,7 @@ const FAMILIES: &[(&str, &[Program])] = &[
     ("futexes", futexes::PROGRAMS),
     ("mqueue", mqueue::PROGRAMS),
     ("ipcns", ipcns::PROGRAMS),
+    ("aio", aio::PROGRAMS),
 ];
 
 /// Every program, in the order of the table.

@@ -24,6 +24,7 @@ use crate::file::search::Searches;
 use crate::file::terminal::Ptys;
 use crate::mem::sysv_shm::Attached;
 use crate::model::{self, FileId, ObjectId};
+use crate::task::aio::Contexts;
 use crate::task::semaphore_undo::Adjustments;
 
 /// One frozen process of the tree.
@@ -401,6 +402,8 @@ pub struct DumpCx<'a> {
     pub segments: Attached,
     /// What processes are to undo at their end.
     pub adjustments: Adjustments,
+    /// AIO contexts.
+    pub aio: Contexts,
     objects: HashMap<ObjectKey, ObjectId>,
     files: HashMap<(i32, i32), FileId>,
     inodes: HashMap<(u64, u64), Vec<InodeFile>>,
@@ -438,6 +441,7 @@ impl<'a> DumpCx<'a> {
             ipc: IpcNamespace::default(),
             segments: Attached::default(),
             adjustments: Adjustments::default(),
+            aio: Contexts::default(),
             objects: HashMap::new(),
             files: HashMap::new(),
             inodes: HashMap::new(),

@@ -1,5 +1,6 @@
 //! What a VMA can map.
 
+pub mod aio_ring;
 pub mod anonymous;
 pub mod dev_zero;
 pub mod file;

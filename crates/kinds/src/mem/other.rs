@@ -29,23 +29,21 @@ static ABOUT: About = About {
     manual: "proc_pid_maps(5)",
     since: "",
     carried: "what a plugin (`Plugin` in the library) says it carries",
-    refused: "all else: devices (\"a mapping of a device is not supported\"), System V shared memory not attached by shmat(2), AIO rings (nothing tells whether requests are under way), secret memory, hugetlb, io_uring and perf rings, packet rings, dma-buf, uprobes (each as \"... is not supported\")",
+    refused: "all else: devices (\"a mapping of a device is not supported\"), System V shared memory not attached by shmat(2), secret memory, hugetlb, io_uring and perf rings, packet rings, dma-buf, uprobes (each as \"... is not supported\")",
     programs: &[
         "memory::secret",
         "memory::hugetlb",
-        "beyond::aio",
         "beyond::io_uring_mapped",
     ],
     show: show::<State>,
 };
 
 /// Beginnings of paths in maps, and what they are in words.
-const NAMES: [(&[u8], &str); 9] = [
+const NAMES: [(&[u8], &str); 8] = [
     (
         b"/SYSV",
         "System V shared memory mapped by other ways than shmat(2) is not supported",
     ),
-    (b"/[aio]", "an AIO ring (io_setup) is not supported"),
     (
         b"/secretmem",
         "secret memory (memfd_secret) is not supported",
@@ -145,10 +143,6 @@ mod tests {
         assert_eq!(
             what(b"/SYSV00000000 (deleted)"),
             "System V shared memory mapped by other ways than shmat(2) is not supported"
-        );
-        assert_eq!(
-            what(b"/[aio] (deleted)"),
-            "an AIO ring (io_setup) is not supported"
         );
         assert_eq!(what(b"[new]"), "memory shown as [new] is not supported");
     }

@@ -1,6 +1,7 @@
 //! Attributes of threads and processes.
 
 pub mod affinity;
+pub mod aio;
 pub mod altstack;
 pub mod comm;
 pub mod controlling_terminal;
