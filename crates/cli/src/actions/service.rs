@@ -6,7 +6,7 @@
 //! sent away.
 
 use std::fs;
-use std::io::Write;
+use std::io::{Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
@@ -52,11 +52,21 @@ pub(crate) fn run(line: &Line) -> Result<i32, Stop> {
         .thread_swap_mask(SigmaskHow::SIG_BLOCK)
         .map_err(|e| usage(failed("sigprocmask", e)))?;
     let listener = open(&address).map_err(usage)?;
+    // Whoever waits for us has waited until clients can come.
+    let mut behind = None;
     if line.has("daemon") {
+        let (mut ready, end) = std::io::pipe().map_err(|e| usage(Error::io("pipe2", e)))?;
         match fork_single_threaded().map_err(usage)? {
-            Forked::Parent(_) => return Ok(outcome::DONE),
+            Forked::Parent(_) => {
+                drop(end);
+                return Ok(match ready.read(&mut [0]) {
+                    Ok(1) => outcome::DONE,
+                    _ => outcome::FAILED,
+                });
+            }
             Forked::Child => setsid().map_err(|e| usage(failed("setsid", e)))?,
         };
+        behind = Some(end);
     }
     if let Some(name) = line.value("pidfile") {
         let path = line.work_dir().join(name);
@@ -79,6 +89,9 @@ pub(crate) fn run(line: &Line) -> Result<i32, Stop> {
         "service",
         format_args!("listening on {}", address.display()),
     );
+    if let Some(mut waiting) = behind {
+        let _ = waiting.write_all(&[1]);
+    }
     let served = serve(&listener, &log, &before);
     let _ = fs::remove_file(&address);
     Ok(match served {
