@@ -283,7 +283,7 @@ fn pycriu_both(service: bool) -> Result<Done, String> {
     let mut child = None;
     if service {
         let address = stage.text("socket");
-        let words = ["service", "--daemon", "--address", &address, "--pidfile"];
+        let words = ["service", "-d", "--address", &address, "--pidfile"];
         let pidfile = stage.text("pidfile");
         stage
             .run(&server, &[&words[..], &[&pidfile]].concat())?

@@ -54,7 +54,8 @@ pub(crate) fn run(line: &Line) -> Result<i32, Stop> {
     let listener = open(&address).map_err(usage)?;
     // Whoever waits for us has waited until clients can come.
     let mut behind = None;
-    if line.has("daemon") {
+    // criu(8) has one short form, -d, for both.
+    if line.has("daemon") || line.has("restore-detached") {
         let (mut ready, end) = std::io::pipe().map_err(|e| usage(Error::io("pipe2", e)))?;
         match fork_single_threaded().map_err(usage)? {
             Forked::Parent(_) => {
