@@ -86,15 +86,13 @@ pub(super) fn restore(
                 _ if leave_stopped && is_leader => Some(libc::SIGSTOP),
                 _ => None,
             };
+            shells.start(task, &batch).on_task(*tid)?;
             work.push((task, Tid(*tid), stop, batch, last));
         }
     }
-    for (task, tid, _, batch, _) in &work {
-        shells.start(*task, batch).on_task(tid.0)?;
-    }
     let mut finals = Vec::with_capacity(work.len());
     for (task, tid, stop, batch, last) in work {
-        shells.finish(task, &batch).on_task(tid.0)?;
+        shells.complete(task, &batch).on_task(tid.0)?;
         finals.push(Final {
             task,
             regs: last.regs.ok_or_else(|| {

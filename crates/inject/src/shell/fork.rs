@@ -53,6 +53,9 @@ const THREAD_FLAGS: u64 = (libc::CLONE_VM
     | libc::CLONE_THREAD
     | libc::CLONE_SYSVSEM) as u64;
 
+/// From so many threads on they are not kept on our CPU.
+const MANY: usize = 64;
+
 impl Shells<'_> {
     /// Lets a task fork. The new process waits for batches of its own.
     ///
@@ -190,6 +193,11 @@ impl Shells<'_> {
             let slot = self.take_slot()?;
             let op = add_clone(&mut batch, flags, 0, tids, self.slot_address(slot));
             made.push((op, slot));
+        }
+        if tids.len() >= MANY {
+            // They are born where it is, and may go where it may: their batches are made by
+            // one CPU and run by others.
+            self.spread(from)?;
         }
         let replies = self.try_run(from, &batch)?;
         if let Some((op, _)) = made.get(replies.done) {

@@ -40,24 +40,13 @@ static ABOUT: About = About {
     show: show::<Record>,
 };
 
-/// Bytes encoded as they are one by one, but in one piece: there are thousands of threads.
-mod whole {
-    use serde::{Deserialize, Deserializer, Serializer};
-
-    pub(super) fn serialize<S: Serializer>(bytes: &[u8], to: S) -> Result<S::Ok, S::Error> {
-        to.serialize_bytes(bytes)
-    }
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<u8>, D::Error> {
-        Vec::deserialize(from)
-    }
-}
-
 #[derive(Debug, Serialize, Deserialize)]
 struct Record {
     /// `user_regs_struct`, as 27 little-endian u64.
+    #[serde(with = "serde_bytes")]
     general: Vec<u8>,
     /// The XSAVE area in the CPU's standard format, without the zeros at its end.
-    #[serde(with = "whole")]
+    #[serde(with = "serde_bytes")]
     xstate: Vec<u8>,
     /// Its length with them.
     xstate_len: u32,
