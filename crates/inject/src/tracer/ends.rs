@@ -37,7 +37,7 @@ impl Tracer {
     /// Lets tasks go, whether they are stopped or running.
     ///
     /// # Errors
-    /// [`Kind::Timeout`] if one does not stop: a task can only be let go from a
+    /// [`Kind::Timeout`](freezeframe_error::Kind::Timeout) if one does not stop: a task can only be let go from a
     /// stop, or by the end of the tracer's thread.
     pub fn release(&self, tids: &[Tid], deadline: Instant) -> Result<()> {
         let mut running: Vec<Tid> = tids.to_vec();
