@@ -11,6 +11,7 @@ use freezeframe_tests::busy::Busy;
 use freezeframe_tests::harm::strike::{self, Blow, When, Whom};
 use freezeframe_tests::run::{DEADLINE, Scene};
 use freezeframe_tests::snapshot::{Snapshot, state_of};
+use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use nix::sys::signal::Signal;
 use std::fmt;
 use std::fs;
@@ -331,10 +332,16 @@ fn frozen_by_us_while_it_forks_all_the_time() -> Done {
             cgroup.await_is(&busy.scene, "", false)?;
             busy.await_records(2)
         })?;
+        let seen = Inotify::init(InitFlags::IN_NONBLOCK).unwrap();
+        seen.add_watch(&cgroup.dir.join(version.file), AddWatchFlags::IN_MODIFY)
+            .unwrap();
         let all = [&["--leave-running"][..], &more].concat();
         busy.scene
             .dump_pid(busy.target.pid, "img", &all)?
             .must_exit(0)?;
+        if seen.read_events().unwrap_or_default().is_empty() {
+            return Err("it was not frozen".to_owned());
+        }
         busy.scene.verify("img")?;
         busy.await_records(2)?;
         drop(cgroup);
