@@ -231,7 +231,7 @@ fn events_come_in_order_and_may_veto() {
     let heard = wants.heard.lock().unwrap().join(" ");
     assert_eq!(
         heard,
-        "plan PreDump freeze collect pages PostDump thaw commit"
+        "plan PreDump freeze ExternalFiles collect pages PostDump thaw commit"
     );
 
     let image = victim.image().join("freezeframe.img");
@@ -267,7 +267,13 @@ fn a_restore_can_be_stopped_until_the_tree_runs() {
         };
         Restore::new(&image).events(Arc::new(wants)).run()
     };
-    for step in ["PreRestore", "SetupNamespaces", "PostRestore", "PreResume"] {
+    for step in [
+        "PreRestore",
+        "SetupNamespaces",
+        "PostSetupNamespaces",
+        "PostRestore",
+        "PreResume",
+    ] {
         let e = restore(step).unwrap_err();
         assert_eq!(
             (e.kind(), e.target()),
