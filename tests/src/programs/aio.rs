@@ -3,6 +3,7 @@
 use super::{Cx, Program, os};
 use std::ffi::c_long;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 pub(super) const PROGRAMS: &[Program] = &[
@@ -23,7 +24,7 @@ pub(super) const PROGRAMS: &[Program] = &[
     ),
     Program::new(
         "under_way",
-        "direct reads, some under way at any time, each end once: in memory, in the ring and by an eventfd",
+        "direct reads and an fsync, some under way at any time, each end once: in memory, in the ring and by an eventfd",
         under_way,
     ),
     Program::new(
@@ -71,6 +72,7 @@ struct Event {
 
 const READ: u16 = 0;
 const WRITE: u16 = 1;
+const FSYNC: u16 = 2;
 const POLL: u16 = 5;
 
 fn call(nr: c_long, args: [usize; 5]) -> os::Result<i64> {
@@ -236,20 +238,33 @@ fn under_way(cx: &Cx) {
         eventfd: ended.as_raw_fd() as u32,
         ..Request::default()
     };
-    let all: Vec<Request> = (0..COUNT).map(request).collect();
-    let expected: Vec<Event> = all.iter().map(|r| event(r, BLOCK as i64)).collect();
+    let mut all: Vec<Request> = (0..COUNT).map(request).collect();
+    // One that takes its time.
+    let dirty = std::fs::File::create(cx.path("dirty")).unwrap();
+    let (fsync, what) = (dirty.as_raw_fd() as u32, vec![1; 1 << 20]);
+    all.push(Request {
+        opcode: FSYNC,
+        fd: fsync,
+        buffer: 0,
+        len: 0,
+        offset: 0,
+        ..request(COUNT)
+    });
+    let result = |r: &Request| if r.opcode == READ { BLOCK as i64 } else { 0 };
+    let expected: Vec<Event> = all.iter().map(|r| event(r, result(r))).collect();
     let (stop, rounds) = (AtomicBool::new(false), AtomicU64::new(0));
     // A request that is lost is waited for in vain.
     let round = || {
         (0..memory.len)
             .step_by(4096)
             .for_each(|at| memory.set(at, 0));
+        dirty.write_all_at(&what, 0).unwrap();
         all.iter().for_each(|r| assert!(submit(context, r).is_ok()));
         let mut got = Vec::new();
         let mut count = Some(0);
         // Whoever is interrupted gets those that there are.
-        while count.is_some() && got.len() < COUNT {
-            let mut some = vec![Event::default(); COUNT - got.len()];
+        while count.is_some() && got.len() < all.len() {
+            let mut some = vec![Event::default(); all.len() - got.len()];
             let left = some.len();
             let args = [context, left, left, os::at_mut(&mut some[..]), 0];
             count = call(libc::SYS_io_getevents, args).ok();
@@ -262,7 +277,7 @@ fn under_way(cx: &Cx) {
         rounds.fetch_add(1, Ordering::Relaxed);
         (filled, told.ok(), got)
     };
-    let good = (true, Some(COUNT as u64), expected);
+    let good = (true, Some(all.len() as u64), expected);
     std::thread::scope(|scope| {
         let thread = scope.spawn(|| {
             let mut bad = None;

@@ -98,8 +98,9 @@ impl Contexts {
         let Some(reader) = &self.reader else {
             return Ok(());
         };
+        let until = Instant::now() + PATIENCE;
         for proc in tree.iter().filter(|p| !p.tids.is_empty()) {
-            match settled(reader, proc.pid).on_task(proc.pid.0) {
+            match settled(reader, proc.pid, until).on_task(proc.pid.0) {
                 Ok(all) if all.is_empty() => {}
                 Ok(all) => drop(self.of.insert(proc.pid, all)),
                 Err(e) => blockers.push(e),
@@ -121,12 +122,11 @@ impl Contexts {
     }
 }
 
-/// How long requests may take.
+/// How long requests of the whole tree may take.
 const PATIENCE: Duration = Duration::from_secs(1);
 
 /// The contexts of a process when no request is under way.
-fn settled(reader: &Reader, pid: Pid) -> Result<Vec<Context>> {
-    let until = Instant::now() + PATIENCE;
+fn settled(reader: &Reader, pid: Pid, until: Instant) -> Result<Vec<Context>> {
     loop {
         let all = reader.contexts(pid)?;
         if all.iter().any(|c| c.cancellable) {
