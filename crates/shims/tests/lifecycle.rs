@@ -249,7 +249,8 @@ fn a_cancelled_run_leaves_no_container() {
         let error = error.unwrap_err();
         assert!(
             error.kind() == Kind::Cancelled && error.cleanup().is_empty(),
-            "{error:?}"
+            "{error:?} {:?}",
+            error.cleanup()
         );
         assert!(container > 0 && !Path::new(&format!("/proc/{container}")).exists());
         assert!(scene.life.list().unwrap().is_empty());
@@ -323,6 +324,61 @@ fn containers_in_a_bad_state_hold_nobody_up() {
     });
 }
 
+fn run_with(
+    life: &Lifecycle,
+    bundle: &Path,
+    cancel: &Cancel,
+    told: &mut dyn FnMut(Told),
+) -> Result<i32> {
+    let null = || Stdio::null();
+    life.run(bundle, "c", [null(), null(), null()], cancel, told)
+}
+
+#[test]
+fn anothers_container_of_the_id_is_left_alone() {
+    each(|scene| {
+        scene.start();
+        let error = scene.runs("exit 0").unwrap_err();
+        assert_eq!(error.kind(), Kind::ResourceInUse, "{error:?}");
+        assert_eq!(scene.life.state(&scene.id).unwrap().status, "running");
+    });
+    // Somebody makes it after we have looked: the runtime knows it then, by another bundle.
+    let dir = TempDir::new().unwrap();
+    fs::write(dir.path().join("config.json"), "{}").unwrap();
+    let program = dir.path().join("runtime");
+    let text = format!(
+        "#!/bin/sh\ncd {}\necho $1 >>calls\ncase $1 in state) [ -e other ] && echo '{{\"id\":\"c\",\"status\":\"running\",\"bundle\":\"/tmp\"}}';; \
+         delete) ;; *) exec sleep 300;; esac\n",
+        dir.path().display()
+    );
+    fs::write(&program, text).unwrap();
+    fs::set_permissions(&program, Permissions::from_mode(0o755)).unwrap();
+    let life = Lifecycle::new(Runtime::Runc)
+        .command(&program)
+        .deadline(Duration::from_secs(2));
+    for killed in [false, true] {
+        let _ = fs::remove_file(dir.path().join("other"));
+        let cancel = Cancel::default();
+        let error = run_with(&life, dir.path(), &cancel, &mut |told| {
+            File::create(dir.path().join("other")).unwrap();
+            match told {
+                Told::Runtime(pid) if killed => {
+                    let pid = nix::unistd::Pid::from_raw(pid);
+                    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
+                }
+                _ => cancel.cancel(),
+            }
+        })
+        .unwrap_err();
+        assert!(error.cleanup().is_empty(), "{error:?}");
+    }
+    let calls = fs::read_to_string(dir.path().join("calls")).unwrap();
+    assert!(
+        calls.contains("--log") && !calls.contains("delete"),
+        "{calls}"
+    );
+}
+
 #[test]
 fn a_runtime_that_does_not_come_back_is_killed_and_named() {
     let dir = TempDir::new().unwrap();
@@ -351,21 +407,23 @@ fn a_runtime_that_does_not_come_back_is_killed_and_named() {
         );
     }
     assert!(begun.elapsed() < PATIENCE);
-    // A run that is cancelled before such a one.
+    // A run by such a one, at whose beginning is asked for the state.
     let cancel = Cancel::default();
-    cancel.cancel();
-    let null = || Stdio::null();
-    let error = life
-        .run(
-            dir.path(),
-            "c",
-            [null(), null(), null()],
-            &cancel,
-            &mut |_| {},
-        )
-        .unwrap_err();
+    let begun = |_| panic!("it was started");
+    let error = run_with(&life, dir.path(), &cancel, &mut { begun }).unwrap_err();
+    assert_eq!(error.kind(), Kind::Timeout);
+    // A run that is cancelled, by one that deletes nothing.
+    let text = "#!/bin/sh\ncase $1 in state) exit 1;; delete) echo no end >&2;; *) echo $$ >\"$7\";; esac\nsleep 300\n";
+    fs::write(&program, text).unwrap();
+    let error = run_with(&life, dir.path(), &cancel, &mut |told| {
+        if let Told::Container(_) = told {
+            cancel.cancel();
+        }
+    })
+    .unwrap_err();
+    let left = error.cleanup().join("\n");
     assert!(
-        error.kind() == Kind::Cancelled && !error.cleanup().is_empty(),
+        error.kind() == Kind::Cancelled && left.contains("no end"),
         "{error:?}"
     );
     for id in ["../c", "", "-a"] {

@@ -8,12 +8,12 @@ use std::ffi::OsString;
 use std::fs::{self, File};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use freezeframe::{Error, Kind, Result};
+use freezeframe::{Error, Kind, Result, Target};
 use freezeframe_error::{ResultExt, SysExt};
 use freezeframe_sys::pidfd::poll_dead;
 use serde::Deserialize;
@@ -113,8 +113,9 @@ impl Lifecycle {
     /// number if it was killed. The container's standard descriptors are `stdio`, as they are: what it prints goes there
     /// at once. `told` is called from this thread.
     ///
-    /// Errors: [`Kind::Cancelled`] after [`Cancel::cancel`], when the container is gone; any other if the runtime could
-    /// not start the container, in its own words.
+    /// Errors: [`Kind::ResourceInUse`] if the runtime has a container of this id; [`Kind::Cancelled`] after
+    /// [`Cancel::cancel`], when the container is gone; any other if the runtime could not start the container, in its own
+    /// words. Another's container of this id is never deleted.
     pub fn run(
         &self,
         bundle: &Path,
@@ -130,6 +131,8 @@ impl Lifecycle {
             .sys("stat")
             .on(config.display())
             .context("there is no bundle")?;
+        let bundle = &bundle.canonicalize().sys("realpath").on(bundle.display())?;
+        self.refuse_known(id)?;
         let scratch = TempDir::new().sys("mkdir")?;
         let (pid_file, log) = (scratch.path().join("pid"), scratch.path().join("log"));
         let mut command = self.program()?;
@@ -147,56 +150,45 @@ impl Lifecycle {
             .stdin(stdin)
             .stdout(stdout)
             .stderr(stderr);
-        let (mut child, pidfd) = call::spawn(&mut command)?;
+        let (child, pidfd) = call::spawn(&mut command)?;
         told(Told::Runtime(child.id() as i32));
+        let mut run = Run {
+            life: self,
+            id,
+            bundle,
+            child,
+            pidfd,
+            pid_file,
+        };
         let mut started = false;
-        while !poll_dead(&pidfd, TICK)? {
+        while !poll_dead(&run.pidfd, TICK)? {
             if cancel.asked() {
-                return Err(self.cancelled(id, &mut child, &pidfd));
+                return Err(run.cancelled());
             }
-            if !started && let Some(pid) = pid_in(&pid_file) {
+            if !started && let Some(pid) = pid_in(&run.pid_file) {
                 started = true;
                 told(Told::Container(pid));
             }
         }
-        let status = child.wait().sys("waitpid")?;
-        if let Some(pid) = pid_in(&pid_file).filter(|_| !started) {
-            started = true;
+        if let Some(pid) = pid_in(&run.pid_file).filter(|_| !started) {
             told(Told::Container(pid));
         }
-        self.ended(id, status, started, &log)
+        run.ended(&log)
     }
 
-    fn ended(&self, id: &str, status: ExitStatus, started: bool, log: &Path) -> Result<i32> {
-        if status.code().is_none() {
-            // Whoever killed the runtime has left the container behind.
-            self.delete(id, true).context("the runtime was killed")?;
-        }
-        if started {
-            return Ok(call::exit_code(status));
-        }
-        let words = File::open(log).sys("open").and_then(|f| call::words_in(&f));
-        let what = format!("{} run", self.runtime.name());
-        Err(call::failed(&what, status, &words.unwrap_or_default()).on(id))
-    }
-
-    /// Ends a run: the container is killed, and what the runtime keeps of it removed.
-    fn cancelled(&self, id: &str, child: &mut Child, pidfd: &OwnedFd) -> Error {
-        let ended = self.delete(id, true);
-        let gone = poll_dead(pidfd, self.deadline).unwrap_or(false);
-        // Killed before it was known to the runtime, there was nothing to be deleted.
-        let killed = if gone {
-            child.wait().sys("waitpid").map(|_| ())
-        } else {
-            call::kill(child, pidfd)
+    /// An id that is taken is refused before anything is done by it.
+    fn refuse_known(&self, id: &str) -> Result<()> {
+        let taken = match self.state(id) {
+            Ok(state) => format!(
+                "there is a container of this id, and it is {}",
+                state.status
+            ),
+            // It cannot be told.
+            Err(e) if e.kind() == Kind::Timeout => return Err(e.leaving(Target::Untouched)),
+            Err(_) => return Ok(()),
         };
-        let again = if gone { Ok(()) } else { self.delete(id, true) };
-        let error = Error::new(Kind::Cancelled, "the run was cancelled").on(id);
-        match again.and(killed) {
-            Ok(()) if gone || ended.is_ok() => error,
-            Ok(()) => error.left_behind(format!("container {id}")),
-            Err(e) => error.left_behind(format!("container {id}: {e}")),
-        }
+        let e = Error::new(Kind::ResourceInUse, taken).on(id);
+        Err(e.leaving(Target::Untouched))
     }
 
     /// What the runtime knows of a container.
@@ -250,6 +242,85 @@ impl Lifecycle {
         let mut command = Command::new(find(&self.command)?);
         command.args(&self.global);
         Ok(command)
+    }
+}
+
+/// A runtime that runs a container for us.
+struct Run<'a> {
+    life: &'a Lifecycle,
+    id: &'a str,
+    bundle: &'a Path,
+    child: Child,
+    pidfd: OwnedFd,
+    pid_file: PathBuf,
+}
+
+impl Run<'_> {
+    /// Deletes the container of this id if it is the one that was to be run; whether it is. The runtime knew none when
+    /// it was asked to run it, but somebody else may have been faster.
+    fn delete_ours(&self) -> Result<bool> {
+        let same = |bundle: PathBuf| bundle.canonicalize().is_ok_and(|b| b == self.bundle);
+        let ours = pid_in(&self.pid_file).is_some()
+            || match self.life.state(self.id) {
+                Ok(state) => same(state.bundle),
+                Err(e) if e.kind() == Kind::Timeout => return Err(e),
+                Err(_) => false,
+            };
+        if ours {
+            self.life.delete(self.id, true)?;
+        }
+        Ok(ours)
+    }
+
+    fn ended(&mut self, log: &Path) -> Result<i32> {
+        let status = self.child.wait().sys("waitpid")?;
+        let started = pid_in(&self.pid_file).is_some();
+        if status.code().is_none() {
+            // Whoever killed the runtime has left the container behind.
+            self.delete_ours().context("the runtime was killed")?;
+        }
+        if started {
+            return Ok(call::exit_code(status));
+        }
+        let words = File::open(log).sys("open").and_then(|f| call::words_in(&f));
+        let what = format!("{} run", self.life.runtime.name());
+        Err(call::failed(&what, status, &words.unwrap_or_default()).on(self.id))
+    }
+
+    /// Ends a run: the container is killed, and what the runtime keeps of it removed.
+    fn cancelled(&mut self) -> Error {
+        let until = Instant::now() + self.life.deadline;
+        // Before the runtime knows of the container there is nothing to be deleted.
+        let mut deleted = Ok(false);
+        while matches!(deleted, Ok(false)) && !self.gone(TICK) && Instant::now() < until {
+            deleted = self.delete_ours();
+        }
+        let limit = match &deleted {
+            Ok(false) => TICK,
+            Err(e) if e.kind() == Kind::Timeout => TICK,
+            // A runtime whose container ends removes it, maybe before the one that we have asked to.
+            Ok(true) | Err(_) => self.life.deadline,
+        };
+        let gone = self.gone(limit);
+        let ended = if gone {
+            self.child.wait().sys("waitpid").map(|_| ())
+        } else {
+            call::kill(&mut self.child, &self.pidfd)
+        };
+        if !gone || !matches!(deleted, Ok(true)) {
+            deleted = self.delete_ours();
+        }
+        let error = Error::new(Kind::Cancelled, "the run was cancelled").on(self.id);
+        let left_behind = |e: Error, why| e.left_behind(format!("container {}: {why}", self.id));
+        [ended.err(), deleted.err()]
+            .into_iter()
+            .flatten()
+            .fold(error, left_behind)
+    }
+
+    /// Whether the runtime has ended, or does so within this time.
+    fn gone(&self, limit: Duration) -> bool {
+        poll_dead(&self.pidfd, limit).unwrap_or(false)
     }
 }
 
