@@ -313,10 +313,12 @@ fn an_upper_directory_is_saved_whole_before_the_runtime_runs() {
     assert_eq!(container.text("seen"), "image/upper\nmarks/default/c1\n");
     assert_eq!(container.text("image-then"), "upper\n");
     let (saved, upper) = (
-        tree(&container.at("image/upper")),
+        tree(&container.at("image/upper/root")),
         tree(&container.at("one/upper")),
     );
     assert_eq!(saved, upper);
+    let enter = fs::metadata(container.at("image/upper")).unwrap().mode() & 0o7777;
+    assert_eq!(enter, 0o700, "set-user-ID programs are out of reach");
     assert!(saved.len() > 12 && saved["sparse"].contains("holes true"));
     assert!(
         saved["one"].ends_with(&saved["etc/other"][saved["etc/other"].find(" is ").unwrap()..])
@@ -357,7 +359,10 @@ fn a_restore_makes_the_new_upper_directory_as_the_old_one_was() {
         "image/upper\n",
         "the mark is taken away"
     );
-    same(&container.at("two/upper"), &container.at("image/upper"));
+    same(
+        &container.at("two/upper"),
+        &container.at("image/upper/root"),
+    );
     // Nothing of the copying is left beside it.
     let mut beside: Vec<_> = fs::read_dir(container.at("two"))
         .unwrap()
@@ -434,17 +439,78 @@ fn each_step_that_fails_leaves_nothing() {
 }
 
 #[test]
+fn a_container_does_not_choose_a_directory_of_the_host() {
+    let container = Container::new();
+    // Its root is an overlay, of which it alone tells where the upper directory is.
+    let root = container.at("one/merged");
+    fs::copy("/bin/busybox", root.join("sleep")).unwrap();
+    let mut inside = Command::new("/bin/busybox")
+        .arg("chroot")
+        .arg(&root)
+        .args(["/sleep", "300"])
+        .spawn()
+        .unwrap();
+    let link = format!("/proc/{}/root", inside.id());
+    let deadline = SystemTime::now() + Duration::from_secs(20);
+    while fs::read_link(&link).unwrap() != root {
+        assert!(SystemTime::now() < deadline, "it has not begun");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    fs::create_dir(container.at("elsewhere")).unwrap();
+    let state = format!(
+        r#"{{"init_process_pid":{},"config":{{"rootfs":"{}"}}}}"#,
+        inside.id(),
+        container.at("elsewhere").display()
+    );
+    fs::write(container.at("state/c1/state.json"), state).unwrap();
+    let output = container.checkpoint(&[]);
+    let upper = container.at("one/upper").display().to_string();
+    let told = container.checkpoint(&["--upper", &upper]);
+    inside.kill().unwrap();
+    inside.wait().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(
+        output.status.code() == Some(2) && said.contains("say --upper DIR"),
+        "{said}"
+    );
+    assert!(said.contains("target=untouched"), "{said}");
+    assert_eq!(told.status.code(), Some(7));
+    assert!(container.at("image/upper/root/sleep").exists());
+}
+
+#[test]
+fn what_cannot_be_undone_any_more_is_not_told_as_undone() {
+    let container = Container::new();
+    container.work();
+    container.checkpoint(&[]);
+    container.program("broken", "#!/no/such/interpreter\n");
+    let output = container.checkpoint(&["--runtime", "./broken"]);
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(
+        output.status.code() == Some(3) && said.contains("target=unknown"),
+        "{said}"
+    );
+}
+
+#[test]
+fn a_bare_name_is_looked_for_on_path_alone() {
+    let container = Container::new();
+    let output = container.checkpoint(&["--runtime", "record"]);
+    container.nothing_done(&output, 2, "no such runtime");
+}
+
+#[test]
 fn a_failed_checkpoint_leaves_the_one_before_it() {
     let container = Container::new();
     container.work();
     container.checkpoint(&[]);
-    let before = tree(&container.at("image/upper"));
+    let before = tree(&container.at("image/upper/root"));
     fs::write(container.at("one/merged/later"), "later").unwrap();
     fs::remove_dir_all(container.at("marks")).unwrap();
     fs::write(container.at("marks"), "").unwrap();
     let output = container.checkpoint(&[]);
     assert_eq!(output.status.code(), Some(1), "{output:?}");
-    assert_eq!(tree(&container.at("image/upper")), before);
+    assert_eq!(tree(&container.at("image/upper/root")), before);
     fs::remove_file(container.at("marks")).unwrap();
     // One that was killed has left this.
     let inode = fs::metadata(container.at("image")).unwrap().ino();
@@ -452,7 +518,7 @@ fn a_failed_checkpoint_leaves_the_one_before_it() {
         .unwrap();
     assert_eq!(container.checkpoint(&[]).status.code(), Some(7));
     assert_eq!(container.text("image-then"), "upper\n");
-    assert_eq!(container.text("image/upper/later"), "later");
+    assert_eq!(container.text("image/upper/root/later"), "later");
 }
 
 #[test]
@@ -488,7 +554,10 @@ fn a_restore_that_fails_leaves_the_new_upper_directory_as_it_was() {
     failed(&restore(&["--upper", &two]), "marks/default/c1");
     fs::remove_dir(container.at("marks/default/c1")).unwrap();
     assert_eq!(restore(&["--upper", &two]).status.code(), Some(7));
-    same(&container.at("two/upper"), &container.at("image/upper"));
+    same(
+        &container.at("two/upper"),
+        &container.at("image/upper/root"),
+    );
 }
 
 #[test]
@@ -527,6 +596,9 @@ fn other_words_go_through_unchanged_by_any_name() {
             "-c",
             "a b",
         ],
+        vec!["--root", "/r", "checkpoint", "--help"],
+        vec!["restore", "-h"],
+        vec!["checkpoint", "--work-dir", "w", "-h", "c1"],
         vec![],
     ] {
         let mut command = Command::new(&link);
@@ -562,6 +634,22 @@ fn what_runsc_answers_is_the_exit_code() {
     };
     assert_eq!(runsc(&[], &["state", "c1"]).status.code(), Some(7));
     assert_eq!(container.text("called"), "state\nc1\n");
+    for help in ["--help", "-h"] {
+        assert_eq!(runsc(&[], &["checkpoint", help]).status.code(), Some(7));
+        assert_eq!(container.text("called"), format!("checkpoint\n{help}\n"));
+    }
+    // In our place, so that signals reach it.
+    container.program("who", "#!/bin/sh\necho $$\n");
+    let who = Command::new(env!("CARGO_BIN_EXE_freezeframe"))
+        .args(["shim", "runsc", "--runtime"])
+        .arg(container.at("who"))
+        .args(["--", "list"])
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let id = who.id();
+    let said = who.wait_with_output().unwrap().stdout;
+    assert_eq!(String::from_utf8_lossy(&said), format!("{id}\n"));
     let line = [
         "checkpoint",
         "--image-path",
@@ -676,6 +764,6 @@ fn the_real_runc_has_its_container_saved() {
     ]);
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(output.status.success() || said.contains("criu"), "{said}");
-    assert_eq!(container.text("image/upper/made"), "hello\n");
+    assert_eq!(container.text("image/upper/root/made"), "hello\n");
     assert!(container.at("marks/default/ff-shim").exists());
 }

@@ -80,10 +80,11 @@ pub(crate) fn describe(command: Command) -> Command {
 const AFTER_HELP: &str = "\
 Before `checkpoint` the container's upper directory is copied to `upper` in the checkpoint's directory, and the
 container marked not to be resumed (the file NAMESPACE/ID below --marks); `restore` copies it back. Of the options of
-these two, --work-dir is taken out. Then the runtime runs in our place. If anything fails before, all is as it was.
+these two, --work-dir is taken out. Then the runtime runs in our place. If anything fails before, all is as it was, or
+the error says target=unknown: the runtime could not be executed when something had been replaced already.
 
-runsc is asked for what it has of the same words; what it lacks (CRIU's options) is refused by name. Its exit code is
-ours, and its own words are in the error.
+runsc is asked for what it has of the same words; what it lacks (CRIU's options) is refused by name. If it fails, its
+own words and exit code are in the error, and our exit code is 3.
 
 Called by a link named freezeframe-runc or freezeframe-runsc, all words are the runtime's; the environment then has the
 options.";

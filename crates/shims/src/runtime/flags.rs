@@ -135,8 +135,15 @@ pub fn takes_value(
         .iter()
         .filter(|r| r.runtime == runtime && r.part == part)
         .filter(|r| version.is_none_or(|v| r.since <= v));
-    let mut flags = rows.flat_map(|r| r.flags);
-    flags.find_map(|f| match f.strip_suffix('=') {
+    among(rows.flat_map(|r| r.flags), name)
+}
+
+/// Whether an option is among these, and then whether it takes a value.
+pub(crate) fn among<'a>(
+    flags: impl IntoIterator<Item = &'a &'static str>,
+    name: &str,
+) -> Option<bool> {
+    flags.into_iter().find_map(|f| match f.strip_suffix('=') {
         Some(long) => (long == name).then_some(true),
         None => (*f == name).then_some(false),
     })
@@ -239,8 +246,15 @@ impl Line {
         })
     }
 
-    /// Which of the subcommands that we know it is.
+    /// Which of the subcommands that we know it is to do; none if only help is asked for.
     pub fn part(&self) -> Option<Part> {
+        let asks = |word: &Word| {
+            let name = word.name().filter(|_| matches!(word, Word::Flag(_)));
+            name.is_some_and(|name| HELP.contains(&name))
+        };
+        if self.global.iter().chain(&self.rest).any(asks) {
+            return None;
+        }
         self.subcommand.as_deref().and_then(part_of)
     }
 
@@ -323,6 +337,9 @@ fn value<'a>(words: &'a [Word], names: &[&str]) -> Option<&'a OsStr> {
 pub(crate) fn usage(text: impl Into<std::borrow::Cow<'static, str>>) -> Error {
     Error::new(Kind::Usage, text).leaving(Target::Untouched)
 }
+
+/// The options that ask for help, of all runtimes.
+const HELP: &[&str] = &["help", "h", "?", "usage"];
 
 /// How far a part of a line goes.
 #[derive(PartialEq, Eq)]

@@ -9,13 +9,15 @@
 //! 4. execute runc.
 //!
 //! `restore` copies `upper` back to the new container's upper directory, and takes the mark away. Whatever fails before
-//! runc runs is told, and undone: the mark is as it was, and no directory is left half a copy. What runc does then is
-//! its own affair.
+//! runc runs is told, and undone: the mark is as it was, and no directory is left half a copy. (One thing cannot be: if
+//! runc, which was there and executable, cannot be executed at the very end, a copy that has replaced an earlier one, or
+//! the new container's files, stays.) What runc does then is its own affair.
 //!
 //! The container runs on while its upper directory is copied, unless whoever calls has paused it, which runc allows.
 
 use std::ffi::{OsStr, OsString};
 use std::fs;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -67,33 +69,29 @@ impl RuncAdapter {
     /// Does what is ours to do for the command line `args` (without the command's name), and becomes the runtime. Comes
     /// back only if something failed.
     pub fn exec(&self, args: &[OsString]) -> Error {
-        self.become_runtime(args).leaving(Target::Untouched)
-    }
-
-    fn become_runtime(&self, args: &[OsString]) -> Error {
-        let prepared = Line::parse(Runtime::Runc, args).and_then(|line| self.prepare(line));
         // Held until the runtime runs: dropped here, it is undone.
-        let (mut command, _work) = match prepared {
-            Ok(prepared) => prepared,
-            Err(e) => return e,
+        let mut work = Work::default();
+        let prepared = Line::parse(Runtime::Runc, args);
+        let e = match prepared.and_then(|line| self.prepare(line, &mut work)) {
+            Ok(mut command) => become_runtime(&mut command),
+            Err(e) => e,
         };
-        let name = PathBuf::from(command.get_program());
-        Error::io("execve", command.exec())
-            .on(name.display())
-            .context("the runtime cannot be executed")
+        if work.replaced {
+            return e.leaving(Target::Unknown);
+        }
+        e.leaving(Target::Untouched)
     }
 
-    fn prepare(&self, mut line: Line) -> Result<(Command, Work)> {
+    fn prepare(&self, mut line: Line, work: &mut Work) -> Result<Command> {
         let program = find(&self.command)?;
-        let mut work = Work::default();
         match line.part() {
-            Some(Part::Checkpoint) => self.checkpoint(&mut line, &mut work)?,
-            Some(Part::Restore) => self.restore(&mut line, &mut work)?,
+            Some(Part::Checkpoint) => self.checkpoint(&mut line, work)?,
+            Some(Part::Restore) => self.restore(&mut line, work)?,
             _ => {}
         }
         let mut command = Command::new(program);
         command.args(line.to_args());
-        Ok((command, work))
+        Ok(command)
     }
 
     fn checkpoint(&self, line: &mut Line, work: &mut Work) -> Result<()> {
@@ -109,7 +107,7 @@ impl RuncAdapter {
                 work.copied = Some(saved.context("the upper directory cannot be saved")?);
             }
             None => (self.note)(
-                "the container's root is no overlay: it has no upper directory to be saved",
+                "the container's root is no overlay: no upper directory is saved unless --upper names it",
             ),
         }
         if !mark.is_set()? {
@@ -165,6 +163,8 @@ impl RuncAdapter {
 struct Work {
     mark: Option<Mark>,
     copied: Option<Copied>,
+    /// What was there before is gone.
+    replaced: bool,
 }
 
 #[derive(Debug)]
@@ -176,7 +176,11 @@ enum Mark {
 impl Work {
     /// Removes what a copy has replaced: only the runtime is missing now, and that could not do it.
     fn settle(&mut self) -> Result<()> {
-        self.copied.as_mut().map_or(Ok(()), Copied::settle)
+        let Some(copied) = &mut self.copied else {
+            return Ok(());
+        };
+        self.replaced = copied.has_replaced();
+        copied.settle()
     }
 }
 
@@ -191,15 +195,27 @@ impl Drop for Work {
     }
 }
 
-/// The program of this name or path: known before anything is copied for nothing.
+/// Becomes the runtime; why that failed.
+pub(crate) fn become_runtime(command: &mut Command) -> Error {
+    let name = PathBuf::from(command.get_program());
+    Error::io("execve", command.exec())
+        .on(name.display())
+        .context("the runtime cannot be executed")
+}
+
+/// The program of this name on PATH, or of this path: known before anything is copied for nothing.
 pub(crate) fn find(command: &Path) -> Result<PathBuf> {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let dirs = std::env::split_paths(&path).filter(|_| command.components().count() == 1);
-    let mut candidates = dirs
-        .map(|dir| dir.join(command))
-        .chain([command.to_owned()]);
+    let candidates = if command.as_os_str().as_bytes().contains(&b'/') {
+        vec![command.to_owned()]
+    } else {
+        let path = std::env::var_os("PATH").unwrap_or_default();
+        let dirs = std::env::split_paths(&path);
+        // No word on PATH, or an empty one, means the working directory, which may be a container's.
+        let named = dirs.filter(|dir| dir.is_absolute());
+        named.map(|dir| dir.join(command)).collect()
+    };
     let runs = |p: &PathBuf| p.is_file() && access(p, AccessFlags::X_OK).is_ok();
-    candidates.find(runs).ok_or_else(|| {
+    candidates.into_iter().find(runs).ok_or_else(|| {
         Error::new(
             Kind::Usage,
             "there is no such runtime that could be executed",
@@ -238,17 +254,23 @@ fn read<T: for<'a> Deserialize<'a>>(file: &Path) -> Result<T> {
         .on(file.display())
 }
 
-/// The upper directory of a running container: its root's overlay is mounted where we are, or at least where it is.
+/// The upper directory of a running container, whose root's overlay has to be mounted where we are. The container's own
+/// mounts say only that there is one: their options are the container's to choose, and would be read as paths of ours.
 fn upper_of_container(line: &Line) -> Result<Option<PathBuf>> {
     let root = line
         .global_value(&["root"])
         .map_or_else(default_root, PathBuf::from);
     let file = root.join(line.id()?).join("state.json");
     let state: State = read(&file).context("no such container is known to the runtime")?;
-    match upper::of_mount(std::process::id() as i32, &state.config.rootfs)? {
-        None => upper::of_mount(state.init_process_pid, Path::new("/")),
-        found => Ok(found),
+    let here = std::process::id() as i32;
+    if let Some(upper) = upper::of_mount(here, &state.config.rootfs)? {
+        return Ok(Some(upper));
     }
+    if upper::is_overlay(state.init_process_pid, Path::new("/"))? {
+        let what = "the container's root is an overlay that is not mounted here: say --upper DIR";
+        return Err(Error::new(Kind::Usage, what).on(state.config.rootfs.display()));
+    }
+    Ok(None)
 }
 
 /// Where runc keeps its containers unless told otherwise.

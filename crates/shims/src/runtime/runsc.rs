@@ -11,13 +11,13 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use freezeframe::{Result, Target};
+use freezeframe::{Kind, Result, Target};
 use freezeframe_error::{ResultExt, SysExt};
 use tempfile::TempDir;
 
-use super::call::{self, Said};
-use super::flags::{Line, Part, Runtime, Word, takes_value, usage};
-use super::runc::find;
+use super::call;
+use super::flags::{Line, Part, Runtime, Word, among, takes_value, usage};
+use super::runc::{become_runtime, find};
 
 /// Options of those who ask that neither runc nor runsc has.
 const CRIU_ONLY: &[&str] = &[
@@ -36,8 +36,10 @@ const CRIU_ONLY: &[&str] = &[
     "timeout=",
     "config=",
 ];
-/// For the calls beside the one that is asked for.
-const SIDE_CALL: Duration = Duration::from_secs(10);
+/// For a call that only asks something.
+const ASK: Duration = Duration::from_secs(10);
+/// To take what is on a GPU, tens of gigabytes perhaps, to the host's memory.
+const TOGGLE: Duration = Duration::from_secs(300);
 
 /// What becomes of options that runsc lacks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -78,19 +80,19 @@ impl Default for RunscAdapter {
 }
 
 impl RunscAdapter {
-    /// Does what the command line `args` (without the command's name) asks for; the exit code. Lines that are no
-    /// `checkpoint` or `restore` go to runsc as they are.
+    /// Does what the command line `args` (without the command's name) asks for; the exit code. For a line that is no
+    /// `checkpoint` or `restore` this process becomes runsc, with the line as it is.
     pub fn run(&self, args: &[OsString]) -> Result<i32> {
         let mut line = Line::parse_with(args, |part, name| {
             let of = |runtime| takes_value(runtime, None, part, name);
             let asked = of(Runtime::Runsc).or_else(|| of(Runtime::Runc));
-            asked.or_else(|| Some(CRIU_ONLY.contains(&&*format!("{name}="))).filter(|takes| *takes))
+            asked.or_else(|| among(CRIU_ONLY, name))
         })
         .map_err(|e| e.leaving(Target::Untouched))?;
         let program = find(&self.command).map_err(|e| e.leaving(Target::Untouched))?;
         let Some(part) = line.part() else {
-            let (mut child, _) = call::spawn(Command::new(&program).args(args))?;
-            return Ok(call::exit_code(child.wait().sys("waitpid")?));
+            let e = become_runtime(Command::new(&program).args(args));
+            return Err(e.leaving(Target::Untouched));
         };
         let prepared = self.prepare(&program, part, &mut line);
         let id = prepared.map_err(|e| e.leaving(Target::Untouched))?;
@@ -158,7 +160,7 @@ impl RunscAdapter {
 /// Its version, where it tells one: `runsc version release-20240212.0`. What a newer one has that this one lacks it says
 /// itself.
 fn version(program: &Path) -> Option<Vec<u32>> {
-    let said = call::call(Command::new(program).arg("--version"), SIDE_CALL).ok()?;
+    let said = call::call(Command::new(program).arg("--version"), ASK).ok()?;
     let (_, release) = said.stdout.lines().next()?.split_once("release-")?;
     let number = |n: &str| n.parse().ok();
     release.trim().split('.').map(number).collect()
@@ -258,22 +260,40 @@ impl Asked<'_> {
         let Some(program) = &self.adapter.cuda_checkpoint else {
             return false;
         };
-        let mut command = Command::new(&self.program);
+        let Err(e) = self.cuda(program, "--toggle", TOGGLE) else {
+            return true;
+        };
+        (self.adapter.note)(&format!("what is on the GPU is not carried: {e}"));
+        if e.kind() != Kind::Timeout {
+            return false;
+        }
+        // Killed was the call, not what it has begun in the container.
+        let state = self.cuda(program, "--get-state", ASK);
+        match state.as_deref().map(str::trim) {
+            Ok("checkpointed") => true,
+            Ok("running") => false,
+            other => {
+                let state = other.map_or_else(|e| e.to_string(), str::to_owned);
+                (self.adapter.note)(&format!(
+                    "whether the container is suspended on the GPU is not known ({state}): see to it by {} --toggle",
+                    program.display()
+                ));
+                false
+            }
+        }
+    }
+
+    /// Calls cuda-checkpoint in the container; what it prints.
+    fn cuda(&self, program: &OsStr, option: &str, limit: Duration) -> Result<String> {
         let global = Line {
             global: self.line.global.clone(),
             subcommand: None,
             rest: Vec::new(),
         };
         let words = [OsStr::new("exec"), OsStr::new(&self.id), program];
-        command
-            .args(global.to_args())
-            .args(words)
-            .args(["--toggle", "--pid", "1"]);
-        let done = call::call(&mut command, SIDE_CALL)
-            .and_then(|said: Said| said.unless_failed("cuda-checkpoint"));
-        if let Err(e) = &done {
-            (self.adapter.note)(&format!("what is on the GPU is not carried: {e}"));
-        }
-        done.is_ok()
+        let mut command = Command::new(&self.program);
+        command.args(global.to_args()).args(words);
+        let said = call::call(command.args([option, "--pid", "1"]), limit)?;
+        Ok(said.unless_failed("cuda-checkpoint")?.stdout)
     }
 }

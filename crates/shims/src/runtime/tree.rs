@@ -1,8 +1,8 @@
 //! Copying a directory as overlayfs has it: with whiteouts (character devices 0:0) and other devices, opaque
 //! directories and all other extended attributes, hard links, holes, sockets, FIFOs, owners, modes and times.
 //!
-//! Who lives in the container may change the tree meanwhile, and means no good: every step goes by the directory's
-//! descriptor and follows no link, and only regular files are opened. What vanishes meanwhile is left out.
+//! Who lives in the container may change the tree meanwhile, and means no good: what has a name is
+//! opened once, following no link and asking nothing of it, and only regular files are read. What vanishes meanwhile is left out.
 
 use std::collections::HashMap;
 use std::ffi::{CStr, CString, OsStr};
@@ -18,8 +18,8 @@ use nix::dir::Dir;
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, openat, readlinkat};
 use nix::sys::stat::{
-    FchmodatFlags, FileStat, Mode, SFlag, UtimensatFlags, fchmodat, fstat, fstatat, mkdirat,
-    mknodat, utimensat,
+    FchmodatFlags, FileStat, Mode, SFlag, UtimensatFlags, fchmodat, fstat, mkdirat, mknodat,
+    utimensat,
 };
 use nix::sys::time::TimeSpec;
 use nix::unistd::{Gid, Uid, Whence, fchownat, ftruncate, linkat, lseek, symlinkat};
@@ -42,19 +42,15 @@ pub(crate) fn dress(from: &Path, to: &Path) -> Result<()> {
     let source = open_dir(AT_FDCWD, from).sys("open").on(from.display())?;
     let target = open_dir(AT_FDCWD, to).sys("open").on(to.display())?;
     let stat = fstat(&source).sys("fstat").on(from.display())?;
-    for name in xattr::list(to).sys("llistxattr").on(to.display())? {
-        let superfluous = xattr::get(from, &name)
-            .sys("lgetxattr")
-            .on(from.display())?
-            .is_none();
-        if superfluous {
-            xattr::remove(to, &name)
-                .sys("lremovexattr")
-                .on(to.display())?;
+    let (has, is_to_have) = (by_descriptor(&target), by_descriptor(&source));
+    for name in xattr::list_deref(&has).sys("listxattr").on(to.display())? {
+        let wanted = xattr::get_deref(&is_to_have, &name).sys("getxattr");
+        if wanted.on(from.display())?.is_none() {
+            let removed = xattr::remove_deref(&has, &name).sys("removexattr");
+            removed.on(to.display())?;
         }
     }
-    // `.` is the directory itself, so that one way serves for all.
-    attributes((&source, c"."), (&target, c"."), &stat).on(to.display())
+    attributes(&source, &target, &stat).on(to.display())
 }
 
 struct Copy {
@@ -73,18 +69,22 @@ impl Copy {
     fn entries(&mut self, from: &OwnedFd, to: &OwnedFd, path: &mut PathBuf) -> Result<()> {
         for name in names(from).on(path.display())? {
             path.push(OsStr::from_bytes(name.to_bytes()));
-            match self.entry((from, &name), (to, &name), path) {
+            // Opened once, it is what it is: a name may be given to something else at any time.
+            match openat(from, name.as_c_str(), NAMED, Mode::empty()) {
                 // Removed since the directory was read.
-                Err(e) if e.errno() == Some(Errno::ENOENT as i32) && gone((from, &name)) => {}
-                copied => copied.on(path.display())?,
+                Err(Errno::ENOENT) => {}
+                source => {
+                    let source = source.sys("openat").on(path.display())?;
+                    self.entry(&source, (to, &name), path).on(path.display())?;
+                }
             }
             path.pop();
         }
         Ok(())
     }
 
-    fn entry(&mut self, from: At<'_>, to: At<'_>, path: &mut PathBuf) -> Result<()> {
-        let stat = stat(from)?;
+    fn entry(&mut self, from: &OwnedFd, to: At<'_>, path: &mut PathBuf) -> Result<()> {
+        let stat = fstat(from).sys("fstat")?;
         if stat.st_dev != self.device {
             return Err(Error::unsupported(
                 "another filesystem is mounted in the upper directory",
@@ -106,38 +106,36 @@ impl Copy {
         &mut self,
         kind: SFlag,
         stat: &FileStat,
-        from: At<'_>,
+        from: &OwnedFd,
         to: At<'_>,
         path: &mut PathBuf,
     ) -> Result<()> {
         match kind {
             SFlag::S_IFDIR => {
                 mkdirat(to.0, to.1, Mode::S_IRWXU).sys("mkdirat")?;
-                let (from, to) = (open_dir(from.0, from.1), open_dir(to.0, to.1));
+                let (from, to) = (open_dir(from, c"."), open_dir(to.0, to.1));
                 self.entries(&from.sys("openat")?, &to.sys("openat")?, path)?;
             }
-            SFlag::S_IFREG => return regular(from, to),
+            SFlag::S_IFREG => regular(from, to, stat.st_size)?,
             SFlag::S_IFLNK => {
-                let target = readlinkat(from.0, from.1).sys("readlinkat")?;
+                let target = readlinkat(from, c"").sys("readlinkat")?;
                 symlinkat(target.as_os_str(), to.0, to.1).sys("symlinkat")?;
             }
             special => mknodat(to.0, to.1, special, Mode::empty(), stat.st_rdev).sys("mknodat")?,
         }
-        attributes(from, to, stat)
+        let made = openat(to.0, to.1, NAMED, Mode::empty()).sys("openat")?;
+        attributes(from, &made, stat)
     }
 }
+
+/// Opens whatever has the name, a link itself too, without asking anything of it.
+const NAMED: OFlag = OFlag::O_PATH
+    .union(OFlag::O_NOFOLLOW)
+    .union(OFlag::O_CLOEXEC);
 
 fn open_dir<P: ?Sized + nix::NixPath>(at: impl AsFd, path: &P) -> nix::Result<OwnedFd> {
     let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
     openat(at, path, flags, Mode::empty())
-}
-
-fn stat(at: At<'_>) -> Result<FileStat> {
-    fstatat(at.0, at.1, AtFlags::AT_SYMLINK_NOFOLLOW).sys("fstatat")
-}
-
-fn gone(at: At<'_>) -> bool {
-    fstatat(at.0, at.1, AtFlags::AT_SYMLINK_NOFOLLOW) == Err(Errno::ENOENT)
 }
 
 fn names(dir: &OwnedFd) -> Result<Vec<CString>> {
@@ -153,23 +151,13 @@ fn names(dir: &OwnedFd) -> Result<Vec<CString>> {
         .collect())
 }
 
-/// Copies a regular file, holes as holes.
-fn regular(from: At<'_>, to: At<'_>) -> Result<()> {
-    // Not blocking: it may have become a FIFO.
-    let flags = OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK;
-    let source =
-        File::from(openat(from.0, from.1, flags | OFlag::O_RDONLY, Mode::empty()).sys("openat")?);
-    let stat = fstat(&source).sys("fstat")?;
-    if SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT != SFlag::S_IFREG {
-        return Err(Error::new(
-            freezeframe::Kind::TargetChanged,
-            "it was replaced while it was copied",
-        ));
-    }
-    let made = flags | OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL;
+/// Copies the contents of a regular file, holes as holes.
+fn regular(from: &OwnedFd, to: At<'_>, size: i64) -> Result<()> {
+    let source = File::open(by_descriptor(from)).sys("open")?;
+    let flags = OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC | OFlag::O_WRONLY;
+    let made = flags | OFlag::O_CREAT | OFlag::O_EXCL;
     let target = File::from(openat(to.0, to.1, made, Mode::S_IRUSR | Mode::S_IWUSR).sys("openat")?);
-    data(&source, &target, stat.st_size)?;
-    attributes(from, to, &stat)
+    data(&source, &target, size)
 }
 
 fn data(source: &File, target: &File, size: i64) -> Result<()> {
@@ -181,7 +169,12 @@ fn data(source: &File, target: &File, size: i64) -> Result<()> {
             Err(Errno::ENXIO) => break,
             Err(e) => return Err(e).sys("lseek"),
         };
-        let end = lseek(source, start, Whence::SeekHole).sys("lseek")?;
+        let end = match lseek(source, start, Whence::SeekHole) {
+            Ok(end) => end,
+            // Cut short meanwhile.
+            Err(Errno::ENXIO) => break,
+            Err(e) => return Err(e).sys("lseek"),
+        };
         for mut file in [source, target] {
             file.seek(SeekFrom::Start(start as u64)).sys("lseek")?;
         }
@@ -198,38 +191,31 @@ fn data(source: &File, target: &File, size: i64) -> Result<()> {
 
 /// Gives the copy the owner, extended attributes, mode and times of the original. In this order: a change of the owner
 /// takes set-user-ID bits and capabilities away, and each changes a time.
-fn attributes(from: At<'_>, to: At<'_>, stat: &FileStat) -> Result<()> {
+fn attributes(from: &OwnedFd, to: &OwnedFd, stat: &FileStat) -> Result<()> {
     let owner = (
         Some(Uid::from_raw(stat.st_uid)),
         Some(Gid::from_raw(stat.st_gid)),
     );
-    fchownat(to.0, to.1, owner.0, owner.1, AtFlags::AT_SYMLINK_NOFOLLOW).sys("fchownat")?;
+    fchownat(to, c"", owner.0, owner.1, AtFlags::AT_EMPTY_PATH).sys("fchownat")?;
     let (source, target) = (by_descriptor(from), by_descriptor(to));
-    for name in xattr::list(&source).sys("llistxattr")? {
+    for name in xattr::list_deref(&source).sys("listxattr")? {
         // Gone again: then it is not there.
-        if let Some(value) = xattr::get(&source, &name).sys("lgetxattr")? {
-            let set = xattr::set(&target, &name, &value).sys("lsetxattr");
+        if let Some(value) = xattr::get_deref(&source, &name).sys("getxattr")? {
+            let set = xattr::set_deref(&target, &name, &value).sys("setxattr");
             set.on(name.display())?;
         }
     }
     if SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT != SFlag::S_IFLNK {
         let mode = Mode::from_bits_truncate(stat.st_mode & 0o7777);
-        fchmodat(to.0, to.1, mode, FchmodatFlags::FollowSymlink).sys("fchmodat")?;
+        fchmodat(AT_FDCWD, &target, mode, FchmodatFlags::FollowSymlink).sys("fchmodat")?;
     }
     let accessed = TimeSpec::new(stat.st_atime, stat.st_atime_nsec);
     let changed = TimeSpec::new(stat.st_mtime, stat.st_mtime_nsec);
-    utimensat(
-        to.0,
-        to.1,
-        &accessed,
-        &changed,
-        UtimensatFlags::NoFollowSymlink,
-    )
-    .sys("utimensat")
+    let follow = UtimensatFlags::FollowSymlink;
+    utimensat(AT_FDCWD, &target, &accessed, &changed, follow).sys("utimensat")
 }
 
-/// A path to it that leads through the open directory: extended attributes have no calls by descriptor and name.
-fn by_descriptor(at: At<'_>) -> PathBuf {
-    let dir = PathBuf::from(format!("/proc/self/fd/{}", at.0.as_raw_fd()));
-    dir.join(OsStr::from_bytes(at.1.to_bytes()))
+/// A path that leads to what is open, a symbolic link itself too: not all calls take descriptors.
+fn by_descriptor(fd: &OwnedFd) -> PathBuf {
+    PathBuf::from(format!("/proc/self/fd/{}", fd.as_raw_fd()))
 }

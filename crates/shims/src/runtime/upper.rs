@@ -1,10 +1,10 @@
 //! The upper directory of a container whose root is an overlay: found, saved into a checkpoint, put back.
 
 use std::ffi::OsString;
-use std::fs::{self, DirBuilder, File, TryLockError};
+use std::fs::{self, DirBuilder, File, Permissions, TryLockError};
 use std::os::fd::AsFd;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use freezeframe::{Error, Kind, Result};
@@ -18,21 +18,17 @@ use tempfile::TempDir;
 
 use super::tree;
 
-/// Its name in a checkpoint's directory.
+/// Its name in a checkpoint's directory: a directory that only its owner can enter, since set-user-ID programs of the
+/// container are in `root` below it.
 pub const NAME: &str = "upper";
+/// Where in that the copy is.
+const BELOW: &str = "root";
 /// How the directories begin that it is made in.
 const TEMPORARY: &str = ".freezeframe-upper-";
 
 /// The upper directory of the overlay mounted on `root`, as the process `pid` sees it; none if that is no overlay.
 pub(crate) fn of_mount(pid: i32, root: &Path) -> Result<Option<PathBuf>> {
-    let mounts = ProcDir::open(freezeframe_sys::Pid(pid))?.mountinfo()?;
-    let here = |m: &&Mount| m.mount_point == root.as_os_str().as_bytes();
-    // The last one hides those before it.
-    let Some(mount) = mounts
-        .iter()
-        .rfind(here)
-        .filter(|m| m.fs_type == b"overlay")
-    else {
+    let Some(mount) = overlay(pid, root)? else {
         return Ok(None);
     };
     let option = mount
@@ -49,6 +45,19 @@ pub(crate) fn of_mount(pid: i32, root: &Path) -> Result<Option<PathBuf>> {
         .on(path.display()));
     }
     Ok(Some(path))
+}
+
+/// Whether an overlay is mounted on `root`, as the process `pid` sees it.
+pub(crate) fn is_overlay(pid: i32, root: &Path) -> Result<bool> {
+    Ok(overlay(pid, root)?.is_some())
+}
+
+fn overlay(pid: i32, root: &Path) -> Result<Option<Mount>> {
+    let mounts = ProcDir::open(freezeframe_sys::Pid(pid))?.mountinfo()?;
+    let here = |m: &Mount| m.mount_point == root.as_os_str().as_bytes();
+    // The last one hides those before it.
+    let last = mounts.into_iter().rfind(here);
+    Ok(last.filter(|m| m.fs_type == b"overlay"))
 }
 
 /// Undoes `\ooo`, by which the options of a mount hold commas.
@@ -88,6 +97,12 @@ enum Undo {
 }
 
 impl Copied {
+    /// Whether it took the place of something, which [`Copied::settle`] removes.
+    pub(crate) fn has_replaced(&self) -> bool {
+        let only_made = |step: &Undo| matches!(step, Undo::Remove(_));
+        !self.undo.iter().all(only_made)
+    }
+
     /// Removes what was there before: from now on only a copy that replaced nothing is undone.
     pub(crate) fn settle(&mut self) -> Result<()> {
         self.mount = None;
@@ -129,7 +144,7 @@ pub(crate) fn save(upper: &Path, image: &Path) -> Result<Copied> {
     made.sys("mkdir").on(image.display())?;
     let mut copied = prepare(image, image, (!there).then(|| image.to_owned()))?;
     let new = copied.make("new")?;
-    tree::copy(upper, &new)?;
+    tree::copy(upper, &copied.make(&format!("new/{BELOW}"))?)?;
     syncfs(&copied._lock).sys("syncfs").on(image.display())?;
     let saved = image.join(NAME);
     if saved.symlink_metadata().is_ok() {
@@ -145,7 +160,7 @@ pub(crate) fn save(upper: &Path, image: &Path) -> Result<Copied> {
 
 /// Whether the checkpoint `image` has an upper directory.
 pub(crate) fn is_saved(image: &Path) -> Result<bool> {
-    let saved = image.join(NAME);
+    let saved = image.join(NAME).join(BELOW);
     saved.try_exists().sys("stat").on(saved.display())
 }
 
@@ -158,7 +173,7 @@ pub(crate) fn restore(image: &Path, upper: &Path, mount: Option<&Path>) -> Resul
     let mut copied = prepare(upper, side, None)?;
     let (new, old) = (copied.make("new")?, copied.make("old")?);
     let was = copied.make("was")?;
-    let saved = image.join(NAME);
+    let saved = image.join(NAME).join(BELOW);
     tree::copy(&saved, &new)?;
     tree::dress(upper, &was)?;
     // Undone last, and so taken first: each rename changes a time.
@@ -218,7 +233,10 @@ fn prepare(dir: &Path, side: &Path, made: Option<PathBuf>) -> Result<Copied> {
         }
     }
     copied.aside = Some(
-        TempDir::with_prefix_in(prefix, side)
+        tempfile::Builder::new()
+            .prefix(&prefix)
+            .permissions(Permissions::from_mode(0o700))
+            .tempdir_in(side)
             .sys("mkdir")
             .on(side.display())?,
     );
@@ -232,7 +250,8 @@ impl Copied {
             .as_ref()
             .ok_or_else(|| Error::bug("a copy without a place"))?;
         let dir = aside.path().join(name);
-        fs::create_dir(&dir).sys("mkdir").on(dir.display())?;
+        let made = DirBuilder::new().mode(0o700).create(&dir);
+        made.sys("mkdir").on(dir.display())?;
         Ok(dir)
     }
 }
