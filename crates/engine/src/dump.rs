@@ -6,6 +6,7 @@ mod memory;
 mod seen;
 mod tasks;
 
+use std::cell::Cell;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -15,7 +16,7 @@ use freezeframe_image::{Header, ImageId, ImageWriter, RawRecord};
 use freezeframe_inject::fork::Fork;
 use freezeframe_kinds::model::{self, FdTable, Life, Mm, Process, Thread, Tree};
 use freezeframe_kinds::task::aio::Contexts;
-use freezeframe_kinds::{DumpCx, DumpOptions, Held, Made, Orphan, registry};
+use freezeframe_kinds::{DumpCx, DumpOptions, Held, Made, Orphan, ProcView, registry};
 use freezeframe_pages::{PageDumper, PageOptions};
 use freezeframe_sys::ids::Pid;
 use freezeframe_sys::proc::Status;
@@ -133,8 +134,9 @@ pub fn run(request: &DumpRequest, events: &dyn Events) -> Result<DumpReport> {
         frozen.threads()
     );
 
-    let locked = host.namespaces.differ(&frozen.procs[0], "ns/net");
-    let gathered = lock(locked, events).and_then(|()| {
+    // Whether the caller's lock of the network is to be taken back.
+    let locked = Cell::new(host.namespaces.differ(&frozen.procs[0], "ns/net"));
+    let gathered = lock(locked.get(), events).and_then(|()| {
         gather(
             request,
             events,
@@ -148,18 +150,16 @@ pub fn run(request: &DumpRequest, events: &dyn Events) -> Result<DumpReport> {
     let gathered = gathered.and_then(|g| {
         events.step(Step::PostDump).in_phase(Phase::Commit)?;
         if request.after != After::Kill {
-            unlock(locked, events).in_phase(Phase::Thaw)?;
+            unlock(&locked, events).in_phase(Phase::Thaw)?;
         }
         Ok(g)
     });
     let gathered = match gathered {
         Ok(gathered) => gathered,
         Err(e) => {
-            let also = unlock(locked, events).err();
-            return Err(release_after(
-                e.and_also(also.into_iter().collect()),
-                frozen,
-            ));
+            let also = unlock(&locked, events).err();
+            let e = e.and_also(also.into_iter().collect());
+            return Err(release_after(e, frozen));
         }
     };
     match request.after {
@@ -179,6 +179,8 @@ pub fn run(request: &DumpRequest, events: &dyn Events) -> Result<DumpReport> {
                 events,
                 &mut report,
             ) {
+                let also = unlock(&locked, events).err();
+                let e = e.and_also(also.into_iter().collect());
                 return Err(release_after(e, frozen));
             }
             events.phase(Phase::Thaw);
@@ -248,8 +250,8 @@ fn lock(own_network: bool, events: &dyn Events) -> Result<()> {
 }
 
 /// Takes back what the caller did at [`Step::NetworkLock`].
-fn unlock(own_network: bool, events: &dyn Events) -> Result<()> {
-    if own_network {
+fn unlock(locked: &Cell<bool>, events: &dyn Events) -> Result<()> {
+    if locked.take() {
         events.step(Step::NetworkUnlock)
     } else {
         Ok(())
@@ -322,7 +324,7 @@ fn release_after(e: Error, frozen: Frozen) -> Error {
     }
 }
 
-/// How long one that is being killed may take to be dead.
+/// How long one that is being killed may take to be seen dying.
 const DYING: Duration = Duration::from_millis(20);
 
 /// A process of the tree that somebody has killed: nothing else wakes what we hold.
@@ -332,8 +334,28 @@ fn killed(frozen: &Frozen) -> Option<Pid> {
         let stat = p.dir.stat();
         stat.map_or(true, |s| !matches!(s.state, 't' | 'T'))
     });
-    let dead = awake.find(|p| pidfd::poll_dead(&p.pidfd, DYING).unwrap_or_default());
-    dead.map(|p| p.pid)
+    let dying = awake.find(|p| {
+        let until = Instant::now() + DYING;
+        // Its pidfd tells only when all its threads are gone, and those we hold are ours to bury.
+        while !is_dying(p) {
+            let dead = pidfd::poll_dead(&p.pidfd, Duration::from_millis(1));
+            if Instant::now() > until {
+                return dead.unwrap_or_default();
+            }
+        }
+        true
+    });
+    dying.map(|p| p.pid)
+}
+
+/// From the kill on: pending first, then at its end, then a zombie.
+fn is_dying(proc: &ProcView) -> bool {
+    const PF_EXITING: u32 = 4;
+    const KILL: u64 = 1 << (libc::SIGKILL - 1);
+    let (Ok(status), Ok(stat)) = (proc.dir.status(), proc.dir.stat()) else {
+        return true;
+    };
+    matches!(stat.state, 'Z' | 'X') || stat.flags & PF_EXITING != 0 || status.sig_pnd & KILL != 0
 }
 
 /// What is read before anything is frozen: what the image says of where it was made.
