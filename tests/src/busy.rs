@@ -36,7 +36,8 @@ impl Busy {
             target,
             what,
         };
-        busy.await_records(1)?;
+        // Not one more: its first may be there, and the last for a while.
+        busy.await_in_all(1)?;
         Ok(busy)
     }
 
@@ -48,7 +49,10 @@ impl Busy {
 
     /// Waits for so many more.
     pub fn await_records(&self, more: usize) -> Result<(), String> {
-        let wanted = self.records() + more;
+        self.await_in_all(self.records() + more)
+    }
+
+    fn await_in_all(&self, wanted: usize) -> Result<(), String> {
         let goes_on = || Ok(self.records() >= wanted);
         self.scene
             .await_that("more records", goes_on, Some(&self.target))
