@@ -19,6 +19,8 @@
 //!   the kernel gives. The rest of such a VMA is filled before.
 //! - All else: process_vm_writev.
 
+mod attach;
+mod kept;
 mod mapping;
 mod objects;
 mod setting;
@@ -29,11 +31,10 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use freezeframe_error::{Result, ResultExt};
-use freezeframe_image::Tag;
 use freezeframe_inject::Batch;
 use freezeframe_inject::shell::{Shells, TaskId};
+use freezeframe_kinds::RestoreOptions;
 use freezeframe_kinds::model::{Contents, Mm, ObjectId, Process, Vma};
-use freezeframe_kinds::{RestoreOptions, Sharing, registry};
 use freezeframe_pages::{
     Delta, Destination, Filler, Filling, PAGE, PageReader, Piece, Place, Use, push_piece, uses,
     zeros,
@@ -44,11 +45,12 @@ use freezeframe_sys::userfaultfd::Userfaultfd;
 use nix::fcntl::OFlag;
 
 use super::load::Loaded;
+use kept::{close_kept, open_kept};
 use mapping::{
     Fresh, data, is_anonymous, is_dense, is_read_only, join, range_of, together, unmap_others,
 };
 pub(super) use objects::{Maker, make_objects};
-use setting::{advise, close_kept, give_advice, lock, open_kept, protect};
+use setting::{advise, give_advice, lock, protect};
 
 /// So many bytes of anonymous memory are worth a userfaultfd.
 const MISSING: u64 = 1 << 20;
@@ -265,57 +267,6 @@ impl<'a> Memory<'a> {
             }
         }
         Ok(numbers)
-    }
-
-    /// Whether a forked child has this VMA from its relative, just as it is.
-    fn inherits(&self, vma: &Vma, theirs: &Mm) -> bool {
-        let index = theirs.vmas.partition_point(|v| v.start < vma.start);
-        let Some(other) = theirs.vmas.get(index) else {
-            return false;
-        };
-        let lost_by_fork = VmFlags::LOCKED.union(VmFlags::LOCK_ON_FAULT);
-        let never = VmFlags::DONT_COPY.union(VmFlags::WIPE_ON_FORK);
-        let (flags, others) = (
-            VmFlags::from_bits(vma.flags),
-            VmFlags::from_bits(other.flags),
-        );
-        // Objects of the tree may be alike and yet be two.
-        let of_tree = registry::memory(vma.kind).is_some_and(|k| k.sharing() == Sharing::Tree);
-        let same_object = vma.object == other.object
-            || !of_tree
-                && match (
-                    self.object(vma.kind, vma.object),
-                    self.object(other.kind, other.object),
-                ) {
-                    (Some(a), Some(b)) => a == b,
-                    _ => false,
-                };
-        (
-            vma.start,
-            vma.end,
-            vma.prot,
-            vma.shared,
-            vma.offset,
-            vma.kind,
-            vma.contents,
-        ) == (
-            other.start,
-            other.end,
-            other.prot,
-            other.shared,
-            other.offset,
-            other.kind,
-            other.contents,
-        ) && vma.guards == other.guards
-            && flags.without(lost_by_fork) == others.without(lost_by_fork)
-            && !others.intersects(never)
-            && same_object
-    }
-
-    fn object(&self, kind: Tag, id: ObjectId) -> Option<&[u8]> {
-        self.loaded
-            .record(kind, u64::from(id.0))
-            .map(|r| r.body.as_slice())
     }
 }
 

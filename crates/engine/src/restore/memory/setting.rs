@@ -1,19 +1,17 @@
-//! What is set before and after the pages are in place: protections, advice, guard regions, locks.
-
-use std::ops::Range;
+//! What is set once the pages are in place: protections, advice, guard regions, locks.
 
 use freezeframe_inject::{Arg, Batch};
 use freezeframe_kinds::model::{Contents, Vma};
-use freezeframe_pages::{Delta, PAGE};
+use freezeframe_pages::PAGE;
 use freezeframe_sys::proc::VmFlags;
 
 use super::mapping::{Fresh, filling_prot, is_anonymous};
 
-pub(super) const MADV_GUARD_INSTALL: i32 = 102;
+const MADV_GUARD_INSTALL: i32 = 102;
 
 /// Advice that a VMA flag stands for. Applied after the pages are in place: with
 /// huge pages asked for, writing one page would make 511 others present.
-pub(super) const ADVICE: [(VmFlags, i32); 8] = [
+const ADVICE: [(VmFlags, i32); 8] = [
     (VmFlags::HUGE_PAGE, libc::MADV_HUGEPAGE),
     (VmFlags::NO_HUGE_PAGE, libc::MADV_NOHUGEPAGE),
     (VmFlags::MERGEABLE, libc::MADV_MERGEABLE),
@@ -23,47 +21,6 @@ pub(super) const ADVICE: [(VmFlags, i32); 8] = [
     (VmFlags::DONT_COPY, libc::MADV_DONTFORK),
     (VmFlags::WIPE_ON_FORK, libc::MADV_WIPEONFORK),
 ];
-
-/// Brings an inherited VMA to the state in which the child's own pages can be put
-/// there; adds what is to be zeroed from outside.
-pub(super) fn open_kept(
-    batch: &mut Batch,
-    vma: &Vma,
-    delta: &Delta,
-    outside: &mut Vec<Range<u64>>,
-) {
-    let advise = |batch: &mut Batch, r: &Range<u64>| {
-        batch.call(
-            "madvise(MADV_DONTNEED)",
-            libc::SYS_madvise,
-            [
-                Arg::Imm(r.start),
-                Arg::Imm(r.end - r.start),
-                libc::MADV_DONTNEED.into(),
-            ],
-        );
-    };
-    delta.drop.iter().for_each(|r| advise(batch, r));
-    if is_anonymous(vma) {
-        delta.zero.iter().for_each(|r| advise(batch, r));
-    } else {
-        outside.extend(delta.zero.iter().cloned());
-    }
-    if is_closed(vma, delta) {
-        mprotect(batch, vma, filling_prot());
-    }
-}
-
-pub(super) fn close_kept(batch: &mut Batch, vma: &Vma, delta: &Delta) {
-    if is_closed(vma, delta) {
-        mprotect(batch, vma, vma.prot);
-    }
-}
-
-/// Whether an inherited VMA must be made writable for a while.
-pub(super) fn is_closed(vma: &Vma, delta: &Delta) -> bool {
-    !delta.read.is_empty() && vma.prot & filling_prot() != filling_prot()
-}
 
 pub(super) fn mprotect(batch: &mut Batch, vma: &Vma, prot: u32) {
     batch.call(
