@@ -9,17 +9,33 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 use freezeframe_error::{Error, Result};
 
-const MAP_CREATE: i64 = 0;
-const PROG_LOAD: i64 = 5;
 const TEST_RUN: i64 = 10;
-pub(crate) const LINK_CREATE: i64 = 28;
-pub(crate) const ITER_CREATE: i64 = 33;
 const PER_CPU_ARRAY: u32 = 6;
 const PROGRAM_TRACING: u32 = 26;
 const PROGRAM_SYSCALL: u32 = 31;
 pub(crate) const TRACE_ITER: u32 = 28;
 /// `BPF_F_SLEEPABLE`
 const SLEEPABLE: u32 = 1 << 4;
+
+/// Commands that give a descriptor, and write nothing.
+#[derive(Clone, Copy)]
+pub(crate) enum Make {
+    Map = 0,
+    Program = 5,
+    Link = 28,
+    Iterator = 33,
+}
+
+impl Make {
+    fn name(self) -> &'static str {
+        match self {
+            Make::Map => "bpf(BPF_MAP_CREATE)",
+            Make::Program => "bpf(BPF_PROG_LOAD)",
+            Make::Link => "bpf(BPF_LINK_CREATE)",
+            Make::Iterator => "bpf(BPF_ITER_CREATE)",
+        }
+    }
+}
 
 /// `union bpf_attr`.
 pub(crate) struct Attributes([u8; 128]);
@@ -41,15 +57,17 @@ impl Attributes {
         self
     }
 
-    /// A call that gives a descriptor. What the attributes point to lives in the caller.
-    pub(crate) fn call(&self, command: i64, name: &'static str) -> Result<OwnedFd> {
-        // SAFETY: the kernel reads the attributes, and what they point to, which the callers in
-        // this crate keep alive and of the length they state; it writes none of it.
+    /// What the attributes point to lives in the caller.
+    pub(crate) fn make(&self, what: Make) -> Result<OwnedFd> {
+        let command = what as i64;
+        // SAFETY: these commands read the attributes, and what they point to (an address that is
+        // none is EFAULT); they write nothing.
         let fd = unsafe { libc::syscall(libc::SYS_bpf, command, self.0.as_ptr(), self.0.len()) };
         if fd < 0 {
-            return Err(Error::last_os(name));
+            return Err(Error::last_os(what.name()));
         }
-        // SAFETY: a descriptor the kernel has just given us, which nobody else knows.
+        // SAFETY: a descriptor the kernel has just given us (each `Make` does), which nobody else
+        // knows.
         Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
     }
 }
@@ -78,16 +96,14 @@ fn load(kind: u32, program: &[u64], more: impl FnOnce(&mut Attributes)) -> Resul
         .long(8, program.as_ptr() as u64)
         .long(16, license.as_ptr() as u64);
     more(&mut attributes);
-    attributes.call(PROG_LOAD, "bpf(BPF_PROG_LOAD)")
+    attributes.make(Make::Program)
 }
 
 /// A map of one value of eight bytes for each CPU.
 pub(crate) fn per_cpu_map() -> Result<OwnedFd> {
     let mut attributes = Attributes::default();
     attributes.word(0, PER_CPU_ARRAY).word(4, 4).word(8, 8);
-    attributes
-        .word(12, 1)
-        .call(MAP_CREATE, "bpf(BPF_MAP_CREATE)")
+    attributes.word(12, 1).make(Make::Map)
 }
 
 /// Runs a program on some words, which it may change; gives what it returns.

@@ -16,8 +16,8 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use freezeframe_error::{Error, Result, SysExt};
 
 use crate::bpf::{
-    ADD, Attributes, CALL, EXIT, FRAME, ITER_CREATE, JUMP_IF, LINK_CREATE, LOAD_4, LOAD_8, MOVE,
-    R0, R1, R2, R3, R6, R7, SET, STORE_8, TRACE_ITER, load_iterator, op,
+    ADD, Attributes, CALL, EXIT, FRAME, JUMP_IF, LOAD_4, LOAD_8, MOVE, Make, R0, R1, R2, R3, R6,
+    R7, SET, STORE_8, TRACE_ITER, load_iterator, op,
 };
 use crate::btf::{Btf, Field, Is};
 use crate::ids::{Pid, Tid};
@@ -132,10 +132,10 @@ impl TaskIter {
             .word(8, TRACE_ITER);
         link.long(16, which.as_ptr() as u64)
             .word(24, size_of_val(&which) as u32);
-        let link = link.call(LINK_CREATE, "bpf(BPF_LINK_CREATE)")?;
+        let link = link.make(Make::Link)?;
         let mut iter = Attributes::default();
         iter.word(0, link.as_raw_fd() as u32);
-        Ok(File::from(iter.call(ITER_CREATE, "bpf(BPF_ITER_CREATE)")?))
+        Ok(File::from(iter.make(Make::Iterator)?))
     }
 }
 
