@@ -19,31 +19,22 @@ pub struct OpRef(pub(crate) usize);
 /// A piece of a batch's data area.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DataRef {
-    // Small: there are many of them, and a batch lies in one region.
-    offset: u32,
-    len: u32,
+    pub(crate) offset: usize,
+    pub(crate) len: usize,
 }
 
 impl DataRef {
     /// The part of this piece that starts `offset` bytes in.
     pub fn at(self, offset: usize) -> DataRef {
-        assert!(offset <= self.len(), "DataRef::at past its end");
-        DataRef::new(self.start() + offset, self.len() - offset)
-    }
-    /// Panics if a batch has 4 GiB of data.
-    fn new(offset: usize, len: usize) -> DataRef {
-        let short = |n: usize| n.try_into().expect("a batch's data is less than 4 GiB");
+        assert!(offset <= self.len, "DataRef::at past its end");
         DataRef {
-            offset: short(offset),
-            len: short(len),
+            offset: self.offset + offset,
+            len: self.len - offset,
         }
-    }
-    fn start(self) -> usize {
-        self.offset as usize
     }
     /// Its length in bytes.
     pub fn len(self) -> usize {
-        self.len as usize
+        self.len
     }
     /// Whether it has no bytes.
     pub fn is_empty(self) -> bool {
@@ -141,7 +132,10 @@ impl Batch {
         let offset = self.data.len().next_multiple_of(8);
         self.data.resize(offset, 0);
         self.data.extend_from_slice(bytes);
-        DataRef::new(offset, bytes.len())
+        DataRef {
+            offset,
+            len: bytes.len(),
+        }
     }
 
     /// Carries a NUL-terminated string along.
@@ -155,23 +149,20 @@ impl Batch {
     pub fn room(&mut self, len: usize) -> DataRef {
         let offset = self.data.len().next_multiple_of(8);
         self.data.resize(offset + len, 0);
-        DataRef::new(offset, len)
+        DataRef { offset, len }
     }
 
     /// Replaces the bytes of a piece carried along. Panics unless `bytes` fit.
     pub fn set(&mut self, piece: DataRef, bytes: &[u8]) {
-        assert!(
-            bytes.len() <= piece.len(),
-            "Batch::set past the piece's end"
-        );
-        self.data[piece.start()..piece.start() + bytes.len()].copy_from_slice(bytes);
+        assert!(bytes.len() <= piece.len, "Batch::set past the piece's end");
+        self.data[piece.offset..piece.offset + bytes.len()].copy_from_slice(bytes);
     }
 
     /// Stores the address, in the target, of `to` in the first 8 bytes of `at`
     /// (an iovec's base, say).
     pub fn pointer(&mut self, at: DataRef, to: DataRef) {
-        assert!(at.len() >= 8, "Batch::pointer in less than 8 bytes");
-        self.pointers.push((at.start(), to.start()));
+        assert!(at.len >= 8, "Batch::pointer in less than 8 bytes");
+        self.pointers.push((at.offset, to.offset));
     }
 
     /// The syscall numbers, in order.
@@ -335,18 +326,18 @@ impl Batch {
             for (i, arg) in call.args.iter().enumerate() {
                 op.args[i] = match *arg {
                     Arg::Imm(v) => v,
-                    Arg::Data(d) => data_at + u64::from(d.offset),
+                    Arg::Data(d) => data_at + d.offset as u64,
                     Arg::Result(r) => {
                         op.load |= 1 << i;
                         at + (r.0 * OP_SIZE) as u64 + 56
                     }
                     Arg::Load64(d) => {
                         op.load |= 1 << i;
-                        data_at + u64::from(d.offset)
+                        data_at + d.offset as u64
                     }
                     Arg::Load32(d) => {
                         op.load |= 1 << (8 + i);
-                        data_at + u64::from(d.offset)
+                        data_at + d.offset as u64
                     }
                 };
             }
@@ -424,7 +415,7 @@ impl Replies {
     }
     /// A piece of the data area, as the calls left it.
     pub fn bytes(&self, d: DataRef) -> &[u8] {
-        &self.data[d.start()..d.start() + d.len()]
+        &self.data[d.offset..d.offset + d.len]
     }
     /// A u64 of the data area.
     pub fn u64(&self, d: DataRef) -> u64 {

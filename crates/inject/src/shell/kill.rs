@@ -187,7 +187,7 @@ impl Shells<'_> {
     }
 
     /// Kills everything and waits until it is gone, as far as that is ours.
-    fn kill_all(&mut self) -> Result<()> {
+    pub(super) fn kill_all(&mut self) -> Result<()> {
         let mut pids: Vec<Pid> = Vec::new();
         for process in 0..self.processes.len() {
             if !self.is_empty(process) {

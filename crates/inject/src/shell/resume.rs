@@ -142,8 +142,13 @@ impl Shells<'_> {
         // the keeper has gone.
         let alive = (0..self.processes.len()).filter(|&p| !self.is_empty(p));
         let keeper = keeper::all_or_none(alive.map(|p| self.processes[p].pidfd.as_fd()));
-        for f in &finals {
-            ptrace::set_options(self.tid(f.task), Options::NONE)?;
+        let mut let_live = finals
+            .iter()
+            .map(|f| ptrace::set_options(self.tid(f.task), Options::NONE));
+        if let Err(e) = let_live.try_for_each(|done| done) {
+            // As long as it is kept together: some would outlive us.
+            let killed = self.kill_all().err();
+            return Err(e.and_also(killed.into_iter().collect()));
         }
         drop(keeper);
         let mut failed = None;
