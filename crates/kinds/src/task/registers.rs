@@ -13,6 +13,7 @@ use freezeframe_sys::ptrace::{self, Regs, nt};
 use serde::{Deserialize, Serialize};
 
 use crate::about::{About, show};
+use crate::bytes::Bytes;
 use crate::cx::{Asked, DumpCx, RestoreTask, Scope, Stage, TaskKind, TaskView};
 
 /// See the module.
@@ -43,11 +44,9 @@ static ABOUT: About = About {
 #[derive(Debug, Serialize, Deserialize)]
 struct Record {
     /// `user_regs_struct`, as 27 little-endian u64.
-    #[serde(with = "serde_bytes")]
-    general: Vec<u8>,
+    general: Bytes,
     /// The XSAVE area in the CPU's standard format, without the zeros at its end.
-    #[serde(with = "serde_bytes")]
-    xstate: Vec<u8>,
+    xstate: Bytes,
     /// Its length with them.
     xstate_len: u32,
 }
@@ -99,8 +98,8 @@ impl TaskKind for Registers {
         let xstate_len = xstate.len() as u32;
         xstate.truncate(used(&xstate));
         let record = Record {
-            general: task.regs.to_bytes().to_vec(),
-            xstate,
+            general: task.regs.to_bytes().to_vec().into(),
+            xstate: xstate.into(),
             xstate_len,
         };
         Ok(Some(ABOUT.record(task.subject(), &record)?))
@@ -114,9 +113,9 @@ impl TaskKind for Registers {
         let regs = Regs::from_bytes(&record.general).ok_or_else(|| {
             Error::corrupt("the general registers have a wrong length").on_task(task.tid.0)
         })?;
-        record.xstate.resize(len, 0);
+        record.xstate.0.resize(len, 0);
         task.last.regs = Some(regs);
-        task.last.xstate = record.xstate;
+        task.last.xstate = record.xstate.0;
         Ok(())
     }
 }
@@ -128,15 +127,15 @@ mod tests {
     #[test]
     fn a_record_comes_back() {
         let record = Record {
-            general: vec![1; 216],
-            xstate: vec![0, 7, 9],
+            general: vec![1; 216].into(),
+            xstate: vec![0, 7, 9].into(),
             xstate_len: 2688,
         };
         let raw = ABOUT.record(1, &record).unwrap();
         let back: Record = ABOUT.decode(&raw).unwrap();
         assert_eq!(
             (back.general, back.xstate, back.xstate_len),
-            (vec![1; 216], vec![0, 7, 9], 2688)
+            (vec![1; 216].into(), vec![0, 7, 9].into(), 2688)
         );
     }
 }
