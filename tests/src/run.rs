@@ -3,7 +3,7 @@
 use crate::compare::differences;
 use crate::programs::{Expect, Program, os};
 use crate::snapshot::{Snapshot, children, running, state_of, threads, tree};
-use crate::tool::{Outcome, freezeframe, freezeframe_with};
+use crate::tool::{self, Outcome, binary, freezeframe, freezeframe_with};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid};
 use nix::unistd::Pid;
@@ -458,6 +458,22 @@ impl Scene {
             &[&["dump", "-t", &pid, "-D", &dir, "--no-sync"], more].concat(),
             DEADLINE,
         )
+    }
+
+    /// The same by the command run by another program, which takes something from it.
+    pub fn dump_through(&self, by: &[&str], pid: i32, more: &[&str]) -> Result<Outcome, String> {
+        let images = self.path("through");
+        fs::create_dir_all(&images).map_err(|e| e.to_string())?;
+        let mut command = Command::new(by[0]);
+        command
+            .args(&by[1..])
+            .arg(binary())
+            .args(["dump", "-t", &pid.to_string(), "--no-sync", "-D"])
+            .arg(images)
+            .args(more);
+        let words = command.get_args().map(|a| a.to_string_lossy().into_owned());
+        let words = words.collect();
+        tool::run(command, words, DEADLINE)
     }
 
     /// Restores it from the directory and checks that it is the same process and ours.

@@ -9,11 +9,11 @@ use freezeframe_sys::ids::Pid;
 use freezeframe_sys::ipc::queue_names;
 use freezeframe_sys::pidfd::{pidfd_getfd, pidfd_open};
 use freezeframe_sys::sysv;
-use freezeframe_tests::run::{DEADLINE, Mode, Scene, Target, ipc_left, own_ipc};
+use freezeframe_tests::run::{DEADLINE, Mode, Scene, Target, ipc_left, own_ipc, program_binary};
 use freezeframe_tests::tool::freezeframe;
 use nix::sched::{CloneFlags, setns};
 use std::fs;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::process::Command;
 
@@ -163,19 +163,63 @@ fn a_namespace_that_others_are_in_is_refused() {
     scene.finish(target, &program, &before, mode).unwrap();
 }
 
-#[test]
-fn a_queue_without_a_name_that_others_have_is_refused() {
-    own_ipc().unwrap();
-    let scene = Scene::new().unwrap();
-    let name = "mqueue::deleted_with_messages";
-    let (program, target, before) = scene.start_program(name).unwrap();
+const QUEUE: &str = "mqueue::deleted_with_messages";
+
+/// Its queue without a name, which we have now, too.
+fn queue_of(target: &Target) -> OwnedFd {
     let fds = fs::read_dir(format!("/proc/{}/fd", target.pid)).unwrap();
     let mut fds = fds.map(|fd| fd.unwrap());
     let is_queue = |path: PathBuf| path.as_os_str() == "/ff-deleted (deleted)";
     let fd = fds.find(|fd| fs::read_link(fd.path()).is_ok_and(is_queue));
     let fd = fd.unwrap().file_name().into_string().unwrap();
     let process = pidfd_open(Pid(target.pid)).unwrap();
-    let ours = pidfd_getfd(&process, fd.parse().unwrap()).unwrap();
+    pidfd_getfd(&process, fd.parse().unwrap()).unwrap()
+}
+
+#[test]
+fn a_queue_without_a_name_that_the_caller_of_the_library_has_is_refused() {
+    own_ipc().unwrap();
+    let scene = Scene::new().unwrap();
+    let (program, target, before) = scene.start_program(QUEUE).unwrap();
+    let ours = queue_of(&target);
+    let dump = freezeframe::Dump::new(target.pid).images_dir(scene.path("no"));
+    let refused = format!("{:?}", dump.sync(false).run().unwrap_err());
+    let words = format!(
+        "process {} (fd {}) has open too",
+        std::process::id(),
+        ours.as_raw_fd()
+    );
+    assert!(refused.contains(&words), "{refused}");
+    drop(ours);
+    scene
+        .finish(target, &program, &before, Mode::Running)
+        .unwrap();
+}
+
+#[test]
+fn a_queue_without_a_name_is_refused_where_who_has_it_cannot_be_seen() {
+    own_ipc().unwrap();
+    let scene = Scene::new().unwrap();
+    let by = ["setpriv", "--bounding-set", "-sys_ptrace"];
+    let mut command = Command::new(by[0]);
+    command.args(&by[1..]).arg(program_binary()).arg(QUEUE);
+    command.arg(scene.dir_text());
+    let target = scene.start(command).unwrap();
+    scene.await_file("ready", &target).unwrap();
+    scene.await_rest(&target).unwrap();
+    let refused = scene.dump_through(&by, target.pid, &[]).unwrap();
+    let refused = refused.must_exit(1).unwrap();
+    let words = "processes outside the tree cannot be looked at (CAP_SYS_PTRACE)";
+    assert!(refused.stderr.contains(words), "{}", refused.told());
+    end(&scene, &target);
+}
+
+#[test]
+fn a_queue_without_a_name_that_others_have_is_refused() {
+    own_ipc().unwrap();
+    let scene = Scene::new().unwrap();
+    let (program, target, before) = scene.start_program(QUEUE).unwrap();
+    let ours = queue_of(&target);
     let refused = scene.dump_pid(target.pid, "no", &[]).unwrap();
     let refused = refused.must_exit(1).unwrap();
     let words = format!(

@@ -10,7 +10,7 @@
 
 use freezeframe_tests::run::{DEADLINE, Mode, Scene, Target, own_terminals};
 use freezeframe_tests::snapshot::Snapshot;
-use freezeframe_tests::tool::{Outcome, binary};
+use freezeframe_tests::tool::Outcome;
 use std::fs;
 use std::io::Write;
 use std::os::fd::AsRawFd;
@@ -291,22 +291,6 @@ fn must_say(outcome: &Outcome, words: &str) -> Done {
     }
 }
 
-/// Dumps with the command run by another program, which takes something from it.
-fn dump_through(scene: &Scene, by: &[&str], pid: i32, more: &[&str]) -> Result<Outcome, String> {
-    let images = scene.path("through");
-    fs::create_dir_all(&images).map_err(|e| e.to_string())?;
-    let mut command = Command::new(by[0]);
-    command
-        .args(&by[1..])
-        .arg(binary())
-        .args(["dump", "-t", &pid.to_string(), "--no-sync", "-D"])
-        .arg(images)
-        .args(more);
-    let words = command.get_args().map(|a| a.to_string_lossy().into_owned());
-    let words = words.collect();
-    freezeframe_tests::tool::run(command, words, DEADLINE)
-}
-
 const TCSETS2: u32 = 0x402c_542b;
 const TIOCSTI: u32 = 0x5412;
 
@@ -324,11 +308,11 @@ fn dump_without(
     match errno {
         Some(errno) => {
             let by = [&program, "exec", "--fail-ioctl", &ioctl, &errno];
-            dump_through(scene, &by, pid, more)
+            scene.dump_through(&by, pid, more)
         }
         None => {
             let by = [&program, "exec", "--die-at-ioctl", &ioctl];
-            dump_through(scene, &by, pid, more)
+            scene.dump_through(&by, pid, more)
         }
     }
 }
@@ -339,7 +323,7 @@ fn without_the_capability(name: &str, refusal: Option<&str>) -> Done {
     let scene = Scene::new()?;
     let (program, target, before) = scene.start_program(name)?;
     let by = ["/usr/bin/setpriv", "--bounding-set", "-sys_admin"];
-    let outcome = dump_through(&scene, &by, target.pid, &["-R"])?;
+    let outcome = scene.dump_through(&by, target.pid, &["-R"])?;
     match refusal {
         Some(what) => {
             let outcome = outcome.must_exit(1)?;

@@ -184,6 +184,32 @@ fn a_user_dumps_its_own_process_without_any_capability() -> Done {
     refused(outcome, "CAP_CHECKPOINT_RESTORE")
 }
 
+/// How many AIO requests are under way only the kernel's own memory tells.
+#[test]
+fn aio_contexts_are_refused_by_name_without_the_capabilities() -> Done {
+    let by = ["setpriv", "--bounding-set", "-bpf,-perfmon,-sys_admin"];
+    let scene = Scene::new()?;
+    let (aio, has_some, as_it_was) = scene.start_program("aio::contexts")?;
+    let refused = scene
+        .dump_through(&by, has_some.pid, &["-R"])?
+        .must_exit(1)?;
+    let words = "nothing tells whether requests are under way (CAP_BPF, CAP_PERFMON)";
+    for words in [words, "bpf("] {
+        if !refused.stderr.contains(words) {
+            return Err(refused.told());
+        }
+    }
+    // While it has them, a process without any is none of their business.
+    let other = Scene::new()?;
+    let (program, target, before) = other.start_program("basic::one_thread")?;
+    other.dump_through(&by, target.pid, &["-R"])?.must_exit(0)?;
+    let differences = other.settled_differences(target, &program, &before);
+    assert!(differences.is_empty(), "{differences:?}");
+    kill(Pid::from_raw(target.pid), Signal::SIGKILL).map_err(|e| e.to_string())?;
+    other.await_gone(&before, DEADLINE)?;
+    scene.finish(has_some, &aio, &as_it_was, Mode::Running)
+}
+
 #[test]
 fn a_process_of_another_user_is_refused_by_name() -> Done {
     let Some(plain) = Plain::new()? else {

@@ -15,8 +15,7 @@ use freezeframe_error::{Error, Kind, Phase, Result, ResultExt, Target};
 use freezeframe_image::{Header, ImageId, ImageWriter, RawRecord};
 use freezeframe_inject::fork::Fork;
 use freezeframe_kinds::model::{self, FdTable, Life, Mm, Process, Thread, Tree};
-use freezeframe_kinds::task::aio::Contexts;
-use freezeframe_kinds::{DumpCx, DumpOptions, Held, Made, Orphan, ProcView, registry};
+use freezeframe_kinds::{Before, DumpCx, DumpOptions, Held, Made, Orphan, ProcView, registry};
 use freezeframe_pages::{PageDumper, PageOptions};
 use freezeframe_sys::ids::Pid;
 use freezeframe_sys::proc::Status;
@@ -363,7 +362,7 @@ struct Host {
     boot_id: String,
     vdso_hash: u64,
     namespaces: tree::Namespaces,
-    aio: Contexts,
+    before: Before,
     /// What was seen of the tree itself.
     seen: Seen,
 }
@@ -374,7 +373,7 @@ impl Host {
             boot_id: clock::boot_id()?,
             vdso_hash: crate::vdso::own_hash()?,
             namespaces: tree::Namespaces::ours()?,
-            aio: Contexts::prepare(),
+            before: Before::look()?,
             seen: Seen::default(),
         })
     }
@@ -421,7 +420,7 @@ fn gather(
         kills: request.after == After::Kill,
         ..request.options.clone()
     };
-    let mut cx = DumpCx::new(&options, procs);
+    let mut cx = DumpCx::new(&options, &host.before, procs);
     cx.records = around.stopped(procs).in_phase(Phase::Collect)?;
     // A plan lists all the blockers it can see, not just the first.
     let mut blockers: Vec<Error> = Vec::new();
@@ -435,10 +434,13 @@ fn gather(
     for kind in &own {
         kind.enter(&mut cx, &procs[0]).in_phase(Phase::Collect)?;
     }
-    cx.aio = host.aio.clone();
-    cx.aio
-        .settle(procs, &mut blockers)
-        .in_phase(Phase::Collect)?;
+    for kind in registry::SETTLING {
+        kind.settle(&mut cx, &mut blockers, &|| events.cancelled())
+            .in_phase(Phase::Collect)?;
+    }
+    if events.cancelled() {
+        return Err(freeze::cancelled());
+    }
     let tables = files::collect(&mut cx, &mut blockers).in_phase(Phase::Collect)?;
     let answers = tasks::ask(frozen).in_phase(Phase::Collect)?;
     tasks::ask_on(&mut cx, frozen, &mut blockers).in_phase(Phase::Collect)?;

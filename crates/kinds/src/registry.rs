@@ -4,7 +4,7 @@ use freezeframe_image::{RawRecord, Tag};
 
 use crate::about::{About, Family};
 use crate::cx::{
-    AsksOn, BeforeTree, FileKind, Linked, LookedAtLast, MemKind, NsKind, Talking, TaskKind,
+    AsksOn, BeforeTree, FileKind, Linked, LookedAtLast, MemKind, NsKind, Settles, Talking, TaskKind,
 };
 use crate::{file, mem, namespace, task};
 
@@ -111,6 +111,9 @@ pub static TASKS: &[&dyn TaskKind] = &[
 
 /// Of these, the ones that ask more than once.
 pub static ASKING_ON: &[&dyn AsksOn] = &[&task::semaphore_undo::SemaphoreUndo];
+
+/// And those that go on while the tree is stopped.
+pub static SETTLING: &[&dyn Settles] = &[&task::aio::Aio];
 
 /// Namespaces that a tree may have to itself.
 pub static NAMESPACES: &[&dyn NsKind] = &[&namespace::ipc::Ipc];

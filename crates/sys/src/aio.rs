@@ -16,6 +16,7 @@ use crate::bpf::{
 use crate::btf::{Btf, Field, Is};
 use crate::ids::Pid;
 use crate::mmap::PAGE_SIZE;
+use crate::sched::possible_cpus;
 use crate::task_fields::TaskIter;
 
 /// A context.
@@ -47,21 +48,8 @@ pub fn in_use() -> Result<bool> {
     }
 }
 
-/// The CPUs that this machine may ever have.
-pub fn possible_cpus() -> Result<Vec<u32>> {
-    const LIST: &str = "/sys/devices/system/cpu/possible";
-    let text = std::fs::read_to_string(LIST).map_err(|e| Error::io("read", e).on(LIST))?;
-    cpus(text.trim()).ok_or_else(|| Error::bug(format!("{LIST}: not understood")))
-}
-
-fn cpus(list: &str) -> Option<Vec<u32>> {
-    let mut all = Vec::new();
-    for part in list.split(',') {
-        let (first, last) = part.split_once('-').unwrap_or((part, part));
-        all.extend(first.parse::<u32>().ok()?..=last.parse::<u32>().ok()?);
-    }
-    Some(all)
-}
+/// For how many requests a context can be at most.
+pub const MOST: u32 = 0x1000_0000 / EVENT as u32 / 2;
 
 /// How large a ring the kernel makes: bytes, and events it has room for.
 pub fn ring_size(requests: u32, cpus: usize) -> (u64, u32) {
@@ -136,8 +124,9 @@ const MANY: u64 = 1 << 20;
 impl Reader {
     /// Needs CAP_BPF and CAP_PERFMON (EPERM), and a kernel that tells its types.
     pub fn new() -> Result<Reader> {
-        let btf = Btf::of_kernel()?;
+        // First what is refused soonest.
         let peek = Peek::new()?;
+        let btf = Btf::of_kernel()?;
         // No name leads to where CPUs have their own memory: but we can have some there.
         let value = btf.field(btf.find(Is::Struct, "bpf_array")?, "pptrs")?;
         let common = peek.at(peek.ask(0, MAP)? + u64::from(value.offset))?;
@@ -146,7 +135,7 @@ impl Reader {
             Ok(at.wrapping_sub(common))
         };
         Ok(Reader {
-            tasks: TaskIter::new()?,
+            tasks: TaskIter::of(&btf)?,
             cpus: possible_cpus()?
                 .into_iter()
                 .map(own)
@@ -288,10 +277,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn lists_of_cpus_and_sizes_of_rings() {
-        assert_eq!(cpus("0-1"), Some(vec![0, 1]));
-        assert_eq!(cpus("0,2-4"), Some(vec![0, 2, 3, 4]));
-        assert_eq!(cpus(""), None);
+    fn sizes_of_rings() {
         // 2 * 128 + 2 events do not fit two pages.
         assert_eq!(ring_size(128, 2), (12288, 383));
         assert_eq!(ring_size(1, 2), (4096, 127));

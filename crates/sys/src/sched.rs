@@ -151,9 +151,41 @@ pub fn current_cpu() -> Result<u32> {
     u32::try_from(cpu).map_err(|_| Error::new(Kind::KernelLacks, "sched_getcpu failed"))
 }
 
+/// The CPUs that this machine may ever have.
+pub fn possible_cpus() -> Result<Vec<u32>> {
+    listed("/sys/devices/system/cpu/possible")
+}
+
+/// The CPUs that work now.
+pub fn online_cpus() -> Result<Vec<u32>> {
+    listed("/sys/devices/system/cpu/online")
+}
+
+fn listed(path: &str) -> Result<Vec<u32>> {
+    let text = std::fs::read_to_string(path).map_err(|e| Error::io("read", e).on(path))?;
+    cpus(text.trim()).ok_or_else(|| Error::bug("a list of CPUs that is none").on(path))
+}
+
+/// Those that a list like `0-3,6` names.
+fn cpus(list: &str) -> Option<Vec<u32>> {
+    let mut all = Vec::new();
+    for part in list.split(',') {
+        let (first, last) = part.split_once('-').unwrap_or((part, part));
+        all.extend(first.parse::<u32>().ok()?..=last.parse::<u32>().ok()?);
+    }
+    Some(all)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn lists_of_cpus() {
+        assert_eq!(cpus("0-1"), Some(vec![0, 1]));
+        assert_eq!(cpus("0,2-4"), Some(vec![0, 2, 3, 4]));
+        assert_eq!(cpus(""), None);
+    }
 
     #[test]
     fn attributes_of_a_thread() {

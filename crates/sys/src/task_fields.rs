@@ -65,9 +65,13 @@ impl TaskIter {
     /// Loads the program. CAP_BPF and CAP_PERFMON are needed (EPERM), and a kernel that tells
     /// its types and has task iterators ([`Kind::Unsupported`](freezeframe_error::Kind::Unsupported), EINVAL).
     pub fn new() -> Result<TaskIter> {
-        let btf = Btf::of_kernel()?;
+        TaskIter::of(&Btf::of_kernel()?)
+    }
+
+    /// The same, for a kernel of which the types have been read.
+    pub fn of(btf: &Btf) -> Result<TaskIter> {
         let mut iter = TaskIter {
-            program: load_iterator(&program(&btf)?, btf.find(Is::Function, "bpf_iter_task")?)?,
+            program: load_iterator(&program(btf)?, btf.find(Is::Function, "bpf_iter_task")?)?,
             level: 0,
         };
         let own = Pid::this();
@@ -111,7 +115,7 @@ impl TaskIter {
 
     fn rows(&self, process: Pid) -> Result<Vec<[u64; ROW]>> {
         let mut bytes = Vec::new();
-        self.of(process)?
+        self.start(process)?
             .read_to_end(&mut bytes)
             .sys("read(BPF iterator)")?;
         let words = |row: &[u8]| {
@@ -124,7 +128,7 @@ impl TaskIter {
     }
 
     /// A file that gives a row for each thread.
-    fn of(&self, process: Pid) -> Result<File> {
+    fn start(&self, process: Pid) -> Result<File> {
         // union bpf_iter_link_info: a TID, or a PID, or a pidfd.
         let which = [0u32, process.0 as u32, 0, 0];
         let mut link = Attributes::default();

@@ -40,6 +40,27 @@ pub(super) const PROGRAMS: &[Program] = &[
         inherited,
     )
     .refused("the AIO ring (io_setup) of another process"),
+    Program::new("unmapped", "a context whose ring was unmapped", |cx| {
+        changed(cx, |ring| {
+            os::syscall(libc::SYS_munmap, [ring.0, ring.1, 0, 0, 0, 0])
+        });
+    })
+    .refused("an AIO ring that was unmapped, protected or cut"),
+    Program::new("protected", "a ring that cannot be written", |cx| {
+        changed(cx, |ring| protect(ring, libc::PROT_READ));
+    })
+    .refused("an AIO ring that was unmapped, protected or cut"),
+    Program::new("cut", "a ring of which only a part can be written", |cx| {
+        changed(cx, |ring| protect((ring.0, ring.1 / 2), libc::PROT_READ));
+    })
+    .refused("an AIO ring that was unmapped, protected or cut"),
+    Program::new("advised", "a ring that children do not get", |cx| {
+        changed(cx, |ring| {
+            let advice = libc::MADV_DONTFORK as usize;
+            os::syscall(libc::SYS_madvise, [ring.0, ring.1, advice, 0, 0, 0])
+        });
+    })
+    .refused("an AIO ring (io_setup) with advice (madvise)"),
 ];
 
 /// struct iocb.
@@ -356,4 +377,21 @@ fn inherited(cx: &Cx) {
     cx.ready(|| call(libc::SYS_io_destroy, [context, 0, 0, 0, 0]));
     cx.same("still there", read(context, 1).ok(), Some(Vec::new()));
     cx.join("child", child);
+}
+
+fn protect(ring: (usize, usize), how: i32) -> os::Result<i64> {
+    os::syscall(libc::SYS_mprotect, [ring.0, ring.1, how as usize, 0, 0, 0])
+}
+
+/// A context beside one whose ring is changed: its address and length, of an even number of pages.
+fn changed(cx: &Cx, change: impl Fn((usize, usize)) -> os::Result<i64>) {
+    let fd = file();
+    let [context, other] = [200, 8].map(setup);
+    // 32 bytes for each of its places, and as many before them.
+    let len = 32 * (ring(context)[1] as usize + 1);
+    change((context, len)).unwrap();
+    cx.ready(|| call(libc::SYS_io_destroy, [other, 0, 0, 0, 0]));
+    let request = write(&fd, 7, b"text");
+    cx.same("submitted", submit(other, &request).ok(), Some(1));
+    cx.same("got", read(other, 4).ok(), Some(vec![event(&request, 4)]));
 }

@@ -20,11 +20,13 @@ use nix::fcntl::OFlag;
 use super::{DumpOptions, Held, Orphan};
 use crate::file::inet::table::Tables;
 use crate::file::inet::tcp;
+use crate::file::outside::{Callers, Outside};
 use crate::file::search::Searches;
 use crate::file::terminal::Ptys;
 use crate::mem::sysv_shm::Attached;
 use crate::model::{self, FileId, ObjectId};
-use crate::task::aio::Contexts;
+use crate::registry;
+use crate::task::aio::{Contexts, Readers};
 use crate::task::semaphore_undo::Adjustments;
 
 /// One frozen process of the tree.
@@ -374,11 +376,33 @@ impl Drop for Made {
     }
 }
 
+/// What is looked at, or made ready, before anything is stopped.
+#[derive(Debug, Default)]
+pub struct Before {
+    pub(crate) callers: Callers,
+    pub(crate) aio: Readers,
+}
+
+impl Before {
+    /// Looks. What is opened later is the dump's own.
+    pub fn look() -> Result<Before> {
+        let mut before = Before {
+            callers: Callers::look()?,
+            ..Before::default()
+        };
+        for kind in registry::SETTLING {
+            kind.prepare(&mut before);
+        }
+        Ok(before)
+    }
+}
+
 /// What every kind may use while dumping.
 #[derive(Debug)]
 pub struct DumpCx<'a> {
     /// The caller's options.
     pub options: &'a DumpOptions,
+    pub(crate) before: &'a Before,
     /// The frozen processes, zombies included, in tree order (parents first).
     pub procs: &'a [ProcView],
     /// Records to be written.
@@ -402,13 +426,13 @@ pub struct DumpCx<'a> {
     pub segments: Attached,
     /// What processes are to undo at their end.
     pub adjustments: Adjustments,
-    /// AIO contexts.
-    pub aio: Contexts,
+    pub(crate) aio: Contexts,
     objects: HashMap<ObjectKey, ObjectId>,
     files: HashMap<(i32, i32), FileId>,
     inodes: HashMap<(u64, u64), Vec<InodeFile>>,
     devices: HashMap<u64, Vec<InodeFile>>,
     ptys: Option<Ptys>,
+    outside: OnceLock<Outside>,
     waiting: HashMap<FileId, Vec<Waiting>>,
     pub(crate) searches: Searches,
     pub(crate) sockets: Tables,
@@ -426,9 +450,10 @@ pub struct Waiting {
 
 impl<'a> DumpCx<'a> {
     /// For the engine.
-    pub fn new(options: &'a DumpOptions, procs: &'a [ProcView]) -> DumpCx<'a> {
+    pub fn new(options: &'a DumpOptions, before: &'a Before, procs: &'a [ProcView]) -> DumpCx<'a> {
         DumpCx {
             options,
+            before,
             procs,
             records: Vec::new(),
             warnings: Vec::new(),
@@ -447,6 +472,7 @@ impl<'a> DumpCx<'a> {
             inodes: HashMap::new(),
             devices: HashMap::new(),
             ptys: None,
+            outside: OnceLock::new(),
             waiting: HashMap::new(),
             searches: Searches::default(),
             sockets: Tables::default(),
@@ -541,6 +567,14 @@ impl<'a> DumpCx<'a> {
             self.ptys = Some(look(self)?);
         }
         Ok(self.ptys.get_or_insert_default())
+    }
+
+    /// What processes outside the tree have open, looked up once.
+    pub(crate) fn outside(&self) -> Result<&Outside> {
+        if self.outside.get().is_none() {
+            let _ = self.outside.set(Outside::look(self)?);
+        }
+        Ok(self.outside.get().expect("set just above"))
     }
 
     /// The open files of the tree that refer to this inode (the ends of a pipe,

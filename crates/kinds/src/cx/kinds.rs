@@ -11,7 +11,7 @@ use freezeframe_sys::ids::Tid;
 use freezeframe_sys::task_fields::TaskFields;
 
 use super::{
-    Asked, Backing, DumpCx, FileItem, FileView, Late, MakeMapping, MakeObject, Mapped,
+    Asked, Backing, Before, DumpCx, FileItem, FileView, Late, MakeMapping, MakeObject, Mapped,
     PrepareFiles, ProcView, RestoreFiles, RestoreOptions, RestoreTask, Scope, Sharing, Stage,
     TaskView, VmaView,
 };
@@ -52,6 +52,20 @@ pub trait TaskKind: Sync + std::fmt::Debug {
 pub trait AsksOn: TaskKind {
     /// Called once, before records are made.
     fn ask_on(&self, cx: &mut DumpCx<'_>, tree: &mut dyn Stopped) -> Result<()>;
+}
+
+/// A task kind of which something goes on in the kernel while the tree is stopped, until it ends.
+pub trait Settles: TaskKind {
+    /// Makes ready what need not be while the tree is stopped.
+    fn prepare(&self, before: &mut Before);
+    /// Waits for the end: before it nothing of the tree stands still. What does not end in time
+    /// is a blocker; where there are others, or `over` says so, nothing is waited for.
+    fn settle(
+        &self,
+        cx: &mut DumpCx<'_>,
+        blockers: &mut Vec<Error>,
+        over: &dyn Fn() -> bool,
+    ) -> Result<()>;
 }
 
 /// The stopped tree, to be asked.

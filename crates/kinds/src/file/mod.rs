@@ -11,7 +11,7 @@ pub mod memfd;
 pub mod mqueue;
 pub mod netlink;
 pub mod other;
-mod outside;
+pub(crate) mod outside;
 pub mod packet;
 pub mod pidfd;
 pub mod pipe;

@@ -20,13 +20,15 @@ use freezeframe_error::{Error, Kind, Result};
 use freezeframe_image::{RawRecord, Tag};
 use freezeframe_inject::{Arg, Batch, OpRef};
 use freezeframe_sys::fd::{Stat, fstat, reopen};
+use freezeframe_sys::proc::strip_deleted;
 use freezeframe_sys::{ipc, mqueue};
 use nix::fcntl::OFlag;
 use serde::{Deserialize, Serialize};
 
 use crate::about::{About, show};
 use crate::cx::{DumpCx, FileItem, FileKind, FileView, Orphan, RestoreFiles};
-use crate::file::{access, is_opath, outside, provide_made, shown};
+use crate::file::outside::sees_all;
+use crate::file::{access, is_opath, provide_made, shown};
 use crate::model::FileId;
 use crate::namespace::ipc::made_by;
 
@@ -42,7 +44,7 @@ static ABOUT: About = About {
     manual: "mq_overview(7)",
     since: "",
     carried: "descriptors of queues that have a name, with access mode and O_NONBLOCK; the queue and what waits in it stay where they are, as the contents of a file do. Queues without a name (mq_unlink) whole: size, owner, permissions, messages with their priorities; /proc shows them under another name",
-    refused: "one that is to notify a process of the tree (\"the notification of a message queue (mq_notify) is not supported\"), one of another IPC namespace; without a name, one that a process outside the tree has open too (\"which is outside the tree\") and, with the tree left running, one with messages (\"holds messages, which are read by taking them away\"); at a restore, one that is gone or another",
+    refused: "one that is to notify a process of the tree (\"the notification of a message queue (mq_notify) is not supported\"), one of another IPC namespace; without a name, one that a process outside the tree has open too (\"which is outside the tree\"), or may have (\"cannot be looked at\", without CAP_SYS_PTRACE), and, with the tree left running, one with messages (\"holds messages, which are read by taking them away\"); at a restore, one that is gone or another",
     programs: &[
         "mqueue::queue",
         "mqueue::waited_for",
@@ -156,12 +158,13 @@ const MQUEUE: i64 = 0x1980_0202;
 
 /// The name of the queue that is shown as `/dev/mqueue/NAME` or `/NAME`.
 fn name_of(link: &[u8]) -> &[u8] {
-    let name = link.rsplit(|b| *b == b'/').next().unwrap_or_default();
-    name.strip_suffix(DELETED).unwrap_or(name)
+    let name = last(link);
+    strip_deleted(name).unwrap_or(name)
 }
 
-/// What stands behind the name of a queue without one.
-const DELETED: &[u8] = b" (deleted)";
+fn last(path: &[u8]) -> &[u8] {
+    path.rsplit(|b| *b == b'/').next().unwrap_or_default()
+}
 
 /// Whom the queue notifies, as reading it tells: `QSIZE:0 NOTIFY:0 SIGNO:0 NOTIFY_PID:12`.
 pub(crate) fn notified(text: &str) -> i32 {
@@ -221,8 +224,7 @@ impl FileKind for Mqueue {
         if file.stat.nlink == 0 {
             return dump_deleted(cx, file);
         }
-        let name = file.link.rsplit(|b| *b == b'/').next();
-        let name = name.unwrap_or_default();
+        let name = last(file.link);
         let (dev, ino) = (file.stat.dev, file.stat.ino);
         let same = || open_same(name, OFlag::O_RDONLY, Some((dev, ino)));
         if cx.ipc.inside(same)?.is_none() {
@@ -292,14 +294,7 @@ fn dump_deleted(cx: &mut DumpCx<'_>, file: &FileView<'_>) -> Result<RawRecord> {
             file.refuse("a message queue (mqueue) of another IPC namespace is not supported")
         );
     }
-    let is_deleted = |link: &[u8]| link.ends_with(DELETED);
-    let mut others = outside::opened(cx, is_deleted).into_iter();
-    if let Some(other) = others.find(|o| o.inode == (dev, ino)) {
-        return Err(file.refuse(format!(
-            "a deleted message queue (mqueue) that process {} (fd {}) has open too, which is outside the tree, is not supported",
-            other.pid, other.fd
-        )));
-    }
+    refuse_shared(cx, file, &record.name)?;
     let how = OFlag::O_RDONLY | OFlag::O_NONBLOCK;
     let opened = reopen(file.ours()?, how).map_err(|e| file.blame(e))?;
     let (queue, waiting) = Queue::look(cx, &opened, file.stat).map_err(|e| file.blame(e))?;
@@ -316,6 +311,35 @@ fn dump_deleted(cx: &mut DumpCx<'_>, file: &FileView<'_>) -> Result<RawRecord> {
         }));
     }
     Ok(raw)
+}
+
+/// What others have open too would be emptied under them.
+fn refuse_shared(cx: &mut DumpCx<'_>, file: &FileView<'_>, name: &[u8]) -> Result<()> {
+    let outside = cx.outside()?;
+    let has_name = |link: &[u8]| strip_deleted(link).is_some() && name_of(link) == name;
+    let inode = (file.stat.dev, file.stat.ino);
+    let mut others = outside.opened(has_name).map_err(|e| file.blame(e))?;
+    others.retain(|other| other.inode == inode);
+    if let Some(other) = others.first() {
+        return Err(file.refuse(format!(
+            "a deleted message queue (mqueue) that process {} (fd {}) has open too, which is outside the tree, is not supported",
+            other.pid, other.fd
+        )));
+    }
+    let Some(why) = outside.hidden().map(ToString::to_string) else {
+        return Ok(());
+    };
+    // To whom nothing but a guard of this machine hides a process it is a stranger.
+    if sees_all()? {
+        cx.warn(format!(
+            "{}: if a process that cannot be looked at has it open too, messages are taken from under it: {why}",
+            file.name()
+        ));
+        return Ok(());
+    }
+    Err(file
+        .refuse("a deleted message queue (mqueue) is not supported where processes outside the tree cannot be looked at (CAP_SYS_PTRACE), which may have it open too")
+        .caused_by(why))
 }
 
 /// A queue without a name of a tree that is to be killed.

@@ -8,6 +8,7 @@ use std::os::fd::OwnedFd;
 
 use freezeframe_error::{Error, Result};
 use freezeframe_image::{RawRecord, Tag};
+use freezeframe_sys::proc::VmFlags;
 
 use crate::about::{About, show};
 use crate::cx::{
@@ -27,10 +28,18 @@ static ABOUT: About = About {
     manual: "io_setup(2)",
     since: "",
     carried: "at their addresses, with their contexts",
-    refused: "the ring of another process (\"the AIO ring (io_setup) of another process\"), as fork(2) leaves it",
-    programs: &["aio::contexts", "aio::inherited"],
+    refused: "the ring of another process (\"the AIO ring (io_setup) of another process\"), as fork(2) leaves it; one with advice (\"with advice (madvise)\")",
+    programs: &["aio::contexts", "aio::inherited", "aio::advised"],
     show: show::<()>,
 };
+
+/// It would have to be given again to the ring that the kernel makes.
+const ADVICE: VmFlags = VmFlags::HUGE_PAGE
+    .union(VmFlags::NO_HUGE_PAGE)
+    .union(VmFlags::SEQ_READ)
+    .union(VmFlags::RAND_READ)
+    .union(VmFlags::DONT_DUMP)
+    .union(VmFlags::DONT_COPY);
 
 impl MemKind for AioRing {
     fn about(&self) -> &'static About {
@@ -40,11 +49,15 @@ impl MemKind for AioRing {
         vma.map.shared && vma.map.path.starts_with(b"/[aio]")
     }
     fn dump(&self, cx: &mut DumpCx<'_>, vma: &VmaView<'_>) -> Result<Mapped> {
-        if !cx.aio.are_known() {
-            return Err(vma.refuse("an AIO ring (io_setup) is not supported where nothing tells whether requests are under way (CAP_BPF, CAP_PERFMON)"));
+        if let Some(why) = cx.aio.unknown() {
+            let what = "an AIO ring (io_setup) is not supported where nothing tells whether requests are under way (CAP_BPF, CAP_PERFMON)";
+            return Err(vma.refuse(what).caused_by(why.to_owned()));
         }
         if !cx.aio.has(vma.proc.pid, vma.map.start, vma.map.end) {
             return Err(vma.refuse("the AIO ring (io_setup) of another process is not supported"));
+        }
+        if vma.flags.intersects(ADVICE) {
+            return Err(vma.refuse("an AIO ring (io_setup) with advice (madvise) is not supported"));
         }
         let key = ObjectKey::Kind(ABOUT.tag.0);
         let object = cx.object(key, |id| Ok((ABOUT.record(id.0.into(), &())?, None)))?;

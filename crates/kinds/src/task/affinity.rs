@@ -9,7 +9,7 @@ use std::cell::Cell;
 use freezeframe_error::{Error, Result};
 use freezeframe_image::{RawRecord, Tag};
 use freezeframe_inject::{Arg, Replies};
-use freezeframe_sys::sched::sched_getaffinity;
+use freezeframe_sys::sched::{online_cpus, sched_getaffinity};
 use serde::{Deserialize, Serialize};
 
 use crate::about::{About, show};
@@ -53,7 +53,7 @@ fn online(task: &TaskView<'_>) -> usize {
     if of == pid && !task.leader {
         return online;
     }
-    let online = std::fs::read("/sys/devices/system/cpu/online").map_or(0, |text| count(&text));
+    let online = online_cpus().map_or(0, |all| all.len());
     ONLINE.set((pid, online));
     online
 }
@@ -61,19 +61,6 @@ fn online(task: &TaskView<'_>) -> usize {
 /// How many bits are set.
 fn bits(mask: &[u64]) -> usize {
     mask.iter().map(|w| w.count_ones() as usize).sum()
-}
-
-/// How many CPUs a list like `0-3,6` names.
-fn count(list: &[u8]) -> usize {
-    let text = String::from_utf8_lossy(list);
-    let number = |s: &str| s.parse::<usize>().ok();
-    let parts = text.trim().split(',');
-    parts
-        .filter_map(|part| match part.split_once('-') {
-            Some((a, b)) => Some(number(b)?.checked_sub(number(a)?)? + 1),
-            None => number(part).map(|_| 1),
-        })
-        .sum()
 }
 
 impl TaskKind for Affinity {
@@ -116,18 +103,5 @@ impl TaskKind for Affinity {
             [Arg::Imm(0), bytes.len().into(), mask.into()],
         );
         Ok(())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn lists_of_cpus() {
-        assert_eq!(count(b"0-1\n"), 2);
-        assert_eq!(count(b"0-3,6,8-9\n"), 7);
-        assert_eq!(count(b"\n"), 0);
-        assert_eq!(count(b"9-0\n"), 0);
     }
 }

@@ -14,21 +14,24 @@
 //! io_setup(2), io_submit(2), io_getevents(2), mremap(2)
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::OnceLock;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use freezeframe_error::{Error, Result, ResultExt};
+use freezeframe_error::{Error, Result};
 use freezeframe_image::{RawRecord, Tag};
 use freezeframe_inject::{Arg, Batch, DataRef, Replies};
 use freezeframe_sys::aio::{self, Context, EVENT, HEAD, Reader};
 use freezeframe_sys::ids::Pid;
 use freezeframe_sys::mem::vm_readv;
+use freezeframe_sys::sched::possible_cpus;
 use serde::{Deserialize, Serialize};
 
 use crate::about::{About, show};
 use crate::bytes::Bytes;
-use crate::cx::{Asked, DumpCx, ProcView, RestoreTask, Scope, Stage, TaskKind, TaskView};
+use crate::cx::{
+    Asked, Before, DumpCx, ProcView, RestoreTask, Scope, Settles, Stage, TaskKind, TaskView,
+};
 
 /// See the module.
 #[derive(Debug)]
@@ -51,6 +54,9 @@ static ABOUT: About = About {
         "aio::waited_for",
         "aio::polls",
         "aio::inherited",
+        "aio::unmapped",
+        "aio::protected",
+        "aio::cut",
     ],
     show: show::<Vec<Record>>,
 };
@@ -69,76 +75,101 @@ struct Record {
     unread: Bytes,
 }
 
+/// What reads contexts, or why nothing does; made once.
+#[derive(Debug, Default)]
+pub(crate) struct Readers(OnceLock<Result<Reader>>);
+
+impl Readers {
+    fn get(&self) -> &Result<Reader> {
+        self.0.get_or_init(Reader::new)
+    }
+}
+
 /// The contexts of the tree.
-#[derive(Clone, Debug, Default)]
-pub struct Contexts {
-    reader: Option<Arc<Reader>>,
+#[derive(Debug, Default)]
+pub(crate) struct Contexts {
     of: BTreeMap<Pid, Vec<Context>>,
+    /// Why they are not known, if they are not.
+    unknown: Option<String>,
 }
 
 impl Contexts {
-    /// What can be made ready before anything is frozen.
-    pub fn prepare() -> Contexts {
-        let reader = aio::in_use().ok().filter(|used| *used);
-        Contexts {
-            reader: reader.and_then(|_| Reader::new().ok().map(Arc::new)),
-            of: BTreeMap::new(),
-        }
+    /// Why contexts cannot be read, if they cannot.
+    pub(crate) fn unknown(&self) -> Option<&str> {
+        self.unknown.as_deref()
     }
 
-    /// Waits until no request is under way in a stopped tree: before that nothing stands still.
-    /// Where contexts cannot be read, their rings are refused later.
-    pub fn settle(&mut self, tree: &[ProcView], blockers: &mut Vec<Error>) -> Result<()> {
-        if !aio::in_use()? {
-            return Ok(());
-        }
-        if self.reader.is_none() {
-            self.reader = Reader::new().ok().map(Arc::new);
-        }
-        let Some(reader) = &self.reader else {
-            return Ok(());
-        };
-        let until = Instant::now() + PATIENCE;
-        for proc in tree.iter().filter(|p| !p.tids.is_empty()) {
-            match settled(reader, proc.pid, until).on_task(proc.pid.0) {
-                Ok(all) if all.is_empty() => {}
-                Ok(all) => drop(self.of.insert(proc.pid, all)),
-                Err(e) => blockers.push(e),
-            }
-        }
-        Ok(())
-    }
-
-    /// Whether contexts can be read at all.
-    pub(crate) fn are_known(&self) -> bool {
-        self.reader.is_some()
-    }
-
-    /// Whether this is the ring of a context of the process.
+    /// Whether this is in the ring of a context of the process, or is it.
     pub(crate) fn has(&self, pid: Pid, start: u64, end: u64) -> bool {
         let of = self.of.get(&pid).into_iter().flatten();
         let mut of = of.map(|c| (c.address, c.address + c.len));
-        of.any(|ring| ring == (start, end))
+        of.any(|ring| ring.0 <= start && end <= ring.1)
+    }
+}
+
+impl Settles for Aio {
+    fn prepare(&self, before: &mut Before) {
+        if aio::in_use().unwrap_or_default() {
+            let _ = before.aio.get();
+        }
+    }
+
+    /// Where contexts cannot be read, their rings are refused later: processes without any need
+    /// not be refused for those of others.
+    fn settle(
+        &self,
+        cx: &mut DumpCx<'_>,
+        blockers: &mut Vec<Error>,
+        over: &dyn Fn() -> bool,
+    ) -> Result<()> {
+        if !aio::in_use()? {
+            return Ok(());
+        }
+        let reader = match cx.before.aio.get() {
+            Ok(reader) => reader,
+            Err(e) => {
+                cx.aio.unknown = Some(e.to_string());
+                return Ok(());
+            }
+        };
+        let until = Instant::now() + PATIENCE;
+        for proc in cx.procs.iter().filter(|p| !p.tids.is_empty()) {
+            let over = || !blockers.is_empty() || over() || Instant::now() > until;
+            match settled(reader, proc.pid, over) {
+                Ok(Settled::All(all)) if all.is_empty() => {}
+                Ok(Settled::All(all)) => drop(cx.aio.of.insert(proc.pid, all)),
+                Ok(Settled::Not(e)) => blockers.push(e.on_task(proc.pid.0)),
+                Err(e) => {
+                    cx.aio.unknown = Some(e.on_task(proc.pid.0).to_string());
+                    return Ok(());
+                }
+            }
+        }
+        Ok(())
     }
 }
 
 /// How long requests of the whole tree may take.
 const PATIENCE: Duration = Duration::from_secs(1);
 
-/// The contexts of a process when no request is under way.
-fn settled(reader: &Reader, pid: Pid, until: Instant) -> Result<Vec<Context>> {
+/// The contexts of a process when no request is under way, or why it does not come to that.
+enum Settled {
+    All(Vec<Context>),
+    Not(Error),
+}
+
+fn settled(reader: &Reader, pid: Pid, over: impl Fn() -> bool) -> Result<Settled> {
+    let refuse = |what| Ok(Settled::Not(Error::unsupported(what)));
     loop {
         let all = reader.contexts(pid)?;
         if all.iter().any(|c| c.cancellable) {
-            let what = "an AIO request that can be cancelled (IOCB_CMD_POLL) is not supported";
-            return Err(Error::unsupported(what));
+            return refuse("an AIO request that can be cancelled (IOCB_CMD_POLL) is not supported");
         }
         if all.iter().all(|c| c.under_way == 0) {
-            return Ok(all);
+            return Ok(Settled::All(all));
         }
-        if Instant::now() > until {
-            let what = "AIO requests are still under way: not supported";
-            return Err(Error::unsupported(what));
+        if over() {
+            return refuse("AIO requests are still under way: not supported");
         }
         sleep(Duration::from_micros(200));
     }
@@ -218,7 +249,10 @@ impl TaskKind for Aio {
     }
     fn restore(&self, task: &mut RestoreTask<'_>, record: &RawRecord) -> Result<()> {
         let all: Vec<Record> = ABOUT.decode(record)?;
-        let cpus = aio::possible_cpus()?.len();
+        let cpus = possible_cpus()?.len();
+        for context in &all {
+            context.check(cpus)?;
+        }
         let most = all.iter().map(Record::at_once).max().unwrap_or(1);
         // Reading nothing of it ends at once, by an error.
         let flags = libc::EFD_CLOEXEC | libc::EFD_NONBLOCK;
@@ -230,7 +264,6 @@ impl TaskKind for Aio {
         task.batch.call("close", libc::SYS_close, [fd.into()]);
         let dummies = Dummies::new(task.batch, task.spare_fd, most);
         for context in &all {
-            context.check(cpus)?;
             context.make(task.batch, task.pid, &dummies);
         }
         let spare = task.spare_fd;
@@ -269,6 +302,11 @@ impl Record {
 
     /// Of an image that anybody may have written.
     fn check(&self, cpus: usize) -> Result<()> {
+        if self.requests > aio::MOST {
+            return Err(Error::corrupt(
+                "an AIO context for more requests than there can be",
+            ));
+        }
         let size = aio::ring_size(self.requests, cpus);
         if size != (self.len, self.places) {
             let what = "an AIO ring of another size than this machine has, by the number of its CPUs, is not supported";
@@ -354,6 +392,7 @@ fn in_steps(mut left: u32, most: u32) -> impl Iterator<Item = u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use freezeframe_error::Kind;
 
     #[test]
     fn events_are_found_around_the_end_of_the_ring() {
@@ -381,5 +420,18 @@ mod tests {
         bad.unread = Bytes(vec![0; 32 * 383]);
         assert!(bad.check(2).is_err());
         assert!(good().check(64).is_err());
+        // As much of it as can be is right.
+        let many = |requests: u32| {
+            let (len, places) = aio::ring_size(requests, 2);
+            let bad = Record {
+                requests,
+                len,
+                places,
+                ..good()
+            };
+            bad.check(2).map_err(|e| e.kind())
+        };
+        assert_eq!(many(0x40_0000), Ok(()));
+        assert_eq!(many(0x40_0001), Err(Kind::ImageCorrupt));
     }
 }

@@ -19,7 +19,7 @@ use super::queue::{HOLDS, Input, Meddling, Stopped, cut, has_lines, ready, waiti
 use super::{CONTROLLING, PTMX, device_of, external_name, name_of};
 use crate::bytes::Bytes;
 use crate::cx::{DumpCx, FileView, InodeFile};
-use crate::file::outside;
+use crate::file::outside::PTS;
 use crate::model::FileId;
 
 /// Whether a slave is open.
@@ -111,18 +111,18 @@ impl Ptys {
                 found.open.insert(device);
             }
         }
-        found.look_outside(cx);
+        found.look_outside(cx)?;
         Ok(found)
     }
 
     /// Whoever is outside of the tree and has a terminal of ours open would
     /// have it hung up, and keep its number from being used again.
-    fn look_outside(&mut self, cx: &DumpCx<'_>) {
-        let is_pty = |link: &[u8]| link.starts_with(b"/dev/pts/");
-        for file in outside::opened(cx, is_pty) {
+    fn look_outside(&mut self, cx: &DumpCx<'_>) -> Result<()> {
+        for file in cx.outside()?.opened(|link| link.starts_with(PTS))? {
             let key = (file.inode.0, file.rdev);
             self.outside.entry(key).or_insert((file.pid.0, file.fd));
         }
+        Ok(())
     }
 }
 
