@@ -66,7 +66,7 @@ fn act(store: &Store, words: &[&str]) -> Result<ExitCode> {
         ["run", rest @ ..] => run(store, rest),
         ["ps"] => ps(store),
         ["stop", id] => stop(store, id, Duration::from_secs(10)),
-        ["stop", id, seconds] => stop(store, id, Duration::from_secs_f32(seconds.parse()?)),
+        ["stop", id, seconds] => stop(store, id, Duration::try_from_secs_f32(seconds.parse()?)?),
         ["checkpoint", "--leave-running", id] => checkpoint(store, id, true),
         ["checkpoint", id] => checkpoint(store, id, false),
         ["restore", "-d", id] => restore(store, id, true),
@@ -86,9 +86,7 @@ fn act(store: &Store, words: &[&str]) -> Result<ExitCode> {
 }
 
 fn build(store: &Store, name: &str, rootfs: &Path) -> Result<ExitCode> {
-    if name.is_empty() || name.starts_with('.') || name.contains(['/', '|', '\n']) {
-        return Err(format!("'{name}' is no name of an image").into());
-    }
+    check_name(name)?;
     let rootfs = rootfs
         .canonicalize()
         .map_err(|e| format!("{}: {e}", rootfs.display()))?;
@@ -102,6 +100,14 @@ fn build(store: &Store, name: &str, rootfs: &Path) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// Image names are files' and fields of records.
+fn check_name(name: &str) -> Result<()> {
+    if name.is_empty() || name.starts_with('.') || name.contains(['/', '|', '\n']) {
+        return Err(format!("'{name}' is no name of an image").into());
+    }
+    Ok(())
+}
+
 fn run(store: &Store, words: &[&str]) -> Result<ExitCode> {
     let options = words.iter().take_while(|w| w.starts_with('-')).count();
     let (options, words) = words.split_at(options);
@@ -110,6 +116,7 @@ fn run(store: &Store, words: &[&str]) -> Result<ExitCode> {
         return Err(format!("run has no option {odd}").into());
     }
     let (image, command) = words.split_first().ok_or("run needs an image")?;
+    check_name(image)?;
     let rootfs = store.image(image);
     let rootfs = rootfs
         .canonicalize()
@@ -125,7 +132,6 @@ fn run(store: &Store, words: &[&str]) -> Result<ExitCode> {
             "mini-runtime: warning: no right to chroot: the image is the working directory alone"
         )?;
     }
-    let id = store.create(image)?;
     let namespaces = if options.contains(&"--namespaces") {
         "new"
     } else {
@@ -133,7 +139,8 @@ fn run(store: &Store, words: &[&str]) -> Result<ExitCode> {
     };
     let rootfs = rootfs.to_str().ok_or("the image's path is not text")?;
     let how = [&["run", rootfs, namespaces][..], command].concat();
-    start(store, &id, &how, options.contains(&"-d"))
+    let (id, starting) = store.create(image)?;
+    start(store, &id, &how, options.contains(&"-d"), Some(starting))
 }
 
 /// Whether CAP_SYS_CHROOT is ours, as `/proc/self/status` tells.
@@ -146,8 +153,14 @@ fn may_chroot() -> Result<bool> {
     Ok(u64::from_str_radix(held.trim(), 16)? & 1 << 18 != 0)
 }
 
-/// Starts a container's monitor, and tells the id once it runs; detached or to its end.
-fn start(store: &Store, id: &str, how: &[&str], detach: bool) -> Result<ExitCode> {
+/// Starts a container's monitor, and tells the id once it runs; detached or to its end. `starting` is held until then.
+fn start(
+    store: &Store,
+    id: &str,
+    how: &[&str],
+    detach: bool,
+    starting: Option<File>,
+) -> Result<ExitCode> {
     let mut command = Command::new(std::env::current_exe()?);
     command
         .arg("--dir")
@@ -162,6 +175,7 @@ fn start(store: &Store, id: &str, how: &[&str], detach: bool) -> Result<ExitCode
     let said = monitor.stdout.take().ok_or("a pipe that is not there")?;
     let mut line = String::new();
     BufReader::new(said).read_line(&mut line)?;
+    drop(starting);
     if let Some(e) = line.trim_end().strip_prefix("failed ") {
         monitor.wait()?;
         return Err(e.to_owned().into());
@@ -238,7 +252,7 @@ fn restore(store: &Store, id: &str, detach: bool) -> Result<ExitCode> {
     if record.status == "running" {
         return Err(format!("{id} is running").into());
     }
-    start(store, id, &["restore"], detach)
+    start(store, id, &["restore"], detach, None)
 }
 
 fn logs(store: &Store, id: &str) -> Result<ExitCode> {
@@ -248,9 +262,10 @@ fn logs(store: &Store, id: &str) -> Result<ExitCode> {
 }
 
 fn rm(store: &Store, id: &str) -> Result<ExitCode> {
-    let record = store.find(id)?;
-    if record.status == "running" {
-        return Err(format!("{id} is running: stop it first").into());
+    match &*store.find(id)?.status {
+        "running" => return Err(format!("{id} is running: stop it first").into()),
+        "created" => return Err(format!("{id} is about to start").into()),
+        _ => {}
     }
     store.remove(id)?;
     Ok(ExitCode::SUCCESS)

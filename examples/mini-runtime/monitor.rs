@@ -5,12 +5,12 @@ use std::io::{self, Write};
 use std::process::{Command, ExitCode, Stdio};
 
 use freezeframe::Restore;
-use nix::errno::Errno;
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::prctl::set_child_subreaper;
 use nix::sys::signal::{Signal, kill};
-use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{Pid, setsid};
+use rustix::io::Errno;
+use rustix::process::{WaitOptions, WaitStatus, wait};
 
 use crate::records::{Record, Store, now};
 use crate::{Result, chain, processes_below};
@@ -34,6 +34,11 @@ fn begin(store: &Store, id: &str, how: &[&str]) -> Result<(i32, std::fs::File)> 
     // No terminal's signals are for us. Whom the container leaves behind becomes our child.
     setsid()?;
     set_child_subreaper(true)?;
+    // Two who restore it would do so one after the other.
+    let _restoring = match how {
+        ["restore"] => Some(store.lock_restore(id)?),
+        _ => None,
+    };
     let lock = store.become_monitor(id)?;
     let pid = match how {
         ["run", rootfs, namespaces, command @ ..] => start(store, id, rootfs, namespaces, command),
@@ -97,25 +102,22 @@ fn restore(store: &Store, id: &str) -> Result<i32> {
 
 fn end(store: &Store, id: &str, pid: i32) -> Result<ExitCode> {
     let code = loop {
-        match waitpid(None, None) {
-            Ok(WaitStatus::Exited(ended, code)) if ended.as_raw() == pid => break code,
-            Ok(WaitStatus::Signaled(ended, signal, _)) if ended.as_raw() == pid => {
-                break 128 + signal as i32;
+        match ended()? {
+            Some((of, status)) if of == pid => {
+                break status.exit_status().unwrap_or_else(|| {
+                    // 128 and the signal, a real-time one too.
+                    128 + status.terminating_signal().unwrap_or_default()
+                });
             }
-            Ok(_) | Err(Errno::EINTR) => {}
-            Err(e) => return Err(e.into()),
+            _ => {}
         }
     };
     // The end of the first process is the end of all, as in a PID namespace.
     loop {
-        signal_all(
-            &processes_below(std::process::id() as i32)?,
-            Signal::SIGKILL,
-        );
-        match waitpid(None, None) {
-            Ok(_) | Err(Errno::EINTR) => {}
-            Err(Errno::ECHILD) => break,
-            Err(e) => return Err(e.into()),
+        let left = processes_below(std::process::id() as i32)?;
+        signal_all(&left, Signal::SIGKILL);
+        if ended()?.is_none() {
+            break;
         }
     }
     // A checkpoint that has ended it says so first.
@@ -127,6 +129,18 @@ fn end(store: &Store, id: &str, pid: i32) -> Result<ExitCode> {
         }
     })?;
     Ok(ExitCode::from(code as u8))
+}
+
+/// Waits for a child to end; none if there is no child.
+fn ended() -> Result<Option<(i32, WaitStatus)>> {
+    loop {
+        match wait(WaitOptions::empty()) {
+            Ok(ended) => return Ok(ended.map(|(pid, status)| (pid.as_raw_pid(), status))),
+            Err(Errno::CHILD) => return Ok(None),
+            Err(Errno::INTR) => {}
+            Err(e) => return Err(e.into()),
+        }
+    }
 }
 
 /// Sends a signal to all that are still there.

@@ -115,8 +115,8 @@ impl Store {
         self.dir.join(id).join("checkpoint")
     }
 
-    /// A new container, with an id that no other has or had.
-    pub(crate) fn create(&self, image: &str) -> Result<String> {
+    /// A new container, with an id that no other has or had. As long as the file is open it is about to start.
+    pub(crate) fn create(&self, image: &str) -> Result<(String, File)> {
         self.update(|lines| {
             let last = fs::read_to_string(self.dir.join("last")).unwrap_or_default();
             let known = lines.iter().filter_map(|line| match line {
@@ -135,6 +135,7 @@ impl Store {
                 }
             };
             self.write("last", &id[1..])?;
+            let lock = self.lock_operation(&id)?;
             lines.push(Line::Good(Record {
                 id: id.clone(),
                 pid: 0,
@@ -144,17 +145,22 @@ impl Store {
                 end: None,
                 exit_code: None,
             }));
-            Ok(id)
+            Ok((id, lock))
         })
     }
 
-    /// All containers. One that is said to run but has no monitor is lost.
+    /// All containers. One that is said to run but has no monitor is lost, and one that nobody starts any more.
     pub(crate) fn records(&self) -> Result<Vec<Record>> {
         self.update(|lines| {
             let mut records = Vec::new();
             for line in lines {
                 let Line::Good(record) = line else { continue };
-                if record.status == "running" && self.monitor_of(&record.id)?.is_none() {
+                let awaited = match &*record.status {
+                    "running" => true,
+                    "created" => !self.is_held(&record.id, "operation")?,
+                    _ => false,
+                };
+                if awaited && !self.is_held(&record.id, "monitor")? {
                     record.status = "lost".to_owned();
                 }
                 records.push(record.clone());
@@ -213,23 +219,46 @@ impl Store {
 
     /// The PID of the container's monitor, if it lives: then it holds a lock.
     pub(crate) fn monitor_of(&self, id: &str) -> Result<Option<i32>> {
-        let file = self.dir.join(id).join("monitor");
-        let Ok(lock) = File::open(&file) else {
+        if !self.is_held(id, "monitor")? {
             return Ok(None);
+        }
+        let text = fs::read_to_string(self.dir.join(id).join("monitor"))?;
+        Ok(text.trim().parse().ok())
+    }
+
+    /// Whether somebody has one of a container's locks.
+    fn is_held(&self, id: &str, name: &str) -> Result<bool> {
+        let Ok(lock) = File::open(self.dir.join(id).join(name)) else {
+            return Ok(false);
         };
         match lock.try_lock_shared() {
-            Err(TryLockError::WouldBlock) => Ok(fs::read_to_string(file)?.trim().parse().ok()),
+            Err(TryLockError::WouldBlock) => Ok(true),
             Err(TryLockError::Error(e)) => Err(e.into()),
-            Ok(()) => Ok(None),
+            Ok(()) => Ok(false),
         }
     }
 
-    /// Held while a container is checkpointed.
+    /// Held while a container is checkpointed, and while it starts.
     pub(crate) fn lock_operation(&self, id: &str) -> Result<File> {
-        let file = self.dir.join(id).join("operation");
-        let lock = File::create(&file).map_err(|_| format!("there is no container {id}"))?;
+        let lock = self.lock_file(id, "operation")?;
         lock.lock()?;
         Ok(lock)
+    }
+
+    /// Held while a container is restored: by one, who has seen that it does not run.
+    pub(crate) fn lock_restore(&self, id: &str) -> Result<File> {
+        let lock = self.lock_file(id, "restore")?;
+        match lock.try_lock() {
+            Err(TryLockError::WouldBlock) => Err(format!("{id} is being restored already").into()),
+            Err(TryLockError::Error(e)) => Err(e.into()),
+            Ok(()) if self.find(id)?.status == "running" => Err(format!("{id} is running").into()),
+            Ok(()) => Ok(lock),
+        }
+    }
+
+    fn lock_file(&self, id: &str, name: &str) -> Result<File> {
+        let file = self.dir.join(id).join(name);
+        File::create(&file).map_err(|_| format!("there is no container {id}").into())
     }
 
     fn update<R>(&self, change: impl FnOnce(&mut Vec<Line>) -> Result<R>) -> Result<R> {

@@ -248,12 +248,17 @@ fn what_cannot_be_run() {
     assert_eq!(output.status.code(), Some(127), "{output:?}");
     assert!(mini.does(&["logs", "c1"]).contains("no-such-program"));
     assert_eq!(mini.ps("c1")[6], "127");
+    // Of one that a real-time signal ends; and nobody is left behind by such.
+    let signal = "busybox kill -37 $$";
+    let output = mini.call(&["run", "box", "sh", "-c", signal]);
+    assert_eq!(output.status.code(), Some(128 + 37), "{output:?}");
     fs::write(mini.at("rootfs/bin/data"), "").unwrap();
     assert_eq!(mini.call(&["run", "box", "data"]).status.code(), Some(126));
     mini.fails(&["run", "no-image", "true"], "image no-image");
     mini.fails(&["run", "--odd", "box"], "--odd");
     mini.fails(&["run"], "needs an image");
     mini.fails(&["build", "../x", "/"], "no name of an image");
+    mini.fails(&["run", "../images/box", "true"], "no name of an image");
     mini.fails(&["build", "x", "/no/such"], "/no/such");
     mini.fails(&["stop", "c9"], "no container c9");
     mini.fails(&["checkpoint", "c9"], "no container c9");
@@ -320,6 +325,9 @@ fn grandchildren_belong_to_the_container() {
         &format!("process {orphan} of {id} has lost its parent"),
     );
     assert!(mini.status(&id) == "running" && lives(orphan));
+    for wrong in ["-1", "NaN", "1e30", "soon"] {
+        mini.fails(&["stop", &id, wrong], "");
+    }
     mini.does(&["stop", &id, "0.3"]);
     assert!(!lives(orphan) && !lives(first));
     assert_eq!(mini.ps(&id)[6], "137");
@@ -366,6 +374,51 @@ fn a_restore_that_fails_changes_nothing_and_a_killed_monitor_is_noticed() {
         signal(first);
     }
     mini.does(&["rm", &id]);
+}
+
+#[test]
+fn a_container_is_restored_once() {
+    let mini = Mini::new();
+    let id = mini.start(COUNT);
+    mini.counts_on(&id);
+    mini.does(&["checkpoint", &id]);
+    let restores: Vec<Child> = (0..4)
+        .map(|_| {
+            let mut command = mini.command(&["restore", &id]);
+            let command = command.stdout(Stdio::null()).stderr(Stdio::piped());
+            command.spawn().unwrap()
+        })
+        .collect();
+    mini.until("it runs", || mini.status(&id) == "running");
+    mini.counts_on(&id);
+    fs::write(mini.at("rootfs/end"), "").unwrap();
+    let mut codes = Vec::new();
+    for restore in restores {
+        let output = restore.wait_with_output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        let refused = said.contains("is running") || said.contains("is being restored");
+        assert!(refused || said.is_empty(), "{said}");
+        codes.push(output.status.code().unwrap());
+    }
+    codes.sort_unstable();
+    assert_eq!(codes, [1, 1, 1, 5]);
+}
+
+#[test]
+fn a_container_that_nobody_starts_is_lost() {
+    let mini = Mini::new();
+    mini.start("exit 0");
+    let file = mini.at("store/containers");
+    let mut records = OpenOptions::new().append(true).open(&file).unwrap();
+    records.write_all(b"c2|0|box|created|1||\n").unwrap();
+    fs::create_dir(mini.at("store/c2")).unwrap();
+    let starting = fs::File::create(mini.at("store/c2/operation")).unwrap();
+    starting.lock().unwrap();
+    assert_eq!(mini.status("c2"), "created");
+    mini.fails(&["rm", "c2"], "is about to start");
+    drop(starting);
+    assert_eq!(mini.status("c2"), "lost");
+    mini.does(&["rm", "c2"]);
 }
 
 #[test]
