@@ -4,7 +4,7 @@
 use std::sync::OnceLock;
 
 use freezeframe_shims::criu::proto::Req;
-use freezeframe_shims::criu::{Client, Mode, Words};
+use freezeframe_shims::criu::{Client, Mode, Words, unknown_fields};
 use libfuzzer_sys::fuzz_target;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use prost::Message;
@@ -22,8 +22,9 @@ fn clients() -> [Client; 2] {
 
 fuzz_target!(|data: &[u8]| {
     let Ok(req) = Req::decode(data) else { return };
+    let unknown = unknown_fields(data);
     for client in CLIENTS.get_or_init(clients) {
-        if let Ok(words) = Words::of(&req, client) {
+        if let Ok(words) = Words::of(&req, &unknown, client) {
             // Each is one option, and none can be taken for another or for an action.
             assert!(
                 words
@@ -32,6 +33,9 @@ fuzz_target!(|data: &[u8]| {
                     .all(|w| w.as_encoded_bytes().starts_with(b"--"))
             );
         }
+    }
+    if unknown.is_empty() {
+        assert!(unknown_fields(&req.encode_to_vec()).is_empty());
     }
     assert_eq!(Req::decode(&*req.encode_to_vec()).ok(), Some(req));
 });

@@ -354,7 +354,7 @@ fn find_long(name: &str) -> Result<Long, Usage> {
     if let Some(o) = name.strip_prefix("no-").and_then(|n| {
         OPTIONS
             .iter()
-            .find(|o| o.long == n && o.takes == Takes::Nothing)
+            .find(|o| o.long == n && !matches!(o.takes, Takes::One(_)))
     }) {
         return Ok(Long::Not(o));
     }
@@ -554,6 +554,7 @@ mod tests {
         }
         assert_eq!(canon("dump -vvvv"), "dump --verbosity=6");
         assert_eq!(canon("dump --shell-job --no-shell-job"), "dump");
+        assert_eq!(canon("dump -x12 --no-ext-unix-sk"), "dump");
         assert_eq!(canon("inspect -- -odd-"), "inspect -- -odd-");
         assert_eq!(canon("-V"), "--version");
     }

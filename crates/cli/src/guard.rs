@@ -20,15 +20,15 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use freezeframe::{Error, Result, Target};
-use freezeframe_sys::fd;
+use freezeframe_error::{ResultExt, SysExt};
 use freezeframe_sys::process::{self, Forked, fork_single_threaded};
+use freezeframe_sys::{Pid, fd};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, SigmaskHow, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
-use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
-use nix::unistd::Pid;
+use nix::sys::wait::WaitPidFlag;
 
 use crate::progress::Progress;
 
@@ -152,7 +152,7 @@ pub(crate) fn in_child(drawn: bool, work: impl FnOnce(Link) -> i32) -> Result<En
         }
         Forked::Parent(child) => {
             drop(theirs);
-            let ended = watch(Pid::from_raw(child.0), &ours, drawn);
+            let ended = watch(child, &ours, drawn);
             let _ = mask(before, SigmaskHow::SIG_SETMASK);
             ended
         }
@@ -233,20 +233,15 @@ fn watch(child: Pid, socket: &UnixStream, drawn: bool) -> Result<Ended> {
         Err(e) => return Err(lost(e)),
     }
     if ended.code != 0 {
-        reap();
+        reap(WaitPidFlag::__WALL);
     }
     Ok(ended)
 }
 
-/// Waits for what a restore that failed has killed: the root is our child, and
-/// would be left to whoever adopts our children.
-fn reap() {
-    let flags = WaitPidFlag::WNOHANG | WaitPidFlag::__WALL;
-    while let Ok(status) = waitpid(None, Some(flags)) {
-        if status == WaitStatus::StillAlive {
-            break;
-        }
-    }
+/// Waits for all children that have ended. (What a restore that failed has killed: the root is our child, and would be
+/// left to whoever adopts our children.)
+pub(crate) fn reap(flags: WaitPidFlag) {
+    while let Ok(Some(_)) = process::wait(None, flags | WaitPidFlag::WNOHANG) {}
 }
 
 /// Takes the messages there are; false at the end of the socket.
@@ -275,13 +270,10 @@ fn receive(socket: &UnixStream, ended: &mut Ended, mut progress: Option<&mut Pro
 /// Waits until our child `pid` ends.
 pub(crate) fn wait_for(pid: Pid) -> Result<ExitStatus> {
     loop {
-        match waitpid(pid, Some(WaitPidFlag::__WALL)) {
-            Ok(WaitStatus::Exited(_, code)) => return Ok(ExitStatus::from_raw(code << 8)),
-            Ok(WaitStatus::Signaled(_, signal, _)) => {
-                return Ok(ExitStatus::from_raw(signal as i32));
-            }
-            Ok(_) | Err(Errno::EINTR) => {}
-            Err(e) => return Err(Error::syscall("waitpid", e as i32).on_task(pid.as_raw())),
+        match process::wait(Some(pid), WaitPidFlag::__WALL) {
+            Ok(Some((_, status))) if status.stopped_signal().is_none() => return Ok(status),
+            Ok(_) => {}
+            Err(e) => return Err(e).sys("waitpid").on_task(pid.0),
         }
     }
 }

@@ -2,12 +2,17 @@
 //! scripts, and the client of CRIU's RPC.
 
 use std::ffi::OsString;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use freezeframe::{Error, Kind, Result, Step};
+use freezeframe_error::SysExt;
+use freezeframe_sys::process::with_all_signals;
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::Pid;
 
 use crate::caller::Caller;
 use crate::grammar::Line;
@@ -76,19 +81,19 @@ impl Hooks {
         if let Some(root) = root {
             command.env("CRTOOLS_INIT_PID", root.to_string());
         }
-        let child = command.spawn().map_err(|e| Error::io("execve", e));
-        let mut child = child.map_err(about)?;
+        // We block signals of which it knows nothing. A group of its own: what it has started ends with it.
+        let child = with_all_signals(command.process_group(0)).spawn();
+        let mut child = child.sys("execve").map_err(about)?;
         let until = Instant::now() + LIMIT;
         loop {
-            let ended = child.try_wait().map_err(|e| Error::io("wait4", e));
-            match ended.map_err(about)? {
+            match child.try_wait().sys("wait4").map_err(about)? {
                 Some(status) if status.success() => return Ok(()),
                 Some(status) => {
                     let words = format!("at {name}: {status}");
                     return Err(about(Error::new(Kind::Cancelled, words)));
                 }
                 None if stop() || Instant::now() > until => {
-                    let _ = child.kill();
+                    let _ = killpg(Pid::from_raw(child.id() as i32), Signal::SIGKILL);
                     let _ = child.wait();
                     let words = format!("stopped at {name}");
                     return Err(about(Error::new(Kind::Cancelled, words)));

@@ -14,7 +14,7 @@ pub(crate) enum Takes {
     Nothing,
     /// `--name VALUE`, `--name=VALUE`, `-nVALUE`, `-n VALUE`.
     One(&'static str),
-    /// `--name`, `--name=VALUE`, `-n`, `-nVALUE`.
+    /// `--name`, `--name=VALUE`, `-n`, `-nVALUE`; `--no-NAME` takes it back.
     Maybe(&'static str),
 }
 
@@ -149,7 +149,7 @@ pub(crate) static OPTIONS: &[Opt] = &[
     opt("dedup-pages", "Store pages with equal contents once").on(DUMPS),
     opt("direct", "Write pages past the page cache (O_DIRECT), where the filesystem can do that").on(DUMPS),
     // A restore.
-    opt("restore-detached", "Return when the tree runs, instead of waiting for its end").short('d').on(&[Restore, Service]),
+    opt("restore-detached", "Return when the tree runs, instead of waiting for its end; of a service: as --daemon").short('d').on(&[Restore, Service]),
     opt("restore-sibling", "Make the root a child of our parent").short('S').on(&[Restore]),
     opt("pidfile", "Write the PID of the tree's root to FILE in the work directory").takes("FILE").on(&[Restore, Service, PageServer, LazyPages]),
     opt("inherit-fd", "Our descriptor N stands for the resource NAME: fd[N]:NAME, as in 'fd[3]:pipe:[1234]'")
@@ -230,7 +230,7 @@ pub(crate) static OPTIONS: &[Opt] = &[
     opt("tls-cert", "Our certificate").takes("FILE").on(PAGES).not_yet(),
     opt("tls-key", "Our private key").takes("FILE").on(PAGES).not_yet(),
     opt("tls-no-cn-verify", "Do not compare the server's name with its certificate").on(PAGES).not_yet(),
-    opt("daemon", "Go to the background when clients can come (-d, too)").on(SERVERS),
+    opt("daemon", "Go to the background when clients can come, with standard descriptors that lead nowhere (-d, too)").on(SERVERS),
     opt("status-fd", "Write a zero byte to FD when clients can come").takes("FD").on(SERVERS),
     opt("exec-cmd", "Run this command after the restore").on(&[Restore]).not_yet(),
     opt("libdir", "Directory of plugins").short('L').takes("DIR").on(BOTH).not_yet(),

@@ -406,12 +406,20 @@ fn without_detaching_it_waits_and_passes_the_exit_code_on() {
     let out = freezeframe(&["dump", "-t", &pid, "-D", &image]);
     assert!(out.status.success(), "{}", text(&out.stderr));
     victim.child.wait().unwrap();
-    let mut restore = Command::new(env!("CARGO_BIN_EXE_freezeframe"));
-    let mut restore = restore
-        .args(["restore", "-D", &image])
-        .stdin(Stdio::null())
-        .spawn()
-        .unwrap();
+    let out = std::fs::read(victim.dir.path().join("out")).unwrap();
+    let restore = || {
+        let mut restore = Command::new(env!("CARGO_BIN_EXE_freezeframe"));
+        let restore = restore.args(["restore", "-D", &image]);
+        restore.stdin(Stdio::null()).spawn().unwrap()
+    };
+    // A signal that has no name.
+    let mut killed = restore();
+    victim.goes_on();
+    kill(&pid, "36");
+    assert_eq!(killed.wait().unwrap().code(), Some(128 + 36));
+    // As it was when it was dumped.
+    std::fs::write(victim.dir.path().join("out"), out).unwrap();
+    let mut restore = restore();
     victim.goes_on();
     assert!(restore.try_wait().unwrap().is_none(), "it waits");
     let parent = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();

@@ -1,8 +1,13 @@
 //! Forking ourselves.
 #![allow(unsafe_code)]
 
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::process::{Command, ExitStatus};
+
 use freezeframe_error::{Error, Result, SysExt};
+use nix::errno::Errno;
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
+use nix::sys::wait::WaitPidFlag;
 use nix::unistd::{ForkResult, fork};
 
 use crate::ids::Pid;
@@ -50,6 +55,34 @@ pub fn without_stop_notices() {
     let _ = unsafe { sigaction(Signal::SIGCHLD, &action) };
 }
 
+/// waitpid(2) for a child, or any: who has ended or stopped, and how; none if nobody has (`WNOHANG`).
+///
+/// nix's own is at a loss for a child that a real-time signal has ended: it tells `EINVAL` when it has waited for it.
+///
+/// # Errors
+/// As waitpid's; not `EINTR`.
+pub fn wait(pid: Option<Pid>, flags: WaitPidFlag) -> nix::Result<Option<(Pid, ExitStatus)>> {
+    let pid = pid.map_or(-1, |pid| pid.0);
+    let mut status = 0;
+    loop {
+        // SAFETY: waitpid writes one int.
+        let got = unsafe { libc::waitpid(pid, &raw mut status, flags.bits()) };
+        match Errno::result(got) {
+            Err(Errno::EINTR) => {}
+            Err(e) => return Err(e),
+            Ok(0) => return Ok(None),
+            Ok(got) => return Ok(Some((Pid(got), ExitStatus::from_raw(status)))),
+        }
+    }
+}
+
+/// Has a program run with no signal blocked, whichever this thread has.
+pub fn with_all_signals(command: &mut Command) -> &mut Command {
+    let unblock = || SigSet::empty().thread_set_mask().map_err(Into::into);
+    // SAFETY: between fork and exec this makes one system call, and nothing else.
+    unsafe { command.pre_exec(unblock) }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -63,6 +96,23 @@ mod tests {
         let was = unsafe { sigaction(Signal::SIGCHLD, &any) }.unwrap();
         assert!(matches!(was.handler(), SigHandler::SigDfl));
         assert!(was.flags().contains(SaFlags::SA_NOCLDSTOP));
+    }
+
+    #[test]
+    fn how_a_child_has_ended_is_told_of_all_signals() {
+        let signal = libc::SIGRTMIN() + 3;
+        let mut blocked = SigSet::empty();
+        blocked.add(Signal::SIGUSR1);
+        blocked.thread_block().unwrap();
+        let script =
+            format!("grep -q '^SigBlk:.*[^\t0]' /proc/$$/status && exit 4; kill -{signal} $$");
+        let mut command = Command::new("sh");
+        let child = with_all_signals(command.arg("-c").arg(script));
+        let pid = Pid(child.spawn().unwrap().id() as i32);
+        let (ended, status) = wait(Some(pid), WaitPidFlag::empty()).unwrap().unwrap();
+        assert_eq!((ended, status.signal()), (pid, Some(signal)), "{status}");
+        assert_eq!(wait(Some(pid), WaitPidFlag::WNOHANG), Err(Errno::ECHILD));
+        blocked.thread_unblock().unwrap();
     }
 
     #[test]

@@ -34,6 +34,11 @@ pub(crate) struct Told {
 impl Connection {
     /// Starts `freezeframe swrk` for itself.
     pub(crate) fn swrk() -> Result<Self, String> {
+        Connection::swrk_with(&mut Command::new(binary()))
+    }
+
+    /// The same, by a command that has no words yet.
+    pub(crate) fn swrk_with(command: &mut Command) -> Result<Self, String> {
         let (ours, theirs) = socketpair(
             AddressFamily::Unix,
             SockType::SeqPacket,
@@ -42,7 +47,7 @@ impl Connection {
         )
         .map_err(|e| e.to_string())?;
         fcntl(&ours, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).map_err(|e| e.to_string())?;
-        let child = Command::new(binary())
+        let child = command
             .arg("swrk")
             .arg(theirs.as_raw_fd().to_string())
             .stdin(Stdio::null())

@@ -13,7 +13,9 @@ use freezeframe_tests::run::{DEADLINE, Mode, Scene, Target, own_network};
 use freezeframe_tests::snapshot::children;
 use freezeframe_tests::tool::binary;
 use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
+use prost::Message;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
@@ -352,6 +354,45 @@ fn a_file_of_options_overrides_the_request() -> Done {
     scene.finish(target, &program, &before, Mode::Running)
 }
 
+/// What a client says to be off is off, whatever files of options say; and nothing is left out in silence.
+#[test]
+fn what_is_off_or_unknown_is_not_left_out() -> Done {
+    let scene = Scene::new()?;
+    let images = image_dir(&scene);
+    let (program, target, before) = scene.start_program(PROGRAM)?;
+    let home = scene.path("home");
+    fs::create_dir_all(home.join(".criu")).unwrap();
+    let file = "leave-running\next-unix-sk\nmanage-cgroups\n";
+    fs::write(home.join(".criu/default.conf"), file).unwrap();
+    let swrk = || Connection::swrk_with(Command::new(binary()).env("HOME", &home));
+    let opts = Opts {
+        leave_running: Some(false),
+        ext_unix_sk: Some(false),
+        manage_cgroups: Some(false),
+        ..dumped(&target)
+    };
+    let req = request_on(Kind::Dump, &images, opts);
+    // Field 72 of the options, which are merged with those before: on, and a number that stands for nothing.
+    let unknown = [req.encode_to_vec(), vec![0x12, 3, 0xc0, 4, 1]].concat();
+    let mut odd = req.clone();
+    odd.opts.as_mut().unwrap().cpu_cap = Some(8);
+    for (bytes, words) in [
+        (unknown, "field 72 of opts"),
+        (odd.encode_to_vec(), "cpu_cap"),
+    ] {
+        let client = swrk()?;
+        client.send_bytes(&bytes)?;
+        fails(&client.receive()?, Kind::Dump, words)?;
+        equal("exit code", client.end()?, Some(2))?;
+    }
+    let client = swrk()?;
+    succeeds(&client.ask(&req)?)?;
+    client.end()?;
+    scene.await_gone(&before, DEADLINE)?;
+    restore(&images, &target)?;
+    scene.finish(target, &program, &before, Mode::Restore)
+}
+
 /// Of a tree with a network of its own the client is told when nothing may reach it.
 #[test]
 fn the_network_is_locked_and_unlocked() -> Done {
@@ -386,14 +427,16 @@ struct Service {
 }
 
 impl Service {
+    fn command(scene: &Scene) -> Command {
+        let mut command = Command::new(binary());
+        command.args(["service", "--address"]);
+        command.arg(scene.path("socket"));
+        command
+    }
+
     fn start(scene: &Scene) -> Result<Service, String> {
         let address = scene.path("socket");
-        let child = Command::new(binary())
-            .arg("service")
-            .arg("--address")
-            .arg(&address)
-            .spawn()
-            .map_err(|e| e.to_string())?;
+        let child = Service::command(scene).spawn().map_err(|e| e.to_string())?;
         let service = Service { child, address };
         let there = || Ok(Connection::to(&service.address).is_ok());
         scene.await_that("the service", there, None)?;
@@ -461,6 +504,87 @@ fn a_service_outlives_bad_clients() -> Done {
     service.ends_well()?;
     scene.await_alone(&target)?;
     scene.finish(target, &program, &before, Mode::Restore)
+}
+
+/// In the background it holds nothing of who has started it; and once it has ended nobody can come to it, though a
+/// client is still there.
+#[test]
+fn a_service_in_the_background() -> Done {
+    let scene = Scene::new()?;
+    let pid_file = scene.path("pid");
+    let started = Service::command(&scene)
+        .args(["-d", "-o", "log", "--pidfile", "pid", "-W"])
+        .arg(scene.path(""))
+        .output();
+    // Its end: nobody has the pipes any more.
+    equal("exit code", started.unwrap().status.code(), Some(0))?;
+    let text = fs::read_to_string(pid_file).unwrap();
+    let pid = Pid::from_raw(text.trim().parse().unwrap());
+    let link = |fd: &str| fs::read_link(format!("/proc/{pid}/fd/{fd}")).unwrap();
+    for fd in ["0", "1", "2"] {
+        equal(fd, link(fd), PathBuf::from("/dev/null"))?;
+    }
+    let address = scene.path("socket");
+    let client = Connection::to(&address)?;
+    let open = Req {
+        keep_open: Some(true),
+        ..request(Kind::Version)
+    };
+    succeeds(&client.ask(&open)?)?;
+    kill(pid, Signal::SIGKILL).unwrap();
+    let refused = || Ok(Connection::to(&address).is_err());
+    scene.await_that("its end", refused, None)?;
+    succeeds(&client.ask(&request(Kind::Version))?)
+}
+
+/// A client that is stopped itself could not confirm the steps of its own dump.
+#[test]
+fn who_asks_for_its_own_dump_is_refused_at_once() -> Done {
+    let scene = Scene::new()?;
+    let images = image_dir(&scene);
+    let service = Service::start(&scene)?;
+    for pid in [None, Some(std::process::id() as i32)] {
+        let opts = Opts {
+            pid,
+            notify_scripts: Some(true),
+            ..Opts::default()
+        };
+        for client in [Connection::swrk()?, Connection::to(&service.address)?] {
+            let resp = client.ask(&request_on(Kind::Dump, &images, opts.clone()))?;
+            fails(&resp, Kind::Dump, "the client itself is in the tree")?;
+        }
+    }
+    service.ends_well()
+}
+
+/// It runs as programs do: no signal is blocked, and at its end what it has started ends too.
+#[test]
+fn an_action_script_that_is_stopped_leaves_nothing() -> Done {
+    let scene = Scene::new()?;
+    let (program, target, before) = scene.start_program(PROGRAM)?;
+    let told = scene.path("told");
+    let script = format!(
+        "grep SigBlk /proc/self/status > {0}.new; sleep 1000 & echo $! >> {0}.new; mv {0}.new {0}; wait",
+        told.display()
+    );
+    let mut dump = Command::new(binary())
+        .args(["dump", "-R", "-t", &target.pid.to_string(), "-D"])
+        .arg(scene.path("img"))
+        .args(["--action-script", &script])
+        .spawn()
+        .unwrap();
+    scene.await_that("the script", || Ok(told.exists()), None)?;
+    let all = fs::read_to_string(&told).unwrap();
+    let (mask, started) = all.trim().split_once('\n').unwrap();
+    equal("blocked", mask, "SigBlk:\t0000000000000000")?;
+    kill(Pid::from_raw(dump.id() as i32), Signal::SIGTERM).unwrap();
+    equal("exit code", dump.wait().unwrap().code(), Some(1))?;
+    // We adopt orphans.
+    let started = Pid::from_raw(started.parse().unwrap());
+    let killed = WaitStatus::Signaled(started, Signal::SIGKILL, false);
+    let ended = || Ok(waitpid(started, Some(WaitPidFlag::WNOHANG)) == Ok(killed));
+    scene.await_that("the end of what it started", ended, None)?;
+    scene.finish(target, &program, &before, Mode::Running)
 }
 
 /// What takes the place of a client on the command line.

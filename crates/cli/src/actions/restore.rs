@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use freezeframe::{CudaCheckpoint, Restore, RestoreReport, Result};
 use freezeframe_shims::criu::side;
-use nix::unistd::Pid;
+use freezeframe_sys::Pid;
 use serde_json::json;
 
 use crate::ears::Ears;
@@ -109,7 +109,7 @@ pub(crate) fn run(line: &Line) -> Result<i32, Stop> {
 /// Waits for the root's end; its exit code, or 128 and the signal that ended it.
 fn wait(root: i32) -> i32 {
     use std::os::unix::process::ExitStatusExt;
-    match guard::wait_for(Pid::from_raw(root)) {
+    match guard::wait_for(Pid(root)) {
         Ok(status) => status
             .code()
             .unwrap_or_else(|| 128 + status.signal().unwrap_or_default()),

@@ -8,9 +8,10 @@ use std::sync::Arc;
 
 use freezeframe::{Error, Kind as ErrorKind};
 use freezeframe_shims::criu::proto::{Features, Kind, Req, Resp};
-use freezeframe_shims::criu::{Client, Mode, Received, Words, version};
-use freezeframe_sys::fd;
+use freezeframe_shims::criu::{Client, Mode, Received, Unknown, Words, version};
 use freezeframe_sys::probe::{self, Level};
+use freezeframe_sys::proc::ProcDir;
+use freezeframe_sys::{Pid, fd};
 use nix::errno::Errno;
 
 use super::Act;
@@ -35,8 +36,8 @@ pub(crate) fn swrk(line: &Line) -> Result<i32, Stop> {
 /// Answers a client, as long as it keeps the connection for more; the exit code.
 pub(super) fn converse(client: &Arc<Client>) -> i32 {
     loop {
-        let req = match client.receive() {
-            Ok(Received::Request(req)) => req,
+        let (req, unknown) = match client.receive() {
+            Ok(Received::Request(req, unknown)) => (req, unknown),
             Ok(Received::End) => return outcome::DONE,
             Ok(Received::Nonsense(what)) => {
                 let resp = Resp::failed(Kind::Empty, Errno::EBADRQC as i32, what);
@@ -48,7 +49,7 @@ pub(super) fn converse(client: &Arc<Client>) -> i32 {
                 return outcome::FAILED;
             }
         };
-        let code = answer(client, &req);
+        let code = answer(client, &req, &unknown);
         if !req.keep_open() {
             return code;
         }
@@ -56,10 +57,10 @@ pub(super) fn converse(client: &Arc<Client>) -> i32 {
 }
 
 /// Does what is asked for; 0 if that was done.
-fn answer(client: &Arc<Client>, req: &Req) -> i32 {
+fn answer(client: &Arc<Client>, req: &Req, unknown: &[Unknown]) -> i32 {
     let kind = Kind::try_from(req.r#type).unwrap_or(Kind::Empty);
     let resp = match kind {
-        Kind::Dump | Kind::Restore => return work(client, req, kind),
+        Kind::Dump | Kind::Restore => return work(client, req, unknown, kind),
         Kind::Version => Resp {
             version: Some(version()),
             ..Resp::done(kind)
@@ -138,13 +139,13 @@ fn check() -> Resp {
 }
 
 /// A dump or restore, by its command line.
-fn work(client: &Arc<Client>, req: &Req, kind: Kind) -> i32 {
+fn work(client: &Arc<Client>, req: &Req, unknown: &[Unknown], kind: Kind) -> i32 {
     let caller = Caller {
         client: Arc::clone(client),
         kind,
         notified: req.opts.as_ref().is_some_and(|o| o.notify_scripts()),
     };
-    let words = match Words::of(req, client) {
+    let words = match Words::of(req, unknown, client) {
         Ok(words) => words,
         Err(e) => {
             caller.failed(&e);
@@ -178,8 +179,26 @@ fn run(words: Words, caller: &Arc<Caller>) -> Result<i32, Stop> {
     line.ignored.extend(words.ignored);
     match act {
         Act::Restore => super::restore::run(&line),
-        _ => super::dump::run(&line),
+        _ => {
+            refuse_self(&line, caller.client.pid())?;
+            super::dump::run(&line)
+        }
     }
+}
+
+/// A client in the tree that is dumped could not be told of a step, nor answered.
+fn refuse_self(line: &Line, client: i32) -> Result<(), Usage> {
+    let root: Option<i32> = line.number("tree")?;
+    let parent = |pid: &i32| {
+        let stat = ProcDir::open(Pid(*pid)).and_then(|dir| dir.stat());
+        stat.ok().map(|stat| stat.ppid)
+    };
+    let mut above = std::iter::successors(Some(client).filter(|pid| *pid > 0), parent);
+    if above.any(|pid| Some(pid) == root) {
+        let words = "the client itself is in the tree that is to be dumped, which is not carried: let another process ask";
+        return Err(Usage(format!("--tree: {words} (client {client})")));
+    }
+    Ok(())
 }
 
 /// Why a request's options were refused.

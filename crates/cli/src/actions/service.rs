@@ -14,6 +14,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use freezeframe::{Error, Level, Result};
+use freezeframe_error::{ResultExt, SysExt};
 use freezeframe_shims::criu::proto::{Kind, Resp};
 use freezeframe_shims::criu::{Client, Mode};
 use freezeframe_sys::fd;
@@ -26,13 +27,13 @@ use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, UnixAddr, accept4, bind, connect, listen, socket,
 };
 use nix::sys::stat::{Mode as Bits, umask};
-use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
-use nix::unistd::{geteuid, setsid};
+use nix::sys::wait::WaitPidFlag;
+use nix::unistd::{dup2_stderr, dup2_stdin, dup2_stdout, geteuid, setsid};
 
 use super::{Act, rpc};
 use crate::grammar::{Line, Stop, Usage};
 use crate::log::{self, Log};
-use crate::{ears, outcome};
+use crate::{ears, guard, outcome};
 
 /// Where CRIU's clients look for a service.
 const ADDRESS: &str = "/var/run/criu_service.socket";
@@ -50,7 +51,8 @@ pub(crate) fn run(line: &Line) -> Result<i32, Stop> {
     let usage = |e: Error| Usage(log::in_one_line(&e, Act::Service));
     let before = signals()
         .thread_swap_mask(SigmaskHow::SIG_BLOCK)
-        .map_err(|e| usage(failed("sigprocmask", e)))?;
+        .sys("sigprocmask")
+        .map_err(usage)?;
     let listener = open(&address).map_err(usage)?;
     // Whoever waits for us has waited until clients can come.
     let mut behind = None;
@@ -65,7 +67,7 @@ pub(crate) fn run(line: &Line) -> Result<i32, Stop> {
                     _ => outcome::FAILED,
                 });
             }
-            Forked::Child => setsid().map_err(|e| usage(failed("setsid", e)))?,
+            Forked::Child => setsid().sys("setsid").map_err(usage)?,
         };
         behind = Some(end);
     }
@@ -91,14 +93,24 @@ pub(crate) fn run(line: &Line) -> Result<i32, Stop> {
         format_args!("listening on {}", address.display()),
     );
     if let Some(mut waiting) = behind {
+        leave_stdio().map_err(usage)?;
         let _ = waiting.write_all(&[1]);
     }
-    let served = serve(&listener, &log, &before);
+    let served = serve(listener, &log, &before);
     let _ = fs::remove_file(&address);
     Ok(match served {
         Ok(()) => outcome::DONE,
         Err(e) => super::failed(line, &log, &e),
     })
+}
+
+/// Lets go of the terminal, or the pipes, of who has started us.
+fn leave_stdio() -> Result<()> {
+    let null = fs::File::options().read(true).write(true).open("/dev/null");
+    let null = null.sys("open").on("/dev/null")?;
+    dup2_stdin(&null).sys("dup2")?;
+    dup2_stdout(&null).sys("dup2")?;
+    dup2_stderr(&null).sys("dup2")
 }
 
 /// Those that end it, and the one that tells of the end of a client's process.
@@ -109,13 +121,13 @@ fn signals() -> SigSet {
 
 /// The socket at this address, which only our user can come to.
 fn open(address: &Path) -> Result<OwnedFd> {
-    let about = |name, e| failed(name, e).on(address.display());
-    let at = UnixAddr::new(address).map_err(|e| about("bind", e))?;
+    bound(address).on(address.display())
+}
+
+fn bound(address: &Path) -> Result<OwnedFd> {
+    let at = UnixAddr::new(address).sys("bind")?;
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-    let make = || {
-        let made = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None);
-        made.map_err(|e| about("socket", e))
-    };
+    let make = || socket(AddressFamily::Unix, SockType::SeqPacket, flags, None).sys("socket");
     let is_socket = fs::symlink_metadata(address).is_ok_and(|m| m.file_type().is_socket());
     if is_socket && connect(make()?.as_raw_fd(), &at) == Err(Errno::ECONNREFUSED) {
         // Left by a service that was killed.
@@ -125,16 +137,15 @@ fn open(address: &Path) -> Result<OwnedFd> {
     let before = umask(Bits::from_bits_truncate(0o177));
     let bound = bind(socket.as_raw_fd(), &at);
     umask(before);
-    bound.map_err(|e| about("bind", e))?;
-    let backlog = Backlog::new(64).map_err(|e| about("listen", e))?;
-    listen(&socket, backlog).map_err(|e| about("listen", e))?;
+    bound.sys("bind")?;
+    listen(&socket, Backlog::new(64).sys("listen")?).sys("listen")?;
     Ok(socket)
 }
 
 /// Lets clients in until a signal says to stop. Those who are in stay.
-fn serve(listener: &OwnedFd, log: &Log, mask: &SigSet) -> Result<()> {
+fn serve(listener: OwnedFd, log: &Log, mask: &SigSet) -> Result<()> {
     let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;
-    let signals = SignalFd::with_flags(&signals(), flags).map_err(|e| failed("signalfd", e))?;
+    let signals = SignalFd::with_flags(&signals(), flags).sys("signalfd")?;
     loop {
         let mut fds = [
             PollFd::new(signals.as_fd(), PollFlags::POLLIN),
@@ -142,37 +153,43 @@ fn serve(listener: &OwnedFd, log: &Log, mask: &SigSet) -> Result<()> {
         ];
         match poll(&mut fds, PollTimeout::NONE) {
             Ok(_) | Err(Errno::EINTR) => {}
-            Err(e) => return Err(failed("poll", e)),
+            Err(e) => return Err(e).sys("poll"),
         }
         while let Ok(Some(signal)) = signals.read_signal() {
             if signal.ssi_signo != Signal::SIGCHLD as u32 {
                 return Ok(());
             }
-            reap();
+            guard::reap(WaitPidFlag::empty());
         }
         let accepted = accept4(listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC);
         let let_in = match accepted {
             Err(Errno::EAGAIN | Errno::EINTR | Errno::ECONNABORTED) => continue,
-            Err(e) => Err(failed("accept4", e)),
-            Ok(number) => fd::take(number).and_then(|socket| admit(socket, mask)),
+            Err(e) => Err(e).sys("accept4"),
+            Ok(number) => fd::take(number).and_then(admit),
         };
-        if let Err(e) = let_in {
-            let words = log::in_one_line(&e, Act::Service);
-            log.line(Level::Error, "service", format_args!("{words}"));
-            std::thread::sleep(PAUSE);
+        match let_in {
+            Ok(None) => {}
+            Ok(Some(client)) => {
+                // Whoever comes when the service has ended is not to find an open door.
+                drop((listener, signals));
+                let _ = mask.thread_swap_mask(SigmaskHow::SIG_SETMASK);
+                std::process::exit(answer(client));
+            }
+            Err(e) => {
+                let words = log::in_one_line(&e, Act::Service);
+                log.line(Level::Error, "service", format_args!("{words}"));
+                std::thread::sleep(PAUSE);
+            }
         }
     }
 }
 
-/// A process for a client.
-fn admit(socket: OwnedFd, mask: &SigSet) -> Result<()> {
+/// A process for a client: in that, the client.
+fn admit(socket: OwnedFd) -> Result<Option<Client>> {
     let client = Client::new(socket, Mode::Service)?;
     match fork_single_threaded() {
-        Ok(Forked::Parent(_)) => Ok(()),
-        Ok(Forked::Child) => {
-            let _ = mask.thread_swap_mask(SigmaskHow::SIG_SETMASK);
-            std::process::exit(answer(client));
-        }
+        Ok(Forked::Parent(_)) => Ok(None),
+        Ok(Forked::Child) => Ok(Some(client)),
         Err(e) => {
             refuse(
                 &client,
@@ -196,16 +213,4 @@ fn answer(client: Client) -> i32 {
 
 fn refuse(client: &Client, errno: Errno, words: &str) {
     let _ = client.send(&Resp::failed(Kind::Empty, errno as i32, words));
-}
-
-fn reap() {
-    while let Ok(status) = waitpid(None, Some(WaitPidFlag::WNOHANG)) {
-        if status == WaitStatus::StillAlive {
-            break;
-        }
-    }
-}
-
-fn failed(name: &'static str, e: Errno) -> Error {
-    Error::syscall(name, e as i32)
 }

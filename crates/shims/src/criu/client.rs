@@ -10,6 +10,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use freezeframe::{Error, Kind, Result};
+use freezeframe_error::{ResultExt, SysExt};
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -19,6 +20,7 @@ use nix::sys::socket::{
 use prost::Message;
 
 use super::proto::{self, Notify, Req, Resp};
+use super::unknown::{self, Unknown};
 
 /// No request is larger; those seen have 3 KB.
 pub const LARGEST: usize = 1 << 20;
@@ -48,8 +50,8 @@ pub struct Client {
 /// What a client has sent.
 #[derive(Debug)]
 pub enum Received {
-    /// A request.
-    Request(Box<Req>),
+    /// A request, and what is not known in it.
+    Request(Box<Req>, Vec<Unknown>),
     /// No request: why.
     Nonsense(String),
     /// It will send no more.
@@ -64,15 +66,14 @@ impl Client {
     pub fn new(socket: OwnedFd, mode: Mode) -> Result<Client> {
         let usage = |words| Error::new(Kind::Usage, words).on(format!("fd {}", socket.as_raw_fd()));
         let kind = getsockopt(&socket, sockopt::SockType)
-            .map_err(|e| failed("getsockopt", e))
+            .sys("getsockopt")
             .map_err(|e| usage("this is no socket").caused_by(e))?;
         if kind != SockType::SeqPacket {
             return Err(usage("this is no socket of type SOCK_SEQPACKET"));
         }
-        let peer = getsockopt(&socket, sockopt::PeerCredentials)
-            .map_err(|e| failed("getsockopt(SO_PEERCRED)", e))?;
+        let peer = getsockopt(&socket, sockopt::PeerCredentials).sys("getsockopt(SO_PEERCRED)")?;
         nix::fcntl::fcntl(&socket, nix::fcntl::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC))
-            .map_err(|e| failed("fcntl(F_SETFD)", e))?;
+            .sys("fcntl(F_SETFD)")?;
         Ok(Client {
             socket,
             pid: peer.pid(),
@@ -103,14 +104,14 @@ impl Client {
     pub fn receive(&self) -> Result<Received> {
         let fd = self.socket.as_raw_fd();
         let peek = MsgFlags::MSG_PEEK | MsgFlags::MSG_TRUNC;
-        let size = again(|| recv(fd, &mut [0; 1], peek)).map_err(|e| failed("recv", e))?;
+        let size = again(|| recv(fd, &mut [0; 1], peek)).sys("recv")?;
         let mut bytes = vec![0; size.min(LARGEST)];
         // What has come with it (descriptors) is dropped by the kernel.
         let got = again(|| {
             let mut parts = [IoSliceMut::new(&mut bytes)];
             recvmsg::<()>(fd, &mut parts, None, MsgFlags::empty()).map(|m| m.bytes)
         });
-        let got = got.map_err(|e| failed("recvmsg", e))?;
+        let got = got.sys("recvmsg")?;
         if size > LARGEST {
             return Ok(Received::Nonsense(format!("a message of {size} bytes")));
         }
@@ -118,7 +119,7 @@ impl Client {
             return Ok(Received::End);
         }
         Ok(match Req::decode(&bytes[..got]) {
-            Ok(req) => Received::Request(Box::new(req)),
+            Ok(req) => Received::Request(Box::new(req), unknown::of_request(&bytes[..got])),
             Err(e) => Received::Nonsense(format!("not a request: {e}")),
         })
     }
@@ -142,7 +143,8 @@ impl Client {
             sendmsg::<()>(to, &parts, control, MsgFlags::MSG_NOSIGNAL, None)
         })
         .map(drop)
-        .map_err(|e| failed("sendmsg", e).context("the client cannot be told"))
+        .sys("sendmsg")
+        .context("the client cannot be told")
     }
 
     /// Tells it of a step, with a descriptor if there is one, and waits until it
@@ -171,7 +173,7 @@ impl Client {
         self.await_message(limit, stop).map_err(about)?;
         let refused = |words: &str| about(Error::new(Kind::Cancelled, words.to_owned()));
         let req = match self.receive().map_err(about)? {
-            Received::Request(req) => req,
+            Received::Request(req, _) => req,
             Received::End => return Err(refused("the client has gone")),
             Received::Nonsense(what) => {
                 return Err(refused(&format!(
@@ -199,7 +201,7 @@ impl Client {
             match poll(&mut fds, slice) {
                 Ok(0) | Err(Errno::EINTR) => {}
                 Ok(_) => return Ok(()),
-                Err(e) => return Err(failed("poll", e)),
+                Err(e) => return Err(e).sys("poll"),
             }
             if stop() {
                 let words = "stopped while the client was asked";
@@ -303,8 +305,4 @@ fn again<T>(mut call: impl FnMut() -> nix::Result<T>) -> nix::Result<T> {
             result => return result,
         }
     }
-}
-
-fn failed(name: &'static str, e: Errno) -> Error {
-    Error::syscall(name, e as i32)
 }

@@ -11,9 +11,11 @@
 mod client;
 pub mod proto;
 pub mod side;
+mod unknown;
 mod words;
 
 pub use client::{Client, LARGEST, Mode, Received, errno};
+pub use unknown::{Unknown, of_request as unknown_fields};
 pub use words::Words;
 
 /// The version of CRIU that we are to its clients. (Without `gitid`: clients take one
