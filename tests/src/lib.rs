@@ -7,6 +7,7 @@
 )]
 
 pub mod busy;
+pub mod cgroup;
 pub mod compare;
 pub mod forge;
 pub mod harm;

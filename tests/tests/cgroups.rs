@@ -8,6 +8,7 @@
 
 use freezeframe::{Dump, Events, Kind, Level, Phase, Step};
 use freezeframe_tests::busy::Busy;
+use freezeframe_tests::cgroup::{Cgroup, Version, versions};
 use freezeframe_tests::harm::strike::{self, Blow, When, Whom};
 use freezeframe_tests::run::{DEADLINE, Scene};
 use freezeframe_tests::snapshot::{Snapshot, state_of};
@@ -15,7 +16,7 @@ use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use nix::sys::signal::Signal;
 use std::fmt;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -37,114 +38,6 @@ impl Events for Freezes {
     }
     fn cancelled(&self) -> bool {
         false
-    }
-}
-
-/// A version of the freezer, where this machine has it.
-#[derive(Clone, Copy)]
-struct Version {
-    root: &'static str,
-    file: &'static str,
-    /// To freeze and to thaw.
-    words: [&'static str; 2],
-}
-
-const V1: Version = Version {
-    root: "/sys/fs/cgroup/freezer",
-    file: "freezer.state",
-    words: ["FROZEN", "THAWED"],
-};
-const V2: Version = Version {
-    root: "/sys/fs/cgroup/unified",
-    file: "cgroup.freeze",
-    words: ["1", "0"],
-};
-const V2_ALONE: Version = Version {
-    root: "/sys/fs/cgroup",
-    ..V2
-};
-
-fn versions() -> Vec<Version> {
-    let marks = [
-        "freezer.state",
-        "cgroup.controllers",
-        "cgroup.clone_children",
-    ];
-    let here = |v: &Version| marks.iter().any(|m| Path::new(v.root).join(m).exists());
-    [V1, V2, V2_ALONE].into_iter().filter(here).collect()
-}
-
-/// A cgroup with one below it, thawed and removed in the end; whoever is left moves to the root.
-struct Cgroup {
-    version: Version,
-    dir: PathBuf,
-}
-
-impl Cgroup {
-    fn new(version: Version) -> Result<Self, String> {
-        let name = format!("ff-test-{}", std::process::id());
-        let dir = Path::new(version.root).join(name);
-        fs::create_dir_all(dir.join("below")).map_err(|e| format!("{}: {e}", dir.display()))?;
-        Ok(Cgroup { version, dir })
-    }
-
-    fn write(&self, file: &str, word: &str) -> Done {
-        let path = self.dir.join(file);
-        fs::write(&path, word).map_err(|e| format!("{}: {e}", path.display()))
-    }
-
-    /// Puts a process into the one below.
-    fn put(&self, pid: i32) -> Done {
-        self.write("below/cgroup.procs", &pid.to_string())
-    }
-
-    fn set(&self, below: &str, frozen: bool) -> Done {
-        let word = self.version.words[usize::from(!frozen)];
-        self.write(&format!("{below}{}", self.version.file), word)
-    }
-
-    /// Whether it is frozen as it was asked to be, and at rest.
-    fn is(&self, below: &str, frozen: bool) -> bool {
-        let read =
-            |name: &str| fs::read_to_string(self.dir.join(below).join(name)).unwrap_or_default();
-        if self.version.file == "freezer.state" {
-            let wanted = self.version.words[usize::from(!frozen)];
-            read("freezer.state").trim() == wanted
-                && read("freezer.self_freezing").trim() == ["0", "1"][usize::from(frozen)]
-        } else {
-            read("cgroup.freeze").trim() == self.version.words[usize::from(!frozen)]
-                && read("cgroup.events").contains(&format!("frozen {}", u8::from(frozen)))
-        }
-    }
-
-    fn await_is(&self, scene: &Scene, below: &str, frozen: bool) -> Done {
-        let what = format!("the cgroup {below:?} to be frozen: {frozen}");
-        scene.await_that(&what, || Ok(self.is(below, frozen)), None)
-    }
-
-    /// Freezes it (or that below it) and waits.
-    fn freeze(&self, scene: &Scene, below: &str) -> Done {
-        self.set(below, true)?;
-        self.await_is(scene, below, true)
-    }
-}
-
-impl Drop for Cgroup {
-    fn drop(&mut self) {
-        for below in ["below/", ""] {
-            let _ = self.set(below, false);
-            let dir = self.dir.join(below);
-            for _ in 0..1000 {
-                let procs = fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default();
-                for pid in procs.lines() {
-                    let _ = fs::write(Path::new(self.version.root).join("cgroup.procs"), pid);
-                }
-                if fs::remove_dir(&dir).is_ok() {
-                    break;
-                }
-                std::thread::sleep(Duration::from_millis(1));
-            }
-        }
     }
 }
 

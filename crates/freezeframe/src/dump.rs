@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use freezeframe_error::{Error, Kind, Phase, Result, SysExt, Target};
 
+use crate::cancel::{Cancel, Cancellable};
 use crate::{DEFAULT_DEADLINE, SharedEvents, thread};
 use freezeframe_engine::dump::{After, DumpReport, DumpRequest, run};
 use freezeframe_engine::events::NoEvents;
@@ -25,6 +26,7 @@ use freezeframe_pages::{Compression, PageOptions};
 pub struct Dump {
     request: DumpRequest,
     events: SharedEvents,
+    cancels: Vec<Cancel>,
 }
 
 impl Dump {
@@ -43,6 +45,7 @@ impl Dump {
                 pages: PageOptions::default(),
             },
             events: Arc::new(NoEvents),
+            cancels: Vec::new(),
         }
     }
 
@@ -232,13 +235,25 @@ impl Dump {
         self
     }
 
+    /// Who ends the dump from outside. May be said several times.
+    pub fn cancel(mut self, cancel: &Cancel) -> Dump {
+        self.cancels.push(cancel.clone());
+        self
+    }
+
     /// Dumps the tree, and returns when that is done.
     ///
     /// # Errors
     /// See [`Error`]; [`Error::target`] tells how the tree is now. Unless that
     /// is `Unknown` it is as it was before.
     pub fn run(self) -> Result<DumpReport> {
-        let Dump { request, events } = self;
+        let Dump {
+            request,
+            events,
+            cancels: by,
+        } = self;
+        let events = Arc::new(Cancellable { by, events });
+        let ears = Arc::clone(&events);
         let dir = request.images_dir.clone();
         let made = make_images_dir(&dir).map_err(|e| {
             e.in_phase(Phase::Plan)
@@ -246,7 +261,7 @@ impl Dump {
                 .leaving(Target::Untouched)
         })?;
         let started = thread::start("freezeframe", move || {
-            thread::guarded(|| run(&request, &*events))
+            thread::guarded(|| run(&request, &*ears))
         });
         let result = started.and_then(|t| {
             t.join()
@@ -256,7 +271,7 @@ impl Dump {
             // Goes only if it is empty.
             let _ = std::fs::remove_dir(&dir);
         }
-        result
+        result.map_err(|e| events.explain(e))
     }
 }
 

@@ -36,6 +36,9 @@
 //! - with [`Dump::live`], if the caller is the nearest child subreaper above the
 //!   target, the forks become its children when they end, and are its to reap.
 //!
+//! From asynchronous code, with the feature `async`, `Dump::start` and `Restore::start` give an `Operation` to be
+//! awaited, in any runtime: `Dump::new(4242).images_dir("/var/tmp/image").start().await?`.
+//!
 //! # Devices
 //!
 //! What only a driver knows of (a GPU, say) is carried by a [`Plugin`], which is asked for
@@ -81,11 +84,15 @@
 //! now ([`Target`]). What cannot be carried is refused by name, before the
 //! target is harmed.
 
+mod cancel;
 mod cuda_checkpoint;
 mod dump;
+#[cfg(feature = "async")]
+mod operation;
 mod restore;
 mod thread;
 
+pub use cancel::Cancel;
 pub use cuda_checkpoint::CudaCheckpoint;
 pub use dump::Dump;
 pub use freezeframe_engine::dump::DumpReport;
@@ -94,6 +101,8 @@ pub use freezeframe_engine::restore::RestoreReport;
 pub use freezeframe_error::{Error, Kind, Phase, Result, Target};
 pub use freezeframe_kinds::plugin::{DeviceFile, DeviceMapping, Plugin, PluginTree};
 pub use freezeframe_pages::Compression;
+#[cfg(feature = "async")]
+pub use operation::Operation;
 pub use restore::{Restore, Restored};
 
 /// Events whose receiver is shared with the operation's thread.

@@ -14,6 +14,7 @@ use nix::errno::Errno;
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid};
 use nix::unistd::Pid;
 
+use crate::cancel::{Cancel, Cancellable};
 use crate::{DEFAULT_DEADLINE, SharedEvents, thread};
 use freezeframe_engine::events::NoEvents;
 use freezeframe_engine::restore::{RestoreReport, RestoreRequest, run};
@@ -25,6 +26,7 @@ use freezeframe_kinds::plugin::Plugin;
 pub struct Restore {
     request: RestoreRequest,
     events: SharedEvents,
+    cancels: Vec<Cancel>,
     reap: bool,
 }
 
@@ -40,6 +42,7 @@ impl Restore {
                 options: RestoreOptions::default(),
             },
             events: Arc::new(NoEvents),
+            cancels: Vec::new(),
             reap: true,
         }
     }
@@ -137,6 +140,12 @@ impl Restore {
         self
     }
 
+    /// Who ends the restore from outside. May be said several times.
+    pub fn cancel(mut self, cancel: &Cancel) -> Restore {
+        self.cancels.push(cancel.clone());
+        self
+    }
+
     /// Restores the tree and lets it run, and returns when it does.
     ///
     /// # Errors
@@ -146,13 +155,16 @@ impl Restore {
         let Restore {
             request,
             events,
+            cancels: by,
             reap,
         } = self;
+        let events = Cancellable { by, events };
         let sibling = request.sibling;
         let (report_to, report) = sync_channel(1);
         let (end_to, end) = sync_channel(1);
         let started = thread::start("freezeframe", move || {
-            let result = thread::guarded(|| run(&request, &*events));
+            let result = thread::guarded(|| run(&request, &events));
+            let result = result.map_err(|e| events.explain(e));
             let pid = result.as_ref().map(|r| r.pid).ok();
             // The operation is over for its caller: nothing of his is kept.
             drop((request, events));

@@ -9,11 +9,9 @@ use std::fs::{self, File};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use freezeframe::{Error, Kind, Result, Target};
+use freezeframe::{Cancel, Error, Kind, Result, Target};
 use freezeframe_error::{ResultExt, SysExt};
 use freezeframe_sys::pidfd::poll_dead;
 use serde::Deserialize;
@@ -42,21 +40,6 @@ pub enum Told {
     Runtime(i32),
     /// The container runs: the PID of its first process.
     Container(i32),
-}
-
-/// Ends a run from another thread.
-#[derive(Clone, Debug, Default)]
-pub struct Cancel(Arc<AtomicBool>);
-
-impl Cancel {
-    /// Asks for the end.
-    pub fn cancel(&self) {
-        self.0.store(true, Ordering::Release);
-    }
-
-    fn asked(&self) -> bool {
-        self.0.load(Ordering::Acquire)
-    }
 }
 
 /// A container as its runtime describes it.
@@ -162,7 +145,7 @@ impl Lifecycle {
         };
         let mut started = false;
         while !poll_dead(&run.pidfd, TICK)? {
-            if cancel.asked() {
+            if cancel.is_cancelled() {
                 return Err(run.cancelled());
             }
             if !started && let Some(pid) = pid_in(&run.pid_file) {

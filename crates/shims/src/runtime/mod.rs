@@ -15,7 +15,8 @@ mod tree;
 mod upper;
 
 pub use flags::Runtime;
-pub use lifecycle::{Cancel, Lifecycle, State, Told, exit_code};
+pub use freezeframe::Cancel;
+pub use lifecycle::{Lifecycle, State, Told, exit_code};
 pub use runc::{DEFAULT_NAMESPACE, RuncAdapter};
 pub use runsc::{Lacking, RunscAdapter};
 pub use skip_resume::SkipResume;
