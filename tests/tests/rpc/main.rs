@@ -134,7 +134,7 @@ fn what_is_not_carried_is_refused_by_name() -> Done {
         (Kind::PageServerChld, "PAGE_SERVER_CHLD"),
         (Kind::CpuinfoDump, "CPUINFO_DUMP"),
         (Kind::CpuinfoCheck, "CPUINFO_CHECK"),
-        (Kind::WaitPid, "no child of the service"),
+        (Kind::WaitPid, "0 is no PID"),
     ] {
         let client = Connection::swrk()?;
         fails(&client.ask(&request(kind))?, kind, name)?;
@@ -240,6 +240,44 @@ fn a_dump_and_a_restore_as_runtimes_do_them() -> Done {
         true,
     )?;
     scene.finish(target, &program, &before, Mode::Restore)
+}
+
+/// The root of a restored tree is a child of the server's where it is not to be the client's.
+#[test]
+fn the_end_of_a_restored_tree_can_be_waited_for() -> Done {
+    let scene = Scene::new()?;
+    let images = image_dir(&scene);
+    let (_, target, before) = scene.start_program("pipes::pipe_data")?;
+    dump(&images, &target)?;
+    scene.await_gone(&before, DEADLINE)?;
+    let opts = Opts {
+        rst_sibling: None,
+        notify_scripts: None,
+        ..restored()
+    };
+    let client = Connection::swrk()?;
+    let more = |req: Req| Req {
+        keep_open: Some(true),
+        ..req
+    };
+    let pid = Some(target.pid as u32);
+    succeeds(&client.ask(&more(request_on(Kind::Restore, &images, opts)))?)?;
+    client.send(&more(Req {
+        pid,
+        ..request(Kind::WaitPid)
+    }))?;
+    kill(Pid::from_raw(target.pid), Signal::SIGKILL).unwrap();
+    let resp = client.receive()?;
+    succeeds(&resp)?;
+    equal("status", resp.status, Some(Signal::SIGKILL as i32))?;
+    let again = Req {
+        pid,
+        ..request(Kind::WaitPid)
+    };
+    let resp = client.ask(&again)?;
+    fails(&resp, Kind::WaitPid, "is no child of the service")?;
+    equal("errno", resp.cr_errno(), nix::errno::Errno::ECHILD as i32)?;
+    client.end().map(drop)
 }
 
 /// Whoever refuses a step, or goes, stops the work, and nothing has happened.
@@ -564,7 +602,7 @@ fn an_action_script_that_is_stopped_leaves_nothing() -> Done {
     let (program, target, before) = scene.start_program(PROGRAM)?;
     let told = scene.path("told");
     let script = format!(
-        "grep SigBlk /proc/self/status > {0}.new; sleep 1000 & echo $! >> {0}.new; mv {0}.new {0}; wait",
+        "grep SigBlk /proc/self/status > {0}.mask; sleep 1000 & echo $! > {0}; wait",
         told.display()
     );
     let mut dump = Command::new(binary())
@@ -573,14 +611,15 @@ fn an_action_script_that_is_stopped_leaves_nothing() -> Done {
         .args(["--action-script", &script])
         .spawn()
         .unwrap();
-    scene.await_that("the script", || Ok(told.exists()), None)?;
-    let all = fs::read_to_string(&told).unwrap();
-    let (mask, started) = all.trim().split_once('\n').unwrap();
-    equal("blocked", mask, "SigBlk:\t0000000000000000")?;
+    // A line, whole.
+    let line = || fs::read_to_string(&told).unwrap_or_default();
+    scene.await_that("the script", || Ok(line().ends_with('\n')), None)?;
+    let mask = fs::read_to_string(scene.path("told.mask")).unwrap();
+    equal("blocked", mask.trim(), "SigBlk:\t0000000000000000")?;
     kill(Pid::from_raw(dump.id() as i32), Signal::SIGTERM).unwrap();
     equal("exit code", dump.wait().unwrap().code(), Some(1))?;
-    // We adopt orphans.
-    let started = Pid::from_raw(started.parse().unwrap());
+    // We adopt orphans: nobody else was left.
+    let started = Pid::from_raw(line().trim().parse().unwrap());
     let killed = WaitStatus::Signaled(started, Signal::SIGKILL, false);
     let ended = || Ok(waitpid(started, Some(WaitPidFlag::WNOHANG)) == Ok(killed));
     scene.await_that("the end of what it started", ended, None)?;

@@ -3,16 +3,20 @@
 use std::ffi::OsString;
 use std::fs::OpenOptions;
 use std::io::Write;
+use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::sync::Arc;
 
 use freezeframe::{Error, Kind as ErrorKind};
+use freezeframe_error::{ResultExt, SysExt};
 use freezeframe_shims::criu::proto::{Features, Kind, Req, Resp};
-use freezeframe_shims::criu::{Client, Mode, Received, Unknown, Words, version};
+use freezeframe_shims::criu::{Client, Mode, Received, Unknown, Words, errno, version};
+use freezeframe_sys::pidfd::pidfd_open;
 use freezeframe_sys::probe::{self, Level};
 use freezeframe_sys::proc::ProcDir;
-use freezeframe_sys::{Pid, fd};
+use freezeframe_sys::{Pid, fd, process};
 use nix::errno::Errno;
+use nix::sys::wait::WaitPidFlag;
 
 use super::Act;
 use crate::caller::Caller;
@@ -74,10 +78,13 @@ fn answer(client: &Arc<Client>, req: &Req, unknown: &[Unknown]) -> i32 {
             let words = format!("{} is no request", req.r#type);
             Resp::failed(Kind::Empty, Errno::EBADRQC as i32, words)
         }
-        Kind::WaitPid => {
-            let words = format!("{} is no child of the service", req.pid());
-            Resp::failed(kind, Errno::ECHILD as i32, words)
-        }
+        Kind::WaitPid => match end_of(req.pid(), client) {
+            Ok(status) => Resp {
+                status: Some(status),
+                ..Resp::done(kind)
+            },
+            Err(e) => Resp::failed(kind, errno(&e), log::in_one_line(&e, Act::Swrk)),
+        },
         Kind::PreDump
         | Kind::SinglePreDump
         | Kind::PageServer
@@ -91,6 +98,21 @@ fn answer(client: &Arc<Client>, req: &Req, unknown: &[Unknown]) -> i32 {
     match client.send(&resp) {
         Ok(()) if resp.success => outcome::DONE,
         _ => outcome::FAILED,
+    }
+}
+
+/// How a child of ours has ended, the root of a tree that this client had restored, as wait(2) tells it. Waits for that
+/// as long as the client is there.
+fn end_of(pid: u32, client: &Client) -> Result<i32, Error> {
+    let child = i32::try_from(pid).ok().filter(|pid| *pid > 0).map(Pid);
+    let child = child.ok_or_else(|| Error::new(ErrorKind::Usage, format!("{pid} is no PID")))?;
+    let flags = WaitPidFlag::WNOHANG | WaitPidFlag::__WALL;
+    loop {
+        let ended = process::wait(Some(child), flags).sys("waitpid");
+        match ended.context(format!("{pid} is no child of the service"))? {
+            Some((_, status)) if status.stopped_signal().is_none() => return Ok(status.into_raw()),
+            _ => client.await_end_of(pidfd_open(child)?)?,
+        }
     }
 }
 

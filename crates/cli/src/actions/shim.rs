@@ -13,7 +13,7 @@ use freezeframe_shims::runtime::{Lacking, RuncAdapter, RunscAdapter, Runtime, sk
 
 use crate::actions::Act;
 use crate::grammar::Stop;
-use crate::outcome;
+use crate::{log, outcome};
 
 const NAME: &str = "shim";
 
@@ -144,18 +144,9 @@ fn value<'a>(matches: &'a ArgMatches, name: &str) -> Option<&'a OsStr> {
 
 /// Tells a failure in one line, since this is read by programs, and its kind; the exit code.
 fn failed(e: &Error) -> i32 {
-    let mut text = e.to_string();
-    let mut source = std::error::Error::source(e);
-    while let Some(cause) = source {
-        text += &format!(": {cause}");
-        source = cause.source();
-    }
     let code = outcome::exit_code(e);
-    complain!(
-        "Error (shim): {text}\nkind={} target={} exit={code}",
-        e.kind().name(),
-        e.target()
-    );
+    let text = log::in_one_line(e, Act::Shim);
+    complain!("Error (shim): {text}\n{}", log::last_line(e, code));
     code
 }
 

@@ -192,6 +192,24 @@ impl Client {
         }
     }
 
+    /// Waits until a process has ended.
+    ///
+    /// # Errors
+    /// When the client has gone before.
+    pub fn await_end_of(&self, pidfd: OwnedFd) -> Result<()> {
+        let mut fds = [
+            PollFd::new(pidfd.as_fd(), PollFlags::POLLIN),
+            // Nothing but its end.
+            PollFd::new(self.socket.as_fd(), PollFlags::empty()),
+        ];
+        again(|| poll(&mut fds, PollTimeout::NONE)).sys("poll")?;
+        let [ended, gone] = fds.map(|fd| fd.any().unwrap_or(true));
+        if gone && !ended {
+            return Err(Error::new(Kind::Cancelled, "the client has gone"));
+        }
+        Ok(())
+    }
+
     /// Waits until there is something to receive.
     fn await_message(&self, limit: Duration, stop: &dyn Fn() -> bool) -> Result<()> {
         let until = Instant::now() + limit;

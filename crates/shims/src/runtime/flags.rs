@@ -457,6 +457,12 @@ mod tests {
         parsed
     }
 
+    fn text(line: &Line) -> String {
+        let words = line.to_args().into_iter();
+        let words: Vec<_> = words.map(|w| w.into_string().unwrap()).collect();
+        words.join(" ")
+    }
+
     #[test]
     fn options_of_both_forms_are_kept_in_their_order() {
         let line = parse(
@@ -482,13 +488,8 @@ mod tests {
                 "--work-dir /mine checkpoint --shell-job {given} --file-locks c1"
             ));
             line.remove("work-dir");
-            let words: Vec<_> = line
-                .to_args()
-                .into_iter()
-                .map(|w| w.into_string().unwrap())
-                .collect();
             assert_eq!(
-                words.join(" "),
+                text(&line),
                 "--work-dir /mine checkpoint --shell-job --file-locks c1"
             );
         }
@@ -506,13 +507,8 @@ mod tests {
     fn image_path_is_replaced_where_it_is() {
         let mut line = parse("checkpoint --image-path=/a --tcp-established -image-path /b c1");
         line.replace("image-path", OsStr::new("/c"));
-        let words: Vec<_> = line
-            .to_args()
-            .into_iter()
-            .map(|w| w.into_string().unwrap())
-            .collect();
         assert_eq!(
-            words.join(" "),
+            text(&line),
             "checkpoint --image-path=/c --tcp-established -image-path /c c1"
         );
         let mut line = parse("--image-path /g checkpoint c1");

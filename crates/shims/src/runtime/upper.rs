@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 use freezeframe::{Error, Kind, Result};
 use freezeframe_error::{ResultExt, SysExt};
+use freezeframe_sys::proc::parse::unescape_octal;
 use freezeframe_sys::proc::{Mount, ProcDir};
 use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 use nix::unistd::syncfs;
@@ -26,6 +27,9 @@ const BELOW: &str = "root";
 /// How the directories begin that it is made in.
 const TEMPORARY: &str = ".freezeframe-upper-";
 
+/// What stands escaped in the options of an overlay.
+const ESCAPED: &[u8] = b" \t\n\\,=#";
+
 /// The upper directory of the overlay mounted on `root`, as the process `pid` sees it; none if that is no overlay.
 pub(crate) fn of_mount(pid: i32, root: &Path) -> Result<Option<PathBuf>> {
     let Some(mount) = overlay(pid, root)? else {
@@ -37,7 +41,7 @@ pub(crate) fn of_mount(pid: i32, root: &Path) -> Result<Option<PathBuf>> {
         .find_map(|o| o.strip_prefix(b"upperdir="));
     // An overlay of lower directories alone cannot be written to.
     let Some(path) = option else { return Ok(None) };
-    let path = PathBuf::from(OsString::from_vec(unescape(path)));
+    let path = PathBuf::from(OsString::from_vec(unescape_octal(path, ESCAPED)));
     if !path.is_absolute() {
         return Err(Error::unsupported(
             "the overlay names its upper directory by a relative path: say --upper DIR",
@@ -58,19 +62,6 @@ fn overlay(pid: i32, root: &Path) -> Result<Option<Mount>> {
     // The last one hides those before it.
     let last = mounts.into_iter().rfind(here);
     Ok(last.filter(|m| m.fs_type == b"overlay"))
-}
-
-/// Undoes `\ooo`, by which the options of a mount hold commas.
-fn unescape(text: &[u8]) -> Vec<u8> {
-    let mut plain = Vec::with_capacity(text.len());
-    let mut rest = text;
-    while let Some((&byte, after)) = rest.split_first() {
-        let octal = after.get(..3).filter(|_| byte == b'\\');
-        let octal = octal.and_then(|o| u8::from_str_radix(std::str::from_utf8(o).ok()?, 8).ok());
-        plain.push(octal.unwrap_or(byte));
-        rest = if octal.is_some() { &after[3..] } else { after };
-    }
-    plain
 }
 
 /// An upper directory that was copied. Dropped, all is as it was before; executing another program keeps it.

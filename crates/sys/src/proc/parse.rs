@@ -99,7 +99,7 @@ fn split_once(text: &[u8], at: u8) -> Option<(&[u8], &[u8])> {
 }
 
 /// Undoes octal escapes (`\012`) of the bytes in `of`; others stay as they are.
-fn unescape_octal(text: &[u8], of: &[u8]) -> Vec<u8> {
+pub fn unescape_octal(text: &[u8], of: &[u8]) -> Vec<u8> {
     let mut out = Vec::with_capacity(text.len());
     let mut rest = text;
     while let Some((&b, tail)) = rest.split_first() {
@@ -690,7 +690,7 @@ fn mount_line(line: &[u8]) -> Option<Mount> {
     }
     mount.fs_type = path(rest.next()?);
     mount.source = path(rest.next()?);
-    mount.super_options = path(rest.next()?);
+    mount.super_options = rest.next()?.to_vec();
     Some(mount)
 }
 

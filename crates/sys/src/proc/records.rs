@@ -483,6 +483,7 @@ pub struct Mount {
     pub fs_type: Vec<u8>,
     /// Its source.
     pub source: Vec<u8>,
-    /// Options of the superblock.
+    /// Options of the superblock as they stand: a comma within one of them is `\054`
+    /// ([`unescape_octal`](super::parse::unescape_octal)).
     pub super_options: Vec<u8>,
 }
