@@ -44,6 +44,9 @@ const PROGRAMS: &[&str] = &[
     "mappings::cow_family",
     "mappings::file_shared",
     "sysv::segment",
+    "mqueue::waited_for",
+    "mqueue::deleted",
+    "aio::unread",
     "credentials::plain_user",
     "credentials::seccomp_filter",
 ];

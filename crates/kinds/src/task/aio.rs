@@ -44,7 +44,7 @@ static ABOUT: About = About {
     title: "AIO contexts",
     manual: "io_setup(2)",
     since: "",
-    carried: "contexts under their ids, with the events that nobody has read; requests that are under way are waited for, a second at most",
+    carried: "contexts under their ids, with the events that nobody has read; requests that are under way are waited for, a second at most. An io_getevents that has some of the events it waits for comes back with those at every dump, as at any stop",
     refused: "requests that are under way longer (\"AIO requests are still under way\"), IOCB_CMD_POLL that waits (\"an AIO request that can be cancelled\"); a ring that was unmapped or protected; contexts where CAP_BPF, CAP_PERFMON or BTF is missing (\"nothing tells whether requests are under way\"); at a restore, another number of CPUs, if the ring's size depends on it",
     programs: &[
         "aio::contexts",
