@@ -10,7 +10,8 @@
 //!
 //! What to take from it:
 //!
-//! - `Dump::run` and `Restore::run` block: they go to `spawn_blocking`.
+//! - `Dump::run` and `Restore::run` block; `start` (feature `async`) gives a future. Dropped, as by a timeout, that ends
+//!   the operation and lets the child go.
 //! - Who reaps any child of his process says `Restore::reap(false)`, and learns how a restored tree ends as he learns it
 //!   of any other child.
 //! - What an `Events` is told goes to a channel that never blocks: whoever reads our log may be the one who is frozen.
@@ -32,7 +33,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use freezeframe::{Dump, Events, Kind, Level, Phase, Restore, Step, Target};
+use freezeframe::{Dump, Events, Kind, Level, Operation, Phase, Restore, Step, Target};
 use nix::errno::Errno;
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
@@ -143,8 +144,6 @@ fn start(options: &Options, words: &[&str]) -> Result<ExitCode> {
     let (log, written) = Log::start(options)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_time()
-        .max_blocking_threads(options.children)
-        .thread_keep_alive(Duration::from_secs(3600))
         .build()?;
     let done = runtime.block_on(agent(options.clone(), dir.path(), &log));
     runtime.shutdown_background();
@@ -393,7 +392,7 @@ impl Agent {
             let mut after_first = self.after_first.lock().map_err(|e| e.to_string())?;
             match &*after_first {
                 _ if first => *after_first = Some(usage),
-                // Its pool of threads may have become full only now.
+                // The threads of operations that have just told their results may be there still.
                 Some(before) => before.no_less_than(&usage, self.options.children)?,
                 None => {}
             }
@@ -406,11 +405,8 @@ impl Agent {
 
     async fn dump(&self, n: usize, pid: i32, image: &Path, tally: &mut Tally) -> Result<()> {
         let operation = || {
-            let dump = Dump::new(pid)
-                .images_dir(image)
-                .sync(false)
-                .events(self.ears(n));
-            move || dump.run()
+            let dump = Dump::new(pid).images_dir(image).sync(false);
+            dump.events(self.ears(n)).start()
         };
         let as_it_was = |e: &freezeframe::Error| {
             // Otherwise it is dead, or nobody knows.
@@ -427,8 +423,8 @@ impl Agent {
 
     async fn restore(&self, n: usize, pid: i32, image: &Path, tally: &mut Tally) -> Result<()> {
         let operation = || {
-            let restore = Restore::new(image).reap(false).events(self.ears(n));
-            move || restore.run()
+            let restore = Restore::new(image).reap(false);
+            restore.events(self.ears(n)).start()
         };
         // The image is there for the next attempt.
         let restored = self.tried(operation, |_| true, tally).await?;
@@ -438,23 +434,19 @@ impl Agent {
         Ok(())
     }
 
-    /// Does it on a thread that may block, again while it fails by what will pass: another process may have its PID,
-    /// or the agent as many descriptors as it may.
-    async fn tried<T: Send + 'static, F>(
+    /// Does it, again while it fails by what will pass: another process may have its PID, or the agent as many
+    /// descriptors as it may.
+    async fn tried<T>(
         &self,
-        operation: impl Fn() -> F,
+        operation: impl Fn() -> Operation<T>,
         harmless: impl Fn(&freezeframe::Error) -> bool,
         tally: &mut Tally,
-    ) -> Result<T>
-    where
-        F: FnOnce() -> freezeframe::Result<T> + Send + 'static,
-    {
+    ) -> Result<T> {
         let begun = Instant::now();
         loop {
-            let run = tokio::task::spawn_blocking(operation());
-            match tokio::time::timeout(PATIENCE, run)
+            match tokio::time::timeout(PATIENCE, operation())
                 .await
-                .map_err(|_| "it hangs")??
+                .map_err(|_| "it hangs")?
             {
                 Ok(done) => return Ok(done),
                 Err(e)
