@@ -331,7 +331,7 @@ fn killed(frozen: &Frozen) -> Option<Pid> {
     let alive = frozen.procs.iter().filter(|p| !p.tids.is_empty());
     let mut awake = alive.filter(|p| {
         let stat = p.dir.stat();
-        stat.map_or(true, |s| !matches!(s.state, 't' | 'T'))
+        stat.map_or_else(is_gone, |s| !matches!(s.state, 't' | 'T'))
     });
     let dying = awake.find(|p| {
         let until = Instant::now() + DYING;
@@ -351,10 +351,16 @@ fn killed(frozen: &Frozen) -> Option<Pid> {
 fn is_dying(proc: &ProcView) -> bool {
     const PF_EXITING: u32 = 4;
     const KILL: u64 = 1 << (libc::SIGKILL - 1);
-    let (Ok(status), Ok(stat)) = (proc.dir.status(), proc.dir.stat()) else {
-        return true;
+    let (status, stat) = match (proc.dir.status(), proc.dir.stat()) {
+        (Ok(status), Ok(stat)) => (status, stat),
+        (Err(e), _) | (_, Err(e)) => return is_gone(e),
     };
     matches!(stat.state, 'Z' | 'X') || stat.flags & PF_EXITING != 0 || status.sig_pnd & KILL != 0
+}
+
+/// Whether a failure to look at a process says that it is dead; else it may be that we have no descriptor left.
+fn is_gone(e: Error) -> bool {
+    e.kind() == Kind::TargetGone
 }
 
 /// What is read before anything is frozen: what the image says of where it was made.
