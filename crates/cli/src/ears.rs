@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::io::Write;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
@@ -87,6 +88,9 @@ impl Events for Ears {
             write_pid(path, pid)?;
         }
         self.hooks.call(step, &|| self.cancelled())
+    }
+    fn orphan_pts_master(&self, master: OwnedFd) -> Result<()> {
+        self.hooks.give(master, &|| self.cancelled())
     }
     fn cancelled(&self) -> bool {
         self.link.wants_stop()

@@ -2,6 +2,7 @@
 //! scripts, and the client of CRIU's RPC.
 
 use std::ffi::OsString;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -63,6 +64,17 @@ impl Hooks {
             }
             None => Ok(()),
         }
+    }
+
+    /// Gives the master of a terminal to the client, the only one who can take it.
+    pub(crate) fn give(&self, master: OwnedFd, stop: &dyn Fn() -> bool) -> Result<()> {
+        let Some(caller) = &self.caller else {
+            let what = "--orphan-pts-master: there is no client of CRIU's RPC who is told of the steps and takes the master of a terminal";
+            return Err(Error::new(Kind::Usage, what));
+        };
+        let fd = Some(master.as_fd());
+        let client = &caller.client;
+        client.notify("orphan-pts-master", None, fd, LIMIT, stop)
     }
 
     /// Runs a script as criu(8) does, by the shell, with the step in its environment.

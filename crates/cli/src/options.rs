@@ -135,6 +135,7 @@ pub(crate) static OPTIONS: &[Opt] = &[
     opt("timeout", "How long freezing, and any single wait, may take (default 10)").takes("SECONDS").on(BOTH),
     opt("no-sync", "Do not wait until the image is on disk (fsync)").on(DUMPS),
     opt("shell-job", "Accept a session, process group or terminal from outside the tree; at the restore, ours stand in").short('j').on(BOTH),
+    opt("orphan-pts-master", "Carry the terminal of a session of the tree though its master is outside; at the restore the new one goes to the client of CRIU's RPC who is told of the steps").on(BOTH),
     opt("external", "A resource given again at the restore by --inherit-fd: file[MNT:INO], tty[RDEV:DEV] (hexadecimal), unix[INO], pipe:[INO]").takes("NAME").on(DUMPS).repeats(),
     opt("file-locks", "Carry file locks and leases; to be given at the restore too").short('l').on(BOTH),
     opt("link-remap", "Carry open (not mapped) files that were deleted but have other names: each dump links them as link_remap.N where they were. A restore takes its link away, so it works once; each dump with -R leaves one more")
@@ -204,7 +205,6 @@ pub(crate) static OPTIONS: &[Opt] = &[
     opt("skip-mnt", "Do not carry this mount").takes("DIR").on(DUMPS).repeats().moot(NO_MOUNTS),
     opt("enable-fs", "Treat these filesystems as known").takes("NAMES").on(BOTH).repeats().moot(NO_MOUNTS),
     opt("mntns-compat-mode", "Another way to restore mount namespaces").on(&[Restore]).moot(NO_MOUNTS),
-    opt("orphan-pts-master", "Give the client the master of a terminal whose other side is in the tree").on(BOTH).moot("a terminal whose master is outside needs a namespace of mounts, and is refused by name"),
     opt("empty-ns", "Make this namespace, and leave it empty").takes("NS").on(BOTH).repeats().moot(NO_NETWORK),
     opt("join-ns", "Join this namespace").short('J').takes("NS:FILE").on(&[Restore]).repeats().not_yet(),
     opt("veth-pair", "Names of veth devices").takes("IN=OUT").on(&[Restore]).repeats().moot(NO_NETWORK),

@@ -1,8 +1,9 @@
 //! What the engine tells its caller while it works.
 
 use std::fmt;
+use std::os::fd::OwnedFd;
 
-use freezeframe_error::{Phase, Result};
+use freezeframe_error::{Error, Kind, Phase, Result};
 
 /// How important a message is, in CRIU's order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -57,6 +58,14 @@ pub trait Events {
     fn progress(&self, done: u64, total: u64);
     /// A point at which the caller may act.
     fn step(&self, step: Step) -> Result<()>;
+    /// The master of a terminal that the tree has and whose master was outside of it
+    /// ([`orphan_pts_master`](freezeframe_kinds::RestoreOptions::orphan_pts_master)): the
+    /// caller's from now on. Once it is closed the terminal is hung up. Told at a restore
+    /// after [`Step::PostSetupNamespaces`]; an error ends it, as does a caller without this.
+    fn orphan_pts_master(&self, _master: OwnedFd) -> Result<()> {
+        let what = "nobody takes the master of a terminal that was outside the tree";
+        Err(Error::new(Kind::Usage, what))
+    }
     /// Whether the caller wants the operation to stop. Asked between any two
     /// pieces of work (a task, a chunk of pages); cheap, never blocks. The
     /// operation then lets the target go and ends with `Kind::Cancelled`.

@@ -1,6 +1,7 @@
 //! Ending an operation from outside.
 
 use std::fmt;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -97,6 +98,9 @@ impl Events for Cancellable {
             return Err(Error::new(Kind::Cancelled, words));
         }
         self.events.step(step)
+    }
+    fn orphan_pts_master(&self, master: OwnedFd) -> Result<()> {
+        self.events.orphan_pts_master(master)
     }
     fn cancelled(&self) -> bool {
         self.by.iter().any(Cancel::is_cancelled) || self.events.cancelled()

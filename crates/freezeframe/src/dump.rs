@@ -142,6 +142,14 @@ impl Dump {
         self
     }
 
+    /// Carry the terminal of a session of the tree though its master is outside; the
+    /// restore gives the new one to its caller
+    /// ([`Events::orphan_pts_master`](crate::Events::orphan_pts_master)).
+    pub fn orphan_pts_master(mut self, yes: bool) -> Dump {
+        self.request.options.orphan_pts_master = yes;
+        self
+    }
+
     /// Carry established TCP connections. If the tree is ended, their packets are
     /// held off (nf_tables, table `inet freezeframe-IMAGE`) until the image is
     /// restored, or an hour is over. Needs CAP_NET_ADMIN.

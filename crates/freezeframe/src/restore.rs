@@ -82,6 +82,14 @@ impl Restore {
         self
     }
 
+    /// Make terminals whose master was outside the tree, and give the new ones to
+    /// [`Events::orphan_pts_master`](crate::Events::orphan_pts_master). Must be as it was at
+    /// the dump.
+    pub fn orphan_pts_master(mut self, yes: bool) -> Restore {
+        self.request.options.orphan_pts_master = yes;
+        self
+    }
+
     /// Take the file locks and leases of the image again. Must be as it was at the dump.
     pub fn file_locks(mut self, yes: bool) -> Restore {
         self.request.options.file_locks = yes;

@@ -20,6 +20,8 @@ pub use restore::*;
 pub struct DumpOptions {
     /// Accept a session, process group or terminal outside the tree.
     pub shell_job: bool,
+    /// Carry the terminal of a session of the tree though its master is outside.
+    pub orphan_pts_master: bool,
     /// Names (in CRIU's spelling) of resources the caller gives again on restore.
     pub external: Vec<String>,
     /// Accept file locks.
@@ -53,6 +55,8 @@ pub struct DumpOptions {
 pub struct RestoreOptions {
     /// The restorer's own session and terminal stand in for those outside the tree.
     pub shell_job: bool,
+    /// The caller takes the masters of terminals whose master was outside the tree.
+    pub orphan_pts_master: bool,
     /// `--inherit-fd fd[N]:NAME`: name to descriptor of the restorer.
     pub inherit: HashMap<String, RawFd>,
     /// Accept file locks.

@@ -5,13 +5,15 @@ use freezeframe_tests::run::DEADLINE;
 use freezeframe_tests::tool::binary;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::socket::{
-    AddressFamily, MsgFlags, SockFlag, SockType, UnixAddr, connect, recv, send, setsockopt, socket,
-    socketpair, sockopt,
+    AddressFamily, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr, connect, recvmsg,
+    send, setsockopt, socket, socketpair, sockopt,
 };
 use nix::sys::time::{TimeVal, TimeValLike};
 use prost::Message;
+use std::cell::RefCell;
 use std::fs::File;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::io::IoSliceMut;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
@@ -20,6 +22,8 @@ use std::process::{Child, Command, Stdio};
 pub(crate) struct Connection {
     socket: OwnedFd,
     child: Option<Child>,
+    /// What has come with messages.
+    descriptors: RefCell<Vec<OwnedFd>>,
 }
 
 /// A step as a client is told of it.
@@ -53,11 +57,7 @@ impl Connection {
             .stdin(Stdio::null())
             .spawn()
             .map_err(|e| e.to_string())?;
-        Connection {
-            socket: ours,
-            child: Some(child),
-        }
-        .with_deadline()
+        Connection::of(ours, Some(child))
     }
 
     /// Goes to the service at this address.
@@ -67,14 +67,22 @@ impl Connection {
             .map_err(|e| e.to_string())?;
         let at = UnixAddr::new(address).map_err(|e| e.to_string())?;
         connect(socket.as_raw_fd(), &at).map_err(|e| format!("connect: {e}"))?;
-        let child = None;
-        Connection { socket, child }.with_deadline()
+        Connection::of(socket, None)
     }
 
-    fn with_deadline(self) -> Result<Self, String> {
+    fn of(socket: OwnedFd, child: Option<Child>) -> Result<Self, String> {
         let limit = TimeVal::seconds(DEADLINE.as_secs() as i64);
-        setsockopt(&self.socket, sockopt::ReceiveTimeout, &limit).map_err(|e| e.to_string())?;
-        Ok(self)
+        setsockopt(&socket, sockopt::ReceiveTimeout, &limit).map_err(|e| e.to_string())?;
+        Ok(Connection {
+            socket,
+            child,
+            descriptors: RefCell::default(),
+        })
+    }
+
+    /// The descriptors that have come.
+    pub(crate) fn take_descriptors(&self) -> Vec<OwnedFd> {
+        self.descriptors.take()
     }
 
     /// Sends anything.
@@ -93,8 +101,20 @@ impl Connection {
     /// The next answer.
     pub(crate) fn receive(&self) -> Result<Resp, String> {
         let mut bytes = vec![0; 64 << 10];
-        let got = recv(self.socket.as_raw_fd(), &mut bytes, MsgFlags::empty())
+        let mut space = nix::cmsg_space!([RawFd; 4]);
+        let mut parts = [IoSliceMut::new(&mut bytes)];
+        let flags = MsgFlags::MSG_CMSG_CLOEXEC;
+        let message = recvmsg::<()>(self.socket.as_raw_fd(), &mut parts, Some(&mut space), flags)
             .map_err(|e| format!("no answer: {e}"))?;
+        for control in message.cmsgs().map_err(|e| e.to_string())? {
+            if let ControlMessageOwned::ScmRights(numbers) = control {
+                for number in numbers {
+                    let taken = freezeframe_sys::fd::take(number).map_err(|e| e.to_string())?;
+                    self.descriptors.borrow_mut().push(taken);
+                }
+            }
+        }
+        let got = message.bytes;
         if got == 0 {
             return Err("the connection was dropped".to_owned());
         }
@@ -135,7 +155,7 @@ impl Connection {
 
     /// Closes the connection; the exit code of the `swrk`.
     pub(crate) fn end(self) -> Result<Option<i32>, String> {
-        let Connection { socket, child } = self;
+        let Connection { socket, child, .. } = self;
         drop(socket);
         match child {
             Some(mut child) => child

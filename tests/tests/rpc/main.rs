@@ -9,16 +9,22 @@ mod client;
 
 use client::{Connection, Told, request, request_on};
 use freezeframe_shims::criu::proto::{Features, Kind, Opts, Req, Resp};
-use freezeframe_tests::run::{DEADLINE, Mode, Scene, Target, own_network};
+use freezeframe_tests::run::{DEADLINE, Mode, Scene, Target, own_network, own_terminals};
 use freezeframe_tests::snapshot::children;
 use freezeframe_tests::tool::binary;
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::pty::{Winsize, openpty};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 use prost::Message;
 use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
+use std::time::Instant;
 
 type Done = Result<(), String>;
 
@@ -280,6 +286,108 @@ fn the_end_of_a_restored_tree_can_be_waited_for() -> Done {
     client.end().map(drop)
 }
 
+/// The other side of a terminal: reads until it has said this.
+fn says(master: &mut File, words: &str) -> Done {
+    let start = Instant::now();
+    let mut said = Vec::new();
+    while !String::from_utf8_lossy(&said).ends_with(words) {
+        let mut fds = [PollFd::new(master.as_fd(), PollFlags::POLLIN)];
+        poll(&mut fds, PollTimeout::from(1000u16)).unwrap();
+        if start.elapsed() > DEADLINE {
+            return Err(format!("not {words:?}: {said:?}"));
+        }
+        if fds[0].any() == Some(true) {
+            let mut some = [0; 256];
+            let got = master.read(&mut some).map_err(|e| e.to_string())?;
+            said.extend(&some[..got]);
+        }
+    }
+    equal("it says", &*String::from_utf8_lossy(&said), words)
+}
+
+/// A job with a terminal of its own gets it back, and its client the new master.
+#[test]
+fn a_client_is_given_the_master_of_a_terminal() -> Done {
+    own_terminals()?;
+    let scene = Scene::new()?;
+    let images = image_dir(&scene);
+    let window = Winsize {
+        ws_row: 40,
+        ws_col: 100,
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    };
+    let pty = openpty(Some(&window), None).unwrap();
+    for end in [&pty.master, &pty.slave] {
+        fcntl(end, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).unwrap();
+    }
+    let end = || std::process::Stdio::from(pty.slave.try_clone().unwrap());
+    let script = "stty -echo; echo ready; while read line; do echo \"it was $line\"; done";
+    let mut command = Command::new("setsid");
+    command.args(["-c", "sh", "-c", script]);
+    command.stdin(end()).stdout(end()).stderr(end());
+    let mut job = Started(command.spawn().unwrap());
+    // It has the slave open, too.
+    drop(command);
+    let pid = job.0.id() as i32;
+    let name = fs::read_link(format!("/proc/{pid}/fd/0")).unwrap();
+    let mut master = File::from(pty.master);
+    drop(pty.slave);
+    says(&mut master, "ready\r\n")?;
+    let opts = |log: &str| Opts {
+        log_level: Some(4),
+        log_file: Some(log.as_bytes().to_vec()),
+        orphan_pts_master: Some(true),
+        ..Opts::default()
+    };
+    let dump = Opts {
+        pid: Some(pid),
+        ..opts("dump.log")
+    };
+    let client = Connection::swrk()?;
+    let plain = Opts {
+        orphan_pts_master: Some(false),
+        ..dump.clone()
+    };
+    let resp = client.ask(&request_on(Kind::Dump, &images, plain))?;
+    fails(&resp, Kind::Dump, "is outside the tree")?;
+    let client = Connection::swrk()?;
+    succeeds(&client.ask(&request_on(Kind::Dump, &images, dump))?)?;
+    job.0.wait().unwrap();
+    drop(master);
+    // Nobody would take it.
+    let client = Connection::swrk()?;
+    let resp = client.ask(&request_on(Kind::Restore, &images, opts("restore.log")))?;
+    fails(&resp, Kind::Restore, "takes the master of a terminal")?;
+    client.end()?;
+    let client = Connection::swrk()?;
+    let restore = Opts {
+        notify_scripts: Some(true),
+        rst_sibling: Some(true),
+        ..opts("restore.log")
+    };
+    let req = request_on(Kind::Restore, &images, restore);
+    let (resp, told) = client.ask_with(&req, |_| true)?;
+    succeeds(&resp)?;
+    let mut steps = OF_A_RESTORE.to_vec();
+    steps.insert(3, "orphan-pts-master");
+    equal("steps", names(&told), steps)?;
+    let mut given = client.take_descriptors();
+    equal("descriptors", given.len(), 1)?;
+    let mut master = File::from(given.remove(0));
+    master.write_all(b"written\n").unwrap();
+    says(&mut master, "it was written\r\n")?;
+    let now = fs::read_link(format!("/proc/{pid}/fd/0")).unwrap();
+    equal("its name", now, name)?;
+    let is = freezeframe_sys::fd::ioctl::window_size(&master).unwrap();
+    equal("window", is, [40, 100, 0, 0])?;
+    // Its session's: hung up, it ends.
+    drop(master);
+    let ended = waitpid(Pid::from_raw(pid), None).unwrap();
+    let hung_up = WaitStatus::Signaled(Pid::from_raw(pid), Signal::SIGHUP, false);
+    equal("its end", ended, hung_up)
+}
+
 /// Whoever refuses a step, or goes, stops the work, and nothing has happened.
 #[test]
 fn a_client_may_refuse_each_step() -> Done {
@@ -459,8 +567,18 @@ fn the_network_is_locked_and_unlocked() -> Done {
     scene.finish(target, &program, &before, Mode::Running)
 }
 
+/// Ends with the test, whatever comes.
+struct Started(Child);
+
+impl Drop for Started {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
 struct Service {
-    child: Child,
+    child: Started,
     address: PathBuf,
 }
 
@@ -474,7 +592,8 @@ impl Service {
 
     fn start(scene: &Scene) -> Result<Service, String> {
         let address = scene.path("socket");
-        let child = Service::command(scene).spawn().map_err(|e| e.to_string())?;
+        let child = Service::command(scene).spawn();
+        let child = Started(child.map_err(|e| e.to_string())?);
         let service = Service { child, address };
         let there = || Ok(Connection::to(&service.address).is_ok());
         scene.await_that("the service", there, None)?;
@@ -482,17 +601,10 @@ impl Service {
     }
 
     fn ends_well(mut self) -> Done {
-        kill(Pid::from_raw(self.child.id() as i32), Signal::SIGTERM).unwrap();
-        let status = self.child.wait().map_err(|e| e.to_string())?;
+        kill(Pid::from_raw(self.child.0.id() as i32), Signal::SIGTERM).unwrap();
+        let status = self.child.0.wait().map_err(|e| e.to_string())?;
         equal("exit code", status.code(), Some(0))?;
         equal("its socket", self.address.exists(), false)
-    }
-}
-
-impl Drop for Service {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
     }
 }
 
@@ -605,19 +717,18 @@ fn an_action_script_that_is_stopped_leaves_nothing() -> Done {
         "grep SigBlk /proc/self/status > {0}.mask; sleep 1000 & echo $! > {0}; wait",
         told.display()
     );
-    let mut dump = Command::new(binary())
-        .args(["dump", "-R", "-t", &target.pid.to_string(), "-D"])
-        .arg(scene.path("img"))
-        .args(["--action-script", &script])
-        .spawn()
-        .unwrap();
+    let mut command = Command::new(binary());
+    command.args(["dump", "-R", "-t", &target.pid.to_string(), "-D"]);
+    command.arg(scene.path("img"));
+    let dump = command.args(["--action-script", &script]).spawn();
+    let mut dump = Started(dump.unwrap());
     // A line, whole.
     let line = || fs::read_to_string(&told).unwrap_or_default();
     scene.await_that("the script", || Ok(line().ends_with('\n')), None)?;
     let mask = fs::read_to_string(scene.path("told.mask")).unwrap();
     equal("blocked", mask.trim(), "SigBlk:\t0000000000000000")?;
-    kill(Pid::from_raw(dump.id() as i32), Signal::SIGTERM).unwrap();
-    equal("exit code", dump.wait().unwrap().code(), Some(1))?;
+    kill(Pid::from_raw(dump.0.id() as i32), Signal::SIGTERM).unwrap();
+    equal("exit code", dump.0.wait().unwrap().code(), Some(1))?;
     // We adopt orphans: nobody else was left.
     let started = Pid::from_raw(line().trim().parse().unwrap());
     let killed = WaitStatus::Signaled(started, Signal::SIGKILL, false);

@@ -63,6 +63,7 @@ pub(crate) fn run(line: &Line) -> Result<i32, Stop> {
             .leave_stopped(after.stopped)
             .sync(!line.has("no-sync"))
             .shell_job(line.has("shell-job"))
+            .orphan_pts_master(line.has("orphan-pts-master"))
             .tcp_established(line.has("tcp-established"))
             .tcp_close(line.has("tcp-close"))
             .skip_in_flight(line.has("skip-in-flight"))

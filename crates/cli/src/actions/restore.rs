@@ -53,6 +53,7 @@ pub(crate) fn run(line: &Line) -> Result<i32, Stop> {
             .sibling(true)
             .leave_stopped(line.has("leave-stopped"))
             .shell_job(line.has("shell-job"))
+            .orphan_pts_master(line.has("orphan-pts-master"))
             .file_locks(line.has("file-locks"))
             .tcp_established(line.has("tcp-established"))
             .tcp_close(line.has("tcp-close"))

@@ -361,8 +361,12 @@ impl<'a> Builder<'a> {
             segments,
         )
         .in_phase(Phase::Rebuild)?;
-        let prepared = files::prepare(self.loaded, options, segments.ipc(), &mut report.warnings)
-            .in_phase(Phase::Rebuild)?;
+        let mut prepared =
+            files::prepare(self.loaded, options, segments.ipc(), &mut report.warnings)
+                .in_phase(Phase::Rebuild)?;
+        for master in std::mem::take(&mut prepared.orphans) {
+            self.events.orphan_pts_master(master)?;
+        }
         let mut tasks: HashMap<i32, TaskId> = HashMap::from([(root.pid(), root_task)]);
         let memory = Memory {
             loaded: self.loaded,

@@ -107,6 +107,8 @@ pub struct Prepared {
     /// The terminals that sessions of the tree may have, by their names in
     /// [`crate::task::controlling_terminal::Leads`].
     pub terminals: HashMap<String, OwnedFd>,
+    /// Masters that are the caller's, in the order of their numbers.
+    pub orphans: Vec<OwnedFd>,
     /// The IPC namespace of the tree.
     pub ipc: IpcNamespace,
 }

@@ -28,7 +28,7 @@ static ABOUT: About = About {
     manual: "credentials(7), TIOCSCTTY(2const)",
     since: "",
     carried: "which session has which pseudo-terminal, its foreground process group (one that has ended too), processes that gave theirs up; one outside the tree is the restorer's (`--shell-job`, the session led from outside) or the one given for `--external tty[RDEV:DEV]`",
-    refused: "a session of the tree whose terminal is outside (\"its controlling terminal /dev/pts/3 is outside the tree\"); one given that another session has (\"the controlling terminal of another session\")",
+    refused: "a session of the tree whose terminal is outside, without `--orphan-pts-master` (\"its controlling terminal /dev/pts/3 is outside the tree\"); one given that another session has (\"the controlling terminal of another session\")",
     programs: &[
         "terminals::controlling",
         "terminals::foreground",
@@ -102,7 +102,8 @@ impl TaskKind for ControllingTerminal {
         if stat.session != task.proc.pid.0 {
             return Ok(None);
         }
-        let inside = terminal::masters(cx)?.contains_key(&device);
+        let inside =
+            terminal::masters(cx)?.contains_key(&device) || terminal::is_orphan(cx, device)?;
         let external = terminal::external(cx, device);
         let name = terminal::name_of(device);
         let terminal = match (inside, external) {

@@ -5,6 +5,9 @@
 //! their controlling terminals when they begin. Its master is dumped with
 //! all that is known of the terminal (`pty`), its slaves are only opened again.
 //!
+//! With `--orphan-pts-master` the terminal of a session of the tree is made again
+//! likewise though its master is outside, and the new master handed to the caller.
+//!
 //! With `--shell-job` a terminal whose other side is outside the tree, the one
 //! that the job was started from, becomes the restorer's own, as the shell that
 //! starts the restore would have given it.
@@ -27,7 +30,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::about::{About, show};
 use crate::cx::{
-    BeforeTree, DumpCx, FileItem, FileKind, FileView, LookedAtLast, PrepareFiles, RestoreFiles,
+    BeforeTree, DumpCx, FileItem, FileKind, FileView, InodeFile, LookedAtLast, PrepareFiles,
+    ProcView, RestoreFiles,
 };
 use crate::file::pipe::dup_of;
 use crate::file::{access, is_opath, provide_made, status_flags};
@@ -41,13 +45,13 @@ pub struct Terminal;
 
 static ABOUT: About = About {
     tag: Tag::new(*b"FTTY"),
-    version: 2,
+    version: 3,
     name: "terminal",
     title: "Terminals",
     manual: "pty(7), tty(4), ioctl_tty(2)",
     since: "",
-    carried: "pseudo-terminals whose master is in the tree: their number (/dev/pts/N), settings (termios, speeds of any number), window size, what waits to be read on either side (lines as lines), stopped output, packet mode, TIOCEXCL, the lock, owner and mode, any number of openings, /dev/tty; slaves whose master was closed, hung-up ones, masters whose slave is closed. With `--shell-job` the terminal the job was started from, onto the restorer's (settings are those of that terminal); with `--external tty[RDEV:DEV]` and `--inherit-fd fd[N]:tty[RDEV:DEV]` any, onto what the caller gives",
-    refused: "a terminal whose master is outside the tree, without either (\"a terminal (tty) is not carried without --shell-job (-j)\"), with --shell-job another than the session's own; a terminal that a process outside has open too; other line disciplines, locked settings, a change in packet mode not read yet, another devpts. Without CAP_SYS_ADMIN what waits in one, or stopped output, is refused (\"cannot be put back without CAP_SYS_ADMIN\"), and a line still being typed not seen (a warning). What was written to a master before its slave was ever opened is not seen (a warning)",
+    carried: "pseudo-terminals whose master is in the tree: their number (/dev/pts/N), settings (termios, speeds of any number), window size, what waits to be read on either side (lines as lines), stopped output, packet mode, TIOCEXCL, the lock, owner and mode, any number of openings, /dev/tty; slaves whose master was closed, hung-up ones, masters whose slave is closed. Of sessions of the tree those whose master is outside (`--orphan-pts-master`), with number and settings; the new master is the caller's, to whom it is given. With `--shell-job` the terminal the job was started from, onto the restorer's (settings are those of that terminal); with `--external tty[RDEV:DEV]` and `--inherit-fd fd[N]:tty[RDEV:DEV]` any, onto what the caller gives",
+    refused: "a terminal whose master is outside the tree, without any of these (\"a terminal (tty) is not carried without --shell-job (-j)\"), with --shell-job another than the session's own; with --orphan-pts-master input that waits (a line still being typed is lost); a terminal that a process outside has open too; other line disciplines, locked settings, a change in packet mode not read yet, another devpts. Without CAP_SYS_ADMIN what waits in one, or stopped output, is refused (\"cannot be put back without CAP_SYS_ADMIN\"), and a line still being typed not seen (a warning). What was written to a master before its slave was ever opened is not seen (a warning)",
     programs: &[
         "terminal::stdio",
         "terminal::group",
@@ -101,6 +105,13 @@ enum Record {
         path: Vec<u8>,
         /// Whether it is hung up.
         hung: bool,
+    },
+    /// The slave of one whose master is outside.
+    Orphan {
+        /// What is known of it, as of those inside.
+        pty: Box<Pty>,
+        /// What it was opened by.
+        path: Vec<u8>,
     },
     /// /dev/tty, which is this.
     Controlling {
@@ -163,6 +174,18 @@ pub fn external(cx: &DumpCx<'_>, device: u64) -> Option<String> {
 /// The pseudo-terminals whose masters are in the tree, by device number.
 pub fn masters<'a>(cx: &'a mut DumpCx<'_>) -> Result<&'a BTreeMap<u64, FileId>> {
     cx.ptys(Ptys::look).map(|ptys| &ptys.masters)
+}
+
+/// Whether this is the terminal of a session of the tree whose master is outside, and is to be carried so.
+pub fn is_orphan(cx: &mut DumpCx<'_>, device: u64) -> Result<bool> {
+    let leads = |p: &ProcView| p.pid.0 == p.stat.session && p.stat.tty_nr as u32 as u64 == device;
+    let opened = |file: &InodeFile| file.flags & libc::O_PATH as u32 == 0;
+    Ok(cx.options.orphan_pts_master
+        && PTY.contains(&libc::major(device))
+        && cx.procs.iter().any(leads)
+        && cx.files_of_device(device).iter().any(opened)
+        && external(cx, device).is_none()
+        && !masters(cx)?.contains_key(&device))
 }
 
 impl LookedAtLast for Terminal {
@@ -232,7 +255,13 @@ impl Terminal {
             );
             return Err(file.refuse(what));
         }
-        if inside || hung {
+        let orphan = !hung && is_orphan(cx, device)?;
+        if orphan && numbers(rdev) != CONTROLLING {
+            let pty = Box::new(pty::look_orphan(file, device)?);
+            let path = file.link.to_vec();
+            return Ok(Record::Orphan { pty, path });
+        }
+        if inside || hung || orphan {
             if numbers(rdev) != CONTROLLING {
                 let path = match freezeframe_sys::proc::strip_deleted(file.link) {
                     Some(path) if hung => path,
@@ -293,7 +322,9 @@ impl FileKind for Terminal {
     fn restore(&self, cx: &mut RestoreFiles<'_>, group: &[FileItem<'_>]) -> Result<()> {
         for item in group {
             match ABOUT.decode(item.record)? {
-                Record::Master(_) | Record::Slave { .. } => cx.provide_prepared(item.id)?,
+                Record::Master(_) | Record::Slave { .. } | Record::Orphan { .. } => {
+                    cx.provide_prepared(item.id)?
+                }
                 Record::Other(other) => {
                     let ours = given_or_own(cx, item, &other)?;
                     cx.provide_ours(item.id, ours);
@@ -332,11 +363,26 @@ impl BeforeTree for Terminal {
                         hung,
                     })
                 }
+                Record::Orphan { pty, path } => {
+                    if !cx.options.orphan_pts_master {
+                        let what = "its master was outside the tree: --orphan-pts-master is to be given here too, and somebody who takes the new one";
+                        return Err(Error::new(Kind::Usage, what).on(name_of(pty.device)));
+                    }
+                    let wanted = wanted.entry(pty.device).or_default();
+                    wanted.slaves.push(Slave {
+                        id: item.id,
+                        flags: item.common.flags,
+                        path,
+                        hung: false,
+                    });
+                    wanted.orphan.get_or_insert(*pty);
+                }
                 Record::Other(_) | Record::Controlling { .. } => {}
             }
         }
         for (device, made) in pty::make(wanted)? {
             cx.prepared.files.extend(made.files);
+            cx.prepared.orphans.extend(made.orphan);
             if let Some(terminal) = made.terminal {
                 cx.prepared.terminals.insert(name_of(device), terminal);
             }

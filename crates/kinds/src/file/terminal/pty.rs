@@ -155,18 +155,7 @@ pub(super) fn look(ptys: &Ptys, file: &FileView<'_>) -> Result<(Pty, Option<&'st
         );
         return Err(file.refuse(what));
     }
-    let settings = terminal::settings(master)?;
-    let disciplines = [terminal::line_discipline(master)?, i32::from(settings.line)];
-    if let Some(other) = disciplines.iter().find(|d| **d != terminal::N_TTY) {
-        return Err(file.refuse(format!(
-            "line discipline {other} of a terminal (tty) is not supported"
-        )));
-    }
-    if terminal::settings_locked(master)? {
-        return Err(
-            file.refuse("locked settings of a terminal (tty, TIOCSLCKTRMIOS) are not supported")
-        );
-    }
+    let settings = plain_settings(file, master)?;
     let packet = terminal::packet_mode(master)?;
     if packet && ready(master, PollFlags::POLLPRI)? {
         return Err(file.refuse(
@@ -198,12 +187,7 @@ pub(super) fn look(ptys: &Ptys, file: &FileView<'_>) -> Result<(Pty, Option<&'st
         device,
         path: file.link.to_vec(),
         side,
-        modes: [
-            settings.input,
-            settings.output,
-            settings.control,
-            settings.local,
-        ],
+        modes: settings_modes(&settings),
         chars: settings.chars.to_vec().into(),
         speeds: (settings.input_speed, settings.output_speed),
         window: ioctl::window_size(master)?,
@@ -238,6 +222,68 @@ pub(super) fn look(ptys: &Ptys, file: &FileView<'_>) -> Result<(Pty, Option<&'st
         }
     }
     Ok((pty, unseen))
+}
+
+/// The settings of a terminal, of which nothing else is special.
+fn plain_settings(file: &FileView<'_>, side: BorrowedFd<'_>) -> Result<Settings> {
+    let settings = terminal::settings(side)?;
+    let disciplines = [terminal::line_discipline(side)?, i32::from(settings.line)];
+    if let Some(other) = disciplines.iter().find(|d| **d != terminal::N_TTY) {
+        return Err(file.refuse(format!(
+            "line discipline {other} of a terminal (tty) is not supported"
+        )));
+    }
+    if terminal::settings_locked(side)? {
+        return Err(
+            file.refuse("locked settings of a terminal (tty, TIOCSLCKTRMIOS) are not supported")
+        );
+    }
+    Ok(settings)
+}
+
+/// What a slave knows whose master is outside; what has been written to it is on its way there already.
+pub(super) fn look_orphan(file: &FileView<'_>, device: u64) -> Result<Pty> {
+    let slave = file.ours()?;
+    let name = name_of(device);
+    let node = std::fs::metadata(&name).ok();
+    let node = node.filter(|node| node.rdev() == device && node.dev() == file.stat.dev);
+    let node = node.ok_or_else(|| {
+        file.refuse(format!(
+            "a terminal (tty) of another devpts, where {name} is not it, is not supported"
+        ))
+    })?;
+    let settings = plain_settings(file, slave)?;
+    if has_lines(&settings) && ready(slave, PollFlags::POLLIN)? || waiting(slave)? > 0 {
+        return Err(file.refuse(
+            "input that waits in a terminal (tty) whose master is outside the tree is not supported",
+        ));
+    }
+    Ok(Pty {
+        device,
+        path: b"/dev/ptmx".to_vec(),
+        side: Side::Open,
+        modes: settings_modes(&settings),
+        chars: settings.chars.to_vec().into(),
+        speeds: (settings.input_speed, settings.output_speed),
+        window: ioctl::window_size(slave)?,
+        locked: false,
+        packet: false,
+        exclusive: (false, terminal::is_exclusive(slave)?),
+        node: (node.mode() & 0o7777, node.uid(), node.gid()),
+        stopped: Stopped::No,
+        master_stopped: false,
+        input: Input::default(),
+        output: Bytes::default(),
+    })
+}
+
+fn settings_modes(settings: &Settings) -> [u32; 4] {
+    [
+        settings.input,
+        settings.output,
+        settings.control,
+        settings.local,
+    ]
 }
 
 /// Whether the node that it was opened by lies on a devpts.
@@ -380,8 +426,10 @@ pub(super) struct Slave {
 /// A pseudo-terminal to be made, with its slaves.
 #[derive(Debug, Default)]
 pub(super) struct Wanted {
-    /// None: the master was closed.
+    /// None: the master was closed, or is outside.
     pub master: Option<(FileId, Pty)>,
+    /// The terminal of a master that is outside.
+    pub orphan: Option<Pty>,
     pub slaves: Vec<Slave>,
 }
 
@@ -391,6 +439,8 @@ pub(super) struct Made {
     pub files: Vec<(FileId, OwnedFd)>,
     /// A descriptor for whoever has it as controlling terminal.
     pub terminal: Option<OwnedFd>,
+    /// The master, if that is the caller's.
+    pub orphan: Option<OwnedFd>,
 }
 
 /// How long to wait for a number that somebody has for a moment.
@@ -457,7 +507,16 @@ impl Wanted {
         for slave in hung {
             made.files.push((slave.id, slave.open(device)?));
         }
-        let Some((id, pty)) = self.master else {
+        let (id, pty) = match (self.master, self.orphan) {
+            (Some((id, pty)), None) => (Some(id), Some(pty)),
+            (None, orphan) => (None, orphan),
+            (Some(_), Some(_)) => {
+                return Err(Error::corrupt(
+                    "a terminal whose master is inside and outside",
+                ));
+            }
+        };
+        let Some(pty) = pty else {
             if !open.is_empty() {
                 return Err(Error::corrupt("a terminal without a master"));
             }
@@ -485,7 +544,10 @@ impl Wanted {
         }
         pty.set(&master, ours.as_ref())?;
         made.terminal = ours;
-        made.files.push((id, master));
+        match id {
+            Some(id) => made.files.push((id, master)),
+            None => made.orphan = Some(master),
+        }
         Ok(made)
     }
 }
