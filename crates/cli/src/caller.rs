@@ -19,6 +19,20 @@ pub(crate) struct Caller {
 }
 
 impl Caller {
+    /// The answer to what says no more than that it was done.
+    pub(crate) fn done(&self) {
+        self.answer(&Resp::done(self.kind));
+    }
+
+    /// What it has asked for.
+    pub(crate) fn act(&self) -> Act {
+        match self.kind {
+            Kind::Restore => Act::Restore,
+            Kind::CpuinfoDump | Kind::CpuinfoCheck => Act::Cpuinfo,
+            _ => Act::Dump,
+        }
+    }
+
     /// The answer to a dump.
     pub(crate) fn dumped(&self) {
         self.answer(&Resp {
@@ -39,11 +53,7 @@ impl Caller {
 
     /// The answer to what has failed.
     pub(crate) fn failed(&self, e: &Error) {
-        let act = match self.kind {
-            Kind::Restore => Act::Restore,
-            _ => Act::Dump,
-        };
-        let words = log::in_one_line(e, act);
+        let words = log::in_one_line(e, self.act());
         self.answer(&Resp::failed(self.kind, errno(e), words));
     }
 

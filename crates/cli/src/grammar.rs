@@ -436,6 +436,7 @@ fn usage(act: Act) -> String {
         Act::Restore => "-D DIR [OPTIONS]",
         Act::Inspect | Act::Verify => "[DIR] [OPTIONS]",
         Act::Completions => "SHELL",
+        Act::Cpuinfo => "dump|check -D DIR [OPTIONS]",
         Act::Man => "",
         _ => "[OPTIONS]",
     };

@@ -78,6 +78,7 @@ fn run(line: &grammar::Line) -> Result<i32, Stop> {
         Act::Inspect => actions::inspect::run(line),
         Act::Verify => actions::verify::run(line),
         Act::Check => actions::check::run(line),
+        Act::Cpuinfo => actions::cpuinfo::run(line),
         Act::Support => actions::support::run(line),
         Act::Completions => actions::completions::run(line),
         Act::Man => actions::man::run(line),

@@ -98,17 +98,19 @@ const fn opt(long: &'static str, help: &'static str) -> Opt {
 }
 
 use Act::{
-    Check, Completions, Dedup, Dump, Inspect, LazyPages, Man, PageServer, PreDump, Restore,
-    Service, Shim, Support, Swrk, Verify,
+    Check, Completions, Cpuinfo, Dedup, Dump, Inspect, LazyPages, Man, PageServer, PreDump,
+    Restore, Service, Shim, Support, Swrk, Verify,
 };
 
 const DUMPS: &[Act] = &[Dump, PreDump];
 const BOTH: &[Act] = &[Dump, PreDump, Restore];
 const MAIN: &[Act] = &[Dump, Restore];
 const IMAGES: &[Act] = &[
-    Dump, PreDump, Restore, Inspect, Verify, Dedup, PageServer, LazyPages,
+    Dump, PreDump, Restore, Inspect, Verify, Dedup, PageServer, LazyPages, Cpuinfo,
 ];
-const RUNS: &[Act] = &[Dump, PreDump, Restore, Service, Swrk, PageServer, LazyPages];
+const RUNS: &[Act] = &[
+    Dump, PreDump, Restore, Service, Swrk, PageServer, LazyPages, Cpuinfo,
+];
 const PAGES: &[Act] = &[Dump, PreDump, Restore, PageServer, LazyPages];
 
 const SERVERS: &[Act] = &[Service, PageServer, LazyPages];

@@ -138,8 +138,6 @@ fn what_is_not_carried_is_refused_by_name() -> Done {
         (Kind::SinglePreDump, "SINGLE_PRE_DUMP"),
         (Kind::PageServer, "PAGE_SERVER"),
         (Kind::PageServerChld, "PAGE_SERVER_CHLD"),
-        (Kind::CpuinfoDump, "CPUINFO_DUMP"),
-        (Kind::CpuinfoCheck, "CPUINFO_CHECK"),
         (Kind::WaitPid, "0 is no PID"),
     ] {
         let client = Connection::swrk()?;
@@ -157,6 +155,38 @@ fn what_is_not_carried_is_refused_by_name() -> Done {
         equal("exit code", client.end()?, Some(1))?;
     }
     Ok(())
+}
+
+#[test]
+fn what_the_cpu_can_do() -> Done {
+    let scene = Scene::new()?;
+    let images = image_dir(&scene);
+    let ask = |kind| {
+        let client = Connection::swrk()?;
+        let resp = client.ask(&request_on(kind, &images, Opts::default()))?;
+        equal("exit code", client.end()?, Some(i32::from(!resp.success)))?;
+        Ok::<Resp, String>(resp)
+    };
+    let file = scene.path("img/cpuinfo.img");
+    fails(&ask(Kind::CpuinfoCheck)?, Kind::CpuinfoCheck, "cpuinfo.img")?;
+    for kind in [Kind::CpuinfoDump, Kind::CpuinfoCheck] {
+        let resp = ask(kind)?;
+        succeeds(&resp)?;
+        equal("type", resp.r#type(), kind)?;
+    }
+    // Of a CPU that could do more.
+    let text = fs::read_to_string(&file).unwrap();
+    let more = text.replacen("\"features\":[", "\"features\":[\"teleport\",", 1);
+    equal("changed", more == text, false)?;
+    fs::write(&file, more).unwrap();
+    let lacks = "this CPU lacks what the image's had: teleport";
+    fails(&ask(Kind::CpuinfoCheck)?, Kind::CpuinfoCheck, lacks)?;
+    let words = ["cpuinfo", "check", "-D", &scene.dir_text()];
+    let missing = Command::new(binary()).args(words).output().unwrap();
+    equal("exit code", missing.status.code(), Some(1))?;
+    fs::write(&file, "[]").unwrap();
+    let odd = ask(Kind::CpuinfoCheck)?;
+    fails(&odd, Kind::CpuinfoCheck, "no list of what a CPU can do")
 }
 
 #[test]

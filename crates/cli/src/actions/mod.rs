@@ -2,6 +2,7 @@
 
 pub(crate) mod check;
 pub(crate) mod completions;
+pub(crate) mod cpuinfo;
 pub(crate) mod dump;
 pub(crate) mod inspect;
 pub(crate) mod man;
@@ -147,7 +148,12 @@ pub(crate) static ACTIONS: &[About] = &[
         "Give a restored tree its memory when it asks",
     ),
     later(Act::Dedup, "dedup", "Drop what a newer image has again"),
-    later(Act::Cpuinfo, "cpuinfo", "Write or compare CPU features").words("WHAT", 1),
+    about(
+        Act::Cpuinfo,
+        "cpuinfo",
+        "Write what the CPU can do to cpuinfo.img (dump), or compare this one with that (check)",
+    )
+    .words("WHAT", 1),
 ];
 
 impl Act {

@@ -64,7 +64,9 @@ pub(super) fn converse(client: &Arc<Client>) -> i32 {
 fn answer(client: &Arc<Client>, req: &Req, unknown: &[Unknown]) -> i32 {
     let kind = Kind::try_from(req.r#type).unwrap_or(Kind::Empty);
     let resp = match kind {
-        Kind::Dump | Kind::Restore => return work(client, req, unknown, kind),
+        Kind::Dump | Kind::Restore | Kind::CpuinfoDump | Kind::CpuinfoCheck => {
+            return work(client, req, unknown, kind);
+        }
         Kind::Version => Resp {
             version: Some(version()),
             ..Resp::done(kind)
@@ -85,12 +87,7 @@ fn answer(client: &Arc<Client>, req: &Req, unknown: &[Unknown]) -> i32 {
             },
             Err(e) => Resp::failed(kind, errno(&e), log::in_one_line(&e, Act::Swrk)),
         },
-        Kind::PreDump
-        | Kind::SinglePreDump
-        | Kind::PageServer
-        | Kind::PageServerChld
-        | Kind::CpuinfoDump
-        | Kind::CpuinfoCheck => {
+        Kind::PreDump | Kind::SinglePreDump | Kind::PageServer | Kind::PageServerChld => {
             let words = format!("the request {} is not carried yet", name(kind));
             Resp::failed(kind, Errno::EOPNOTSUPP as i32, words)
         }
@@ -123,8 +120,6 @@ fn name(kind: Kind) -> &'static str {
         Kind::SinglePreDump => "SINGLE_PRE_DUMP",
         Kind::PageServer => "PAGE_SERVER",
         Kind::PageServerChld => "PAGE_SERVER_CHLD",
-        Kind::CpuinfoDump => "CPUINFO_DUMP",
-        Kind::CpuinfoCheck => "CPUINFO_CHECK",
         _ => "EMPTY",
     }
 }
@@ -160,7 +155,7 @@ fn check() -> Resp {
     Resp::failed(Kind::Check, Errno::ENOSYS as i32, words)
 }
 
-/// A dump or restore, by its command line.
+/// An action, by its command line.
 fn work(client: &Arc<Client>, req: &Req, unknown: &[Unknown], kind: Kind) -> i32 {
     let caller = Caller {
         client: Arc::clone(client),
@@ -189,18 +184,20 @@ fn work(client: &Arc<Client>, req: &Req, unknown: &[Unknown], kind: Kind) -> i32
 
 fn run(words: Words, caller: &Arc<Caller>) -> Result<i32, Stop> {
     let options = config::around(&words.options, words.config_file.as_deref())?;
-    let act = if caller.kind == Kind::Restore {
-        Act::Restore
-    } else {
-        Act::Dump
-    };
+    let act = caller.act();
     let mut args: Vec<OsString> = vec!["criu".into(), act.name().into()];
     args.extend(options);
+    match caller.kind {
+        Kind::CpuinfoDump => args.push("dump".into()),
+        Kind::CpuinfoCheck => args.push("check".into()),
+        _ => {}
+    }
     let mut line = grammar::parse(&args)?;
     line.caller = Some(Arc::clone(caller));
     line.ignored.extend(words.ignored);
     match act {
         Act::Restore => super::restore::run(&line),
+        Act::Cpuinfo => super::cpuinfo::run(&line),
         _ => {
             refuse_self(&line, caller.client.pid())?;
             super::dump::run(&line)

@@ -38,7 +38,7 @@ pub struct Words {
 }
 
 impl Words {
-    /// The command line of a request for a dump or a restore, and of what is not known in it.
+    /// The command line of a request for a dump, a restore, or the CPU's features, and of what is not known in it.
     ///
     /// # Errors
     /// When it makes no sense, or asks for what is not known.
@@ -341,6 +341,9 @@ impl Words {
             if given && client.mode() != Mode::Swrk {
                 return Err(odd(name, "not of use to a service: it is for swrk"));
             }
+        }
+        if matches!(kind, Kind::CpuinfoDump | Kind::CpuinfoCheck) {
+            return Ok(());
         }
         if kind == Kind::Restore {
             self.switch("restore-detached", Some(true));
