@@ -11,7 +11,7 @@ use freezeframe_tests::busy::Busy;
 use freezeframe_tests::cgroup::{Cgroup, Version, versions};
 use freezeframe_tests::harm::strike::{self, Blow, When, Whom};
 use freezeframe_tests::run::{DEADLINE, Scene};
-use freezeframe_tests::snapshot::{Snapshot, state_of};
+use freezeframe_tests::snapshot::{Snapshot, state_of, tree};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use nix::sys::signal::Signal;
 use std::fmt;
@@ -82,6 +82,41 @@ fn left_running_in_a_frozen_cgroup_it_stays_frozen() -> Done {
 #[test]
 fn left_running_below_a_frozen_cgroup_it_stays_frozen() -> Done {
     versions().into_iter().try_for_each(|v| left_frozen(v, ""))
+}
+
+/// The parent cannot stop before its child has called execve(2), for which that has to run.
+#[test]
+fn frozen_in_a_vfork_it_is_dumped_and_stays_frozen() -> Done {
+    for version in versions() {
+        let busy = Busy::start("slow")?;
+        let in_vfork = || Ok(tree(busy.target.pid).len() == 2);
+        busy.scene
+            .await_that("the child", in_vfork, Some(&busy.target))?;
+        let cgroup = Cgroup::new(version)?;
+        for pid in tree(busy.target.pid) {
+            cgroup.put(pid)?;
+        }
+        cgroup.set("", true)?;
+        // Version 1 does not take a parent in vfork(2) for frozen.
+        let child = tree(busy.target.pid)[1];
+        let frozen = || Ok(cgroup.is("", true) || state_of(child) == Some('D'));
+        busy.scene.await_that("its being frozen", frozen, None)?;
+        let records = busy.records();
+        fs::write(busy.scene.path("go"), "").unwrap();
+        let outcome = busy
+            .scene
+            .dump_pid(busy.target.pid, "img", &["--leave-running"])?;
+        outcome.must_exit(0)?;
+        cgroup.await_is(&busy.scene, "", true)?;
+        if busy.records() != records {
+            return Err("it ran".to_owned());
+        }
+        cgroup.set("", false)?;
+        busy.await_records(2)?;
+        drop(cgroup);
+        busy.unharmed()?;
+    }
+    Ok(())
 }
 
 #[test]

@@ -104,13 +104,14 @@ pub fn freeze(request: &DumpRequest, events: &dyn Events) -> Result<Frozen> {
     let mut ice = Ice::default();
     let mut fields = None;
     if let Some(dir) = &request.freeze_cgroup {
-        hold(&mut held, freezer::freeze(dir, &tracer, deadline)?);
+        freezer::freeze(dir, &tracer, &mut held, deadline, events)?;
     }
     for round in 0.. {
         let root = Pid(request.pid);
-        let fresh = discover(&tracer, root, &mut found, &mut order, &mut held, |pid| {
-            ice.thaw_for(pid, &tracer, deadline)
-        })?;
+        let thaw = |pid, held: &mut BTreeMap<Tid, Held>| {
+            ice.thaw_for(pid, &tracer, held, deadline, events)
+        };
+        let fresh = discover(&tracer, root, &mut found, &mut order, &mut held, thaw)?;
         if fresh.is_empty() {
             log!(events, Debug, "the tree is stopped after {round} rounds");
             break;
@@ -151,21 +152,6 @@ pub fn freeze(request: &DumpRequest, events: &dyn Events) -> Result<Frozen> {
 /// Options of all that is seized.
 const OPTIONS: Options = Options::TRACESYSGOOD.with(Options::SUSPEND_SECCOMP);
 
-/// Takes note of tasks that were stopped by their cgroup.
-fn hold(held: &mut BTreeMap<Tid, Held>, all: Vec<StoppedTask>) {
-    for stopped in all {
-        let status = ProcDir::open(Pid(stopped.tid.0)).and_then(|dir| dir.status());
-        if let Ok(status) = status {
-            let now = Held {
-                pid: Pid(status.tgid),
-                stopped,
-                before: BeforeStop::default(),
-            };
-            held.insert(stopped.tid, now);
-        }
-    }
-}
-
 /// The caller wants the operation to stop.
 pub(crate) fn cancelled() -> Error {
     Error::new(Kind::Cancelled, "stopped at the caller's request")
@@ -180,7 +166,7 @@ fn discover(
     found: &mut BTreeMap<Pid, Found>,
     order: &mut Vec<Pid>,
     held: &mut BTreeMap<Tid, Held>,
-    mut thaw: impl FnMut(Pid) -> Result<Vec<StoppedTask>>,
+    mut thaw: impl FnMut(Pid, &mut BTreeMap<Tid, Held>) -> Result<()>,
 ) -> Result<Vec<(Pid, Tid)>> {
     let mut fresh = Vec::new();
     let mut seen = HashSet::new();
@@ -193,17 +179,14 @@ fn discover(
         let process = match found.entry(pid) {
             Entry::Occupied(known) => known.into_mut(),
             Entry::Vacant(vacant) => {
-                let opened = ProcDir::open(pid).and_then(|dir| Ok((dir, thaw(pid)?)));
+                let opened = ProcDir::open(pid).and_then(|dir| thaw(pid, held).map(|()| dir));
                 match opened {
-                    Ok((dir, stopped)) => {
-                        hold(held, stopped);
-                        vacant.insert(Found {
-                            dir,
-                            zombie: false,
-                            first_ended: false,
-                            threads: Vec::new(),
-                        })
-                    }
+                    Ok(dir) => vacant.insert(Found {
+                        dir,
+                        zombie: false,
+                        first_ended: false,
+                        threads: Vec::new(),
+                    }),
                     // It ended while we looked; the root must not.
                     Err(e) if e.kind() == Kind::TargetGone && pid != root => continue,
                     Err(e) => return Err(e.on_task(pid.0)),
@@ -283,7 +266,6 @@ fn stop(
     deadline: Instant,
     events: &dyn Events,
 ) -> Result<usize> {
-    let mut count = 0;
     let mut before: BTreeMap<Tid, (Pid, BeforeStop)> = BTreeMap::new();
     let mut dirs = BTreeMap::new();
     for (pid, tid) in &fresh {
@@ -293,12 +275,27 @@ fn stop(
         before.insert(*tid, (*pid, seen));
     }
     let tids: Vec<Tid> = fresh.iter().map(|(_, tid)| *tid).collect();
-    if fresh.iter().any(|(pid, tid)| *tid != pid.leader()) {
+    stop_all(tracer, &tids, before, held, deadline, events, || Ok(()))
+}
+
+/// Tells these to stop, does what lets them reach it, and waits until each has stopped; says how many did.
+fn stop_all(
+    tracer: &Tracer,
+    tids: &[Tid],
+    mut before: BTreeMap<Tid, (Pid, BeforeStop)>,
+    held: &mut BTreeMap<Tid, Held>,
+    deadline: Instant,
+    events: &dyn Events,
+    then: impl FnOnce() -> Result<()>,
+) -> Result<usize> {
+    let mut count = 0;
+    if before.iter().any(|(tid, (pid, _))| *tid != pid.leader()) {
         tracer.watch();
     }
     let mut done = Vec::new();
     let mut stopping = Stopping::default();
-    tracer.begin_stop(&tids, OPTIONS, &mut stopping, &mut done)?;
+    tracer.begin_stop(tids, OPTIONS, &mut stopping, &mut done)?;
+    then()?;
     let mut patience = PATIENCE[0];
     loop {
         let until = deadline.min(Instant::now() + patience);

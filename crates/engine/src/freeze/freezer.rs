@@ -4,21 +4,25 @@
 //! A task frozen by version 1 reaches no ptrace stop, and one frozen by version 2
 //! runs no call of ours, so they have to be thawed for our work. Before that every
 //! task in them is seized and told to stop, those outside the tree too: none
-//! runs an instruction of its program. In the end the cgroup is frozen again
+//! runs an instruction of its program, but for the child of a vfork(2): its parent, which
+//! it holds up, stops only when it has called execve(2) or has ended. In the end the cgroup is frozen again
 //! before any of them is let go. Should we die meanwhile, another process does so
 //! ([`Keeper`]).
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use freezeframe_error::{Error, Kind, Result, ResultExt};
-use freezeframe_inject::tracer::{self, StoppedTask, Stopping, Tracer};
+use freezeframe_error::{Error, Kind, Result};
+use freezeframe_inject::tracer::Tracer;
+use freezeframe_kinds::BeforeStop;
 use freezeframe_sys::cgroup::Freezer;
 use freezeframe_sys::ids::{Pid, Tid};
 use freezeframe_sys::keeper::Keeper;
+use freezeframe_sys::proc::ProcDir;
 
-use super::OPTIONS;
+use super::{Held, stop_all};
+use crate::events::Events;
 
 /// What was frozen when we came, and is to be again.
 #[derive(Debug, Default)]
@@ -34,22 +38,24 @@ impl Ice {
         self.thawed.is_empty()
     }
 
-    /// Thaws what a process is frozen by, with all that is in it seized: gives those, stopped.
-    pub(crate) fn thaw_for(
+    /// Thaws what a process is frozen by, with all that is in it seized: those are held, stopped.
+    pub(super) fn thaw_for(
         &mut self,
         pid: Pid,
         tracer: &Tracer,
+        held: &mut BTreeMap<Tid, Held>,
         deadline: Instant,
-    ) -> Result<Vec<StoppedTask>> {
+        events: &dyn Events,
+    ) -> Result<()> {
         let mut fresh = Freezer::holding(pid)?;
         fresh.retain(|freezer| !self.thawed.contains(freezer));
         if fresh.is_empty() {
-            return Ok(Vec::new());
+            return Ok(());
         }
         self.keepers
             .push(Freezer::keep(fresh.iter().map(|f| (f, true)))?);
         self.thawed.extend(fresh.iter().cloned());
-        seize_and_thaw(&fresh, tracer, deadline)
+        seize_and_thaw(&fresh, tracer, held, deadline, events)
     }
 
     /// Freezes it all again, to be done before its tasks are let go. Waits for nothing.
@@ -75,10 +81,16 @@ impl Drop for Ice {
 
 /// Freezes a cgroup, seizes all that is in it, and thaws it: nothing in it can make
 /// new tasks meanwhile. One that is frozen already is left to [`Ice`].
-pub(crate) fn freeze(dir: &Path, tracer: &Tracer, deadline: Instant) -> Result<Vec<StoppedTask>> {
+pub(super) fn freeze(
+    dir: &Path,
+    tracer: &Tracer,
+    held: &mut BTreeMap<Tid, Held>,
+    deadline: Instant,
+    events: &dyn Events,
+) -> Result<()> {
     let freezer = Freezer::at(dir)?;
     if freezer.is_frozen() {
-        return Ok(Vec::new());
+        return Ok(());
     }
     let ours = |tid: &Tid| Path::new(&format!("/proc/self/task/{tid}")).exists();
     let parent = std::os::unix::process::parent_id();
@@ -101,7 +113,7 @@ pub(crate) fn freeze(dir: &Path, tracer: &Tracer, deadline: Instant) -> Result<V
         }
         std::thread::sleep(Duration::from_micros(100));
     }
-    let stopped = seize_and_thaw(&all, tracer, deadline);
+    let stopped = seize_and_thaw(&all, tracer, held, deadline, events);
     drop(thawed);
     drop(keeper);
     stopped
@@ -116,23 +128,29 @@ impl Drop for Thawed<'_> {
     }
 }
 
-fn seize_and_thaw(all: &[Freezer], tracer: &Tracer, deadline: Instant) -> Result<Vec<StoppedTask>> {
+/// A parent in vfork(2) is held up by its child: that runs on to its exec, when all is thawed.
+fn seize_and_thaw(
+    all: &[Freezer],
+    tracer: &Tracer,
+    held: &mut BTreeMap<Tid, Held>,
+    deadline: Instant,
+    events: &dyn Events,
+) -> Result<()> {
     let mut tids = BTreeSet::new();
     for freezer in all {
         tids.extend(freezer.tasks()?);
     }
+    // What has ended meanwhile belongs to nothing.
+    let of = |tid: &Tid| {
+        let status = ProcDir::open(Pid(tid.0))
+            .and_then(|dir| dir.status())
+            .ok()?;
+        Some((*tid, (Pid(status.tgid), BeforeStop::default())))
+    };
+    let before = tids.iter().filter_map(of).collect();
     let tids: Vec<Tid> = tids.into_iter().collect();
-    let mut stopping = Stopping::default();
-    let mut done = Vec::new();
-    tracer
-        .begin_stop(&tids, OPTIONS, &mut stopping, &mut done)
-        .map_err(|e| e.context("a task of a frozen cgroup cannot be seized"))?;
-    for freezer in all {
-        freezer.set(false)?;
-    }
-    tracer.await_stops(&mut stopping, deadline, &mut done)?;
-    match stopping.tids().next() {
-        None => Ok(done),
-        Some(tid) => Err(tracer::not_stopped(tid)).on_task(tid.0),
-    }
+    let thaw = || all.iter().try_for_each(|freezer| freezer.set(false));
+    stop_all(tracer, &tids, before, held, deadline, events, thaw)
+        .map(drop)
+        .map_err(|e| e.context("the tasks of a frozen cgroup cannot be stopped"))
 }
