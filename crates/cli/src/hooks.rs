@@ -11,7 +11,6 @@ use std::time::{Duration, Instant};
 
 use freezeframe::{Error, Kind, Result, Step};
 use freezeframe_error::SysExt;
-use freezeframe_sys::process::with_all_signals;
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 
@@ -93,8 +92,8 @@ impl Hooks {
         if let Some(root) = root {
             command.env("CRTOOLS_INIT_PID", root.to_string());
         }
-        // We block signals of which it knows nothing. A group of its own: what it has started ends with it.
-        let child = with_all_signals(command.process_group(0)).spawn();
+        // A group of its own: what it has started ends with it.
+        let child = command.process_group(0).spawn();
         let mut child = child.sys("execve").map_err(about)?;
         let until = Instant::now() + LIMIT;
         loop {
