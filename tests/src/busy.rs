@@ -47,6 +47,11 @@ impl Busy {
         log.lines().count()
     }
 
+    /// How many bytes they have.
+    pub fn written(&self) -> u64 {
+        fs::metadata(self.scene.path("log")).map_or(0, |log| log.len())
+    }
+
     /// Waits for so many more.
     pub fn await_records(&self, more: usize) -> Result<(), String> {
         self.await_in_all(self.records() + more)

@@ -15,3 +15,4 @@ pub mod programs;
 pub mod run;
 pub mod snapshot;
 pub mod tool;
+pub mod watch;

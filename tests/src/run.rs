@@ -4,6 +4,7 @@ use crate::compare::differences;
 use crate::programs::{Expect, Program, os};
 use crate::snapshot::{Snapshot, children, running, state_of, threads, tree};
 use crate::tool::{self, Outcome, binary, freezeframe, freezeframe_with};
+use crate::watch;
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid};
 use nix::unistd::Pid;
@@ -161,21 +162,26 @@ fn in_scene(program: &Program, mode: Mode) -> Result<(), String> {
 /// Gives this thread and what it starts a /dev/pts of their own: a restore needs the numbers the terminals had, and other
 /// tests open terminals too.
 pub fn own_terminals() -> Result<(), String> {
+    own_mounts()?;
+    let options = Some("newinstance,ptmxmode=0666,mode=620");
+    nix::mount::mount(
+        Some("devpts"),
+        "/dev/pts",
+        Some("devpts"),
+        nix::mount::MsFlags::empty(),
+        options,
+    )
+    .map_err(|e| format!("mount of /dev/pts: {e}"))
+}
+
+/// Gives this thread and what it starts mounts of their own.
+pub fn own_mounts() -> Result<(), String> {
     use nix::mount::{MsFlags, mount};
     let none: Option<&str> = None;
     nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS)
         .map_err(|e| format!("unshare: {e}"))?;
     mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)
-        .map_err(|e| format!("private mounts: {e}"))?;
-    let options = Some("newinstance,ptmxmode=0666,mode=620");
-    mount(
-        Some("devpts"),
-        "/dev/pts",
-        Some("devpts"),
-        MsFlags::empty(),
-        options,
-    )
-    .map_err(|e| format!("mount of /dev/pts: {e}"))
+        .map_err(|e| format!("private mounts: {e}"))
 }
 
 /// Gives this thread and what it starts a network of their own, which has a loopback interface: a restore needs the
@@ -276,9 +282,11 @@ impl Scene {
     /// A new directory that any user may use. From here on this process adopts orphans, so that it sees everything that
     /// its programs leave behind, and restored trees become its own.
     pub fn new() -> Result<Self, String> {
+        // Before we adopt orphans: it is none of ours.
+        watch::begin()?;
         nix::sys::prctl::set_child_subreaper(true).map_err(|e| format!("subreaper: {e}"))?;
         let dir = tempfile::Builder::new()
-            .prefix("ff-")
+            .prefix(&watch::mark(std::process::id() as i32))
             .tempdir()
             .map_err(|e| e.to_string())?;
         fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o777))
@@ -298,6 +306,7 @@ impl Scene {
 
     /// Starts a command with nothing on its standard descriptors.
     pub fn start(&self, mut command: Command) -> Result<Target, String> {
+        command.env("FF_SCENE", self.dir.path());
         if let Some(path) = std::env::var_os("FF_TERMINAL") {
             let terminal = fs::OpenOptions::new()
                 .read(true)

@@ -1,21 +1,23 @@
-//! Blows at the calls that all of a tree, or others than it, depend on: all of it lives, or none.
+//! Blows at the calls that all of a tree, or others than it, depend on: all of it lives, or none; and at a test.
 
 use freezeframe_tests::harm::case::{self, Action, Dice, Fault};
 use freezeframe_tests::harm::strike::{Call, Whom};
-use freezeframe_tests::programs;
+use freezeframe_tests::run::{DEADLINE, program_binary};
+use freezeframe_tests::snapshot::state_of;
+use std::io::{BufRead, BufReader};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 type Done = Result<(), String>;
 
 fn strike(action: Action, faults: &[Fault]) -> Done {
-    let name = "tree::family";
-    let program = programs::all().find(|p| p.full_name() == name);
-    let program = program.ok_or(format!("no program {name}"))?;
     let (mut survived, mut failed) = (0, String::new());
     let mut tell = |fault: Fault, result: Done| match result {
         Ok(()) => survived += 1,
         Err(e) => failed += &format!("{}: {e}\n", fault.name()),
     };
-    case::run(&program, action, faults, &mut Dice(1), &mut tell)?;
+    let name = "tree::family";
+    case::run(name, action, faults, &mut Dice(1), &|| false, &mut tell)?;
     match failed.as_str() {
         "" if survived == faults.len() => Ok(()),
         "" => Err(format!("only {survived} of {} blows fell", faults.len())),
@@ -50,4 +52,36 @@ fn a_child_that_is_not_told() -> Done {
     let errors = [libc::ESRCH, libc::EIO];
     let faults = errors.map(|errno| Fault::ErrorAtCall(errno, Call::WhichChild));
     strike(Action::Restore, &faults)
+}
+
+/// Restored, it is a child of nobody then, and it has a session of its own.
+#[test]
+fn a_killed_test_leaves_no_target_behind() -> Done {
+    let mut test = Command::new(program_binary())
+        .args(["abandon", "tree::family"])
+        .stdout(Stdio::piped())
+        .spawn()
+        .map_err(|e| e.to_string())?;
+    let mut line = String::new();
+    let said = test.stdout.take().ok_or("no pipe")?;
+    let heard = BufReader::new(said).read_line(&mut line);
+    let prefix = format!("ff-{}-", test.id());
+    let killed = test.kill().and_then(|()| test.wait());
+    heard.and(killed).map_err(|e| e.to_string())?;
+    let pid: i32 = line.trim().parse().map_err(|e| format!("{line}: {e}"))?;
+    let begun = Instant::now();
+    let dirs = || {
+        let all = std::fs::read_dir(std::env::temp_dir())
+            .into_iter()
+            .flatten();
+        let names = all.filter_map(|e| e.ok()?.file_name().into_string().ok());
+        names.filter(|name| name.starts_with(&prefix)).count()
+    };
+    while !matches!(state_of(pid), None | Some('Z')) || dirs() > 0 {
+        if begun.elapsed() > DEADLINE {
+            return Err(format!("{pid} is still there: {:?}", state_of(pid)));
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    Ok(())
 }

@@ -3,9 +3,11 @@
 //! starts any other program the way the kit starts its own.
 //! `ff-program terminal PROGRAM ARGS...` starts it as the leader of a session on a new pseudo-terminal.
 //! `ff-program occupy PID FILE` holds a process of that id until FILE is there.
+//! `ff-program watch PID` waits for the end of a test and ends what it has left; `ff-program abandon FAMILY::NAME` starts a
+//! program as a test does, takes it through a dump and a restore, prints its PID and waits to be killed.
 //! `ff-program list` prints the table; `ff-program missing` what this machine lacks, and for which programs.
 
-use freezeframe_tests::programs;
+use freezeframe_tests::{programs, watch};
 
 fn main() {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -19,15 +21,24 @@ fn main() {
         }
         ["exec", rest @ ..] => programs::exec(rest),
         ["occupy", pid, file] => programs::occupy(pid, file),
+        ["watch", test] => ended(watch::watch(test)),
+        ["abandon", name] => ended(watch::abandon(name)),
         ["terminal", rest @ ..] => programs::in_terminal(rest),
         [name, dir] => programs::main(name, dir, false),
         [name, dir, "spoil"] => programs::main(name, dir, true),
         _ => {
             eprintln!(
                 "usage: ff-program FAMILY::NAME DIR [spoil] | exec PROGRAM ARGS... | terminal PROGRAM ARGS... |
-                 occupy PID FILE | list | missing"
+                 occupy PID FILE | watch PID | abandon FAMILY::NAME | list | missing"
             );
             std::process::exit(2);
         }
+    }
+}
+
+fn ended(result: Result<(), String>) {
+    if let Err(e) = result {
+        eprintln!("ff-program: {e}");
+        std::process::exit(1);
     }
 }

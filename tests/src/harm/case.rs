@@ -1,9 +1,10 @@
 //! One program and one action of the command, struck again and again; after each blow everything has to be as it was.
 
+use super::left::{Left, own_namespaces};
 use super::strike::{self, Blow, Call, Struck, When, Whom};
-use crate::programs::Program;
-use crate::run::{DEADLINE, Mode, Scene, Target, own_network, own_surroundings, rules};
-use crate::snapshot::{Snapshot, children, state_of};
+use super::subject::Subject;
+use crate::run::{DEADLINE, Scene, Target};
+use crate::snapshot::{children, state_of, threads};
 use nix::errno::Errno;
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
@@ -161,13 +162,12 @@ struct Measure {
     time: Duration,
 }
 
-/// A program under way, and what it was like before.
-struct Session<'a> {
-    scene: &'a Scene,
-    program: &'a Program,
+/// A program under way.
+struct Session {
+    subject: Subject,
     action: Action,
     target: Target,
-    before: Snapshot,
+    left: Left,
 }
 
 /// Blows for one run of a program, so that it checks itself often.
@@ -176,34 +176,35 @@ const A_SESSION: usize = 10;
 /// How often a blow is tried until one falls before the end.
 const TRIES: usize = 8;
 
-/// Strikes with all of the faults in turn. Says of each whether it was survived.
+/// Strikes with all of the faults in turn, until it is `over`. Says of each whether it was survived.
 pub fn run(
-    program: &Program,
+    program: &str,
     action: Action,
     faults: &[Fault],
     dice: &mut Dice,
+    over: &dyn Fn() -> bool,
     mut tell: impl FnMut(Fault, Result<(), String>),
 ) -> Result<(), String> {
-    // Rules of others would be taken for ours.
-    own_network()?;
-    own_surroundings(program)?;
+    // What others have there would be taken for ours.
+    own_namespaces()?;
     let mut measure = None;
     for (round, part) in faults.chunks(A_SESSION).enumerate() {
-        let scene = Scene::new()?;
-        let (_, target, before) = scene.start_program(&program.full_name())?;
+        if over() {
+            break;
+        }
+        let (subject, target) = Subject::start(program)?;
         let mut session = Session {
-            scene: &scene,
-            program,
+            left: Left::look()?,
+            subject,
             action,
             target,
-            before,
         };
         let measure = match measure {
             Some(known) => known,
             None => *measure.insert(session.measure()?),
         };
         let mut harmed = false;
-        for (n, &fault) in part.iter().enumerate() {
+        for (n, &fault) in part.iter().enumerate().take_while(|_| !over()) {
             let place = (round * A_SESSION + n) as u64;
             let place = (place, faults.len() as u64);
             // One that falls behind the end is none.
@@ -220,17 +221,19 @@ pub fn run(
             }
         }
         if !harmed {
-            scene.await_alone(&session.target)?;
-            let Session { target, before, .. } = session;
-            scene
-                .finish(target, program, &before, Mode::Running)
-                .map_err(|e| format!("at the end of {} blows: {e}", part.len()))?;
+            session.scene().await_alone(&session.target)?;
+            let ended = session.subject.finish(session.target);
+            ended.map_err(|e| format!("at the end of {} blows: {e}", part.len()))?;
         }
     }
     Ok(())
 }
 
-impl Session<'_> {
+impl Session {
+    fn scene(&self) -> &Scene {
+        self.subject.scene()
+    }
+
     fn words<'w>(&self, dir: &'w str, pid: &'w str) -> Vec<&'w str> {
         let mut words = match self.action {
             Action::Restore => vec!["restore", "-D", dir, "-d"],
@@ -241,16 +244,16 @@ impl Session<'_> {
             Action::Live => words.push("--live"),
             Action::Dump => {}
             Action::Restore => {
-                words.extend(self.program.restore_args);
+                words.extend(self.subject.restore_args());
                 return words;
             }
         }
-        words.extend(self.program.dump_args);
+        words.extend(self.subject.dump_args());
         words
     }
 
     fn act(&self, when: When, blow: Blow) -> Result<Struck, String> {
-        let dir = self.scene.path("img");
+        let dir = self.scene().path("img");
         fs::create_dir_all(&dir).map_err(|e| e.to_string())?;
         let (dir, pid) = (dir.to_string_lossy(), self.target.pid.to_string());
         strike::run(&self.words(&dir, &pid), when, blow)
@@ -260,7 +263,7 @@ impl Session<'_> {
     fn prepare(&mut self) -> Result<(), String> {
         if self.action == Action::Dump {
             // So that an image there is this dump's.
-            let _ = fs::remove_dir_all(self.scene.path("img"));
+            let _ = fs::remove_dir_all(self.scene().path("img"));
         }
         if self.action == Action::Restore {
             self.dump_whole()?;
@@ -269,15 +272,22 @@ impl Session<'_> {
     }
 
     fn dump_whole(&self) -> Result<(), String> {
-        self.scene
-            .dump(self.program, &self.target, "img", &[])?
-            .must_exit(0)?;
-        self.scene.await_gone(&self.before, DEADLINE)
+        let args = self.subject.dump_args();
+        let dumped = self.scene().dump_pid(self.target.pid, "img", args)?;
+        dumped.must_exit(0)?;
+        self.gone()
     }
 
     fn restore_whole(&mut self) -> Result<(), String> {
-        self.target = self.scene.restore(self.program, &self.target, "img")?;
+        let args = self.subject.restore_args();
+        self.target = self.scene().restore_pid(self.target.pid, "img", args)?.0;
         Ok(())
+    }
+
+    /// All of the tree goes, those who are not known by name too.
+    fn gone(&self) -> Result<(), String> {
+        self.scene().await_gone(&self.subject.before, DEADLINE)?;
+        self.scene().await_alone(&self.target)
     }
 
     fn measure(&mut self) -> Result<Measure, String> {
@@ -292,7 +302,7 @@ impl Session<'_> {
                 return Err(format!("without any blow: {}", struck.outcome.told()));
             }
             if self.action == Action::Dump {
-                self.scene.await_gone(&self.before, DEADLINE)?;
+                self.gone()?;
                 self.restore_whole()?;
             }
             Ok(struck)
@@ -331,9 +341,8 @@ impl Session<'_> {
         };
         let struck = self.act(when, fault.blow())?;
         let said = format!(
-            "{} {}, {} ({when:?} of {measure:?})",
+            "{}, {} ({when:?} of {measure:?})",
             self.action.name(),
-            self.program.full_name(),
             struck.place.as_deref().unwrap_or("after its end"),
         );
         let told = |e: String| format!("{said}: {e}\n{}", struck.outcome.told());
@@ -356,16 +365,10 @@ impl Session<'_> {
 
     /// The tree runs on as it was, with nothing beside it.
     fn unharmed(&self) -> Result<(), String> {
-        self.scene.await_alone(&self.target)?;
-        let settled = self
-            .scene
-            .settled_differences(self.target, self.program, &self.before);
-        self.is_there_with(settled)?;
-        // Those of an image whose tree is dead stay until its restore.
-        match rules()?.as_slice() {
-            [] => Ok(()),
-            rules => Err(format!("rules left behind: {rules:?}")),
-        }
+        self.scene().await_alone(&self.target)?;
+        self.is_there_with(self.subject.settled_differences(self.target))?;
+        // What an image needs whose tree is dead stays until its restore.
+        self.left.nothing(self.scene())
     }
 
     fn after_leaving(&mut self) -> Result<(), String> {
@@ -384,10 +387,10 @@ impl Session<'_> {
 
     /// Whether there is an image; a broken one is a finding.
     fn image(&self) -> Result<bool, String> {
-        if !self.scene.path("img/freezeframe.img").exists() {
+        if !self.scene().path("img/freezeframe.img").exists() {
             return Ok(false);
         }
-        self.scene
+        self.scene()
             .verify("img")
             .map_err(|e| format!("the image: {e}"))?;
         Ok(true)
@@ -395,7 +398,7 @@ impl Session<'_> {
 
     /// Nothing is left of runs that were struck.
     fn only_this_image(&self) -> Result<(), String> {
-        let names = fs::read_dir(self.scene.path("img")).map_err(|e| e.to_string())?;
+        let names = fs::read_dir(self.scene().path("img")).map_err(|e| e.to_string())?;
         let names: Vec<String> = names
             .filter_map(|e| Some(e.ok()?.file_name().to_string_lossy().into_owned()))
             .collect();
@@ -413,9 +416,11 @@ impl Session<'_> {
     }
 
     fn alive(&self) -> Vec<i32> {
-        let there = |pid: &i32| !matches!(state_of(*pid), None | Some('Z'));
-        let pids = self.before.pids.iter();
-        pids.copied().filter(there).collect()
+        // The first thread of a process in which another calls exec is dead for a moment.
+        let there = |tid: i32| !matches!(state_of(tid), None | Some('Z'));
+        let pids = self.subject.before.pids.iter().copied();
+        pids.filter(|pid| threads(*pid).into_iter().any(there))
+            .collect()
     }
 
     fn after_dump(&mut self) -> Result<(), String> {
@@ -428,7 +433,7 @@ impl Session<'_> {
             }
             Err(e) if !complete => return Err(e),
             // There is always one of the two.
-            Err(_) => self.scene.await_gone(&self.before, DEADLINE)?,
+            Err(_) => self.gone()?,
         }
         self.restore_whole()?;
         self.unharmed().map_err(|e| format!("restored: {e}"))
@@ -436,24 +441,21 @@ impl Session<'_> {
 
     fn after_restore(&mut self) -> Result<(), String> {
         if self.all_or_nothing()?.is_err() {
-            self.scene.await_gone(&self.before, DEADLINE)?;
-            self.scene.await_alone(&self.target)?;
+            self.gone()?;
             self.restore_whole().map_err(|e| format!("the next: {e}"))?;
         }
         self.unharmed()
     }
 
     /// Waits until it is over, or all of the tree goes: an error of which what is missed is told.
-    fn all_or_nothing(&mut self) -> Result<Result<(), String>, String> {
+    fn all_or_nothing(&self) -> Result<Result<(), String>, String> {
         let mut is = Ok(());
-        let settled = self.scene.await_that(
+        self.subject.look_anew();
+        let settled = self.scene().await_that(
             "all or nothing of the tree",
             || {
                 reap_but(self.target.pid);
-                let now = self
-                    .scene
-                    .differences(self.target, self.program, &self.before);
-                is = self.is_there_with(now);
+                is = self.is_there_with(self.subject.differences(self.target));
                 Ok(is.is_ok() || self.alive().is_empty())
             },
             None,

@@ -3,9 +3,10 @@
 
 pub mod case;
 pub mod disk;
+mod left;
 pub mod strike;
+mod subject;
 
-use crate::programs::{self, Program};
 use case::{Action, Dice, Fault};
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader};
@@ -13,7 +14,8 @@ use std::process::{Command, Stdio};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-/// Programs that stand for the kinds: every way to wait, every family. Not among them is what a kill is known to harm
+/// Programs that stand for the kinds: every way to wait, every family; and programs that make processes and threads, and
+/// exec, all the time. Not among them is what a kill is known to harm
 /// (ARCHITECTURE.md): what waits in a terminal; a task stopped by job control, which a kill may leave inside the stub
 /// until it is continued; and epoll_wait(2) and its like (`process::timeouts` has them all), which a kill within some
 /// microseconds of the stop, or longer on a busy machine, ends with EINTR.
@@ -49,6 +51,12 @@ const PROGRAMS: &[&str] = &[
     "aio::unread",
     "credentials::plain_user",
     "credentials::seccomp_filter",
+    "busy::spawn",
+    "busy::chain",
+    "busy::fork",
+    "busy::thread",
+    "busy::exec",
+    "busy::leap",
 ];
 
 /// How much is done.
@@ -104,10 +112,6 @@ const CLASSES: &[Class] = &[
     ("pause", Fault::paused),
 ];
 
-fn program(name: &str) -> Option<Program> {
-    programs::all().find(|p| p.full_name() == name)
-}
-
 /// What was survived, and what was not.
 #[derive(Debug, Default)]
 pub struct Tally {
@@ -131,7 +135,8 @@ pub fn run(size: Size, filter: &[&str], seed: u64, most: Duration) -> Result<Tal
                     let Some(job) = jobs.lock().ok().and_then(|mut jobs| jobs.pop()) else {
                         return;
                     };
-                    let result = in_a_worker(&job, seed, &tally);
+                    let left = most.saturating_sub(begun.elapsed());
+                    let result = in_a_worker(&job, seed, left, &tally);
                     if let (Err(e), Ok(mut tally)) = (result, tally.lock()) {
                         eprintln!("FINDING {job:?}: {e}");
                         tally.findings.push(format!("{job:?}: {e}"));
@@ -150,7 +155,7 @@ fn jobs(size: Size, filter: &[&str]) -> Vec<Job> {
     let names: Vec<&'static str> = PROGRAMS
         .iter()
         .copied()
-        .filter(|name| program(name).is_some_and(|p| p.lacks().is_empty()))
+        .filter(|name| subject::is_here(name))
         .filter(|name| filter.is_empty() || filter.iter().any(|f| name.contains(f)))
         .collect();
     let mut jobs = Vec::new();
@@ -185,12 +190,15 @@ fn jobs(size: Size, filter: &[&str]) -> Vec<Job> {
 }
 
 /// Each job in a process of its own: it adopts and reaps all below it, and has namespaces of its own.
-fn in_a_worker(job: &Job, seed: u64, tally: &Mutex<Tally>) -> Result<(), String> {
+fn in_a_worker(job: &Job, seed: u64, left: Duration, tally: &Mutex<Tally>) -> Result<(), String> {
     let exe = std::env::current_exe().map_err(|e| e.to_string())?;
-    let numbers = [job.action as u64, job.from, job.count as u64, seed].map(|n| n.to_string());
+    let files = tempfile::tempdir().map_err(|e| e.to_string())?;
+    let (action, count) = (job.action as u64, job.count as u64);
+    let numbers = [action, job.from, count, seed, left.as_secs()].map(|n| n.to_string());
     let mut child = Command::new(exe)
         .args(["worker", job.program, job.class])
         .args(numbers)
+        .envs(["TMPDIR", left::OWN_FILES].map(|name| (name, files.path())))
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .spawn()
@@ -224,7 +232,7 @@ fn in_a_worker(job: &Job, seed: u64, tally: &Mutex<Tally>) -> Result<(), String>
 /// Does one job and writes a line for each blow.
 pub fn worker(words: &[&str]) -> Result<(), String> {
     let [name, class, numbers @ ..] = words else {
-        return Err("worker PROGRAM CLASS ACTION FROM COUNT SEED".to_owned());
+        return Err("worker PROGRAM CLASS ACTION FROM COUNT SEED SECONDS".to_owned());
     };
     let number = |i: usize| -> Result<u64, String> {
         let word: &&str = numbers.get(i).ok_or("a number is missing")?;
@@ -232,12 +240,13 @@ pub fn worker(words: &[&str]) -> Result<(), String> {
     };
     let (action, from, count, seed) = (number(0)?, number(1)?, number(2)?, number(3)?);
     let action = Action::ALL[action as usize % Action::ALL.len()];
-    let program = program(name).ok_or(format!("no program {name}"))?;
     let make = CLASSES.iter().find(|(known, _)| known == class);
     let make = make.ok_or(format!("no class {class}"))?.1;
     let faults: Vec<Fault> = (from..from + count).map(make).collect();
     let mut dice = Dice(seed ^ (from << 8) ^ (action as u64) << 40);
-    case::run(&program, action, &faults, &mut dice, |fault, result| {
+    let (begun, most) = (Instant::now(), Duration::from_secs(number(4)?));
+    let over = || begun.elapsed() > most;
+    case::run(name, action, &faults, &mut dice, &over, |fault, result| {
         let n = (from..from + count).find(|n| make(*n) == fault);
         match (result, n) {
             (Ok(()), Some(n)) => println!("survived {n}"),
@@ -253,10 +262,12 @@ impl Tally {
         let mut text = format!(
             "# Faults tried and survived\n\n\
              Written by `{made_by}` (tests/src/harm), in {} s. Each blow falls on a run of the command with a \
-             self-checking program of the test kit as its target. After each: the tree is as it was (registers, masks, \
-             memory, descriptors, mappings, children, stop state, as /proc shows them), or, of a dump that kills and a \
-             restore, there is always one of the two, whole; no process, packet filter rule or file is left but those \
-             that the next run removes; that next run works; and in the end the program finds all of its state.\n\n\
+             self-checking program of the test kit as its target, or on one that makes processes or threads, or calls exec, \
+             all the time (busy::). After each: the tree is as it was (registers, masks, \
+             memory, descriptors, mappings, children, stop state, as /proc shows them; a busy one goes on, untraced), or, of a dump that kills and a \
+             restore, there is always one of the two, whole; no process, mount, cgroup, message queue, packet filter rule or \
+             temporary file is left, and in the directory of the image none but those that the next run removes; that \
+             next run works; and in the end the program finds all of its state, a busy one each of its records once.\n\n\
              | Fault | {} |\n|---|{}\n",
             self.took.as_secs(),
             Action::ALL.map(Action::name).join(" | "),

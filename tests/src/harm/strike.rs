@@ -344,7 +344,9 @@ impl<'w> Chase<'w> {
         while self.is_running() {
             self.reap(WaitPidFlag::WNOHANG)?;
             if begun.elapsed() > DEADLINE {
-                return Err(format!("not over {DEADLINE:?} later"));
+                let all = [Some(self.visible), self.engine];
+                let states: Vec<String> = all.into_iter().flatten().map(stands).collect();
+                return Err(format!("not over {DEADLINE:?} later: {states:?}"));
             }
             std::thread::sleep(Duration::from_micros(200));
         }
@@ -571,6 +573,20 @@ fn engine_of(visible: Pid) -> Option<Pid> {
         .into_iter()
         .find(|pid| exe(*pid).as_ref() == Some(&ours))
         .map(Pid::from_raw)
+}
+
+/// Where each of its threads waits.
+fn stands(pid: Pid) -> String {
+    let of = |tid: i32| {
+        let read = |what| fs::read_to_string(format!("/proc/{pid}/task/{tid}/{what}"));
+        let words = ["comm", "wchan", "syscall"].map(|what| read(what).unwrap_or_default());
+        format!("{tid} {:?} {words:?}", crate::snapshot::state_of(tid))
+    };
+    let all: Vec<String> = crate::snapshot::threads(pid.as_raw())
+        .into_iter()
+        .map(of)
+        .collect();
+    all.join("; ")
 }
 
 fn name_of(nr: i64) -> String {

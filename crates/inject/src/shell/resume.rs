@@ -142,8 +142,11 @@ impl Shells<'_> {
         // the keeper has gone.
         let alive = (0..self.processes.len()).filter(|&p| !self.is_empty(p));
         let keeper = keeper::all_or_none(alive.map(|p| self.processes[p].pidfd.as_fd()));
+        // Children first: if we die meanwhile, who lives on until the keeper has killed it does not
+        // see a child of its own dead.
         let mut let_live = finals
             .iter()
+            .rev()
             .map(|f| ptrace::set_options(self.tid(f.task), Options::NONE));
         if let Err(e) = let_live.try_for_each(|done| done) {
             // As long as it is kept together: some would outlive us.
