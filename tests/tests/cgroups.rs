@@ -6,6 +6,9 @@
     reason = "a test that cannot set itself up has to fail on the spot"
 )]
 
+#[path = "cgroups/managed.rs"]
+mod managed;
+
 use freezeframe::{Dump, Events, Kind, Level, Phase, Step};
 use freezeframe_tests::busy::Busy;
 use freezeframe_tests::cgroup::{Cgroup, Version, versions};

@@ -53,9 +53,18 @@ const ROWS: &[Row] = &[
     row("pycriu 3.17.1", "dump, restore by the service", || {
         pycriu_both(true)
     }),
-    row("runc 1.1.5", "checkpoint", runc::checkpoint),
+    row(
+        "runc 1.1.5",
+        "checkpoint --leave-running, checkpoint, restore of a container without namespaces",
+        runc::both,
+    ),
+    row(
+        "runc 1.1.5",
+        "checkpoint of a whole container",
+        runc::checkpoint,
+    ),
     row("runc 1.1.5", "checkpoint --pre-dump", runc::pre_dump),
-    row("runc 1.1.5", "restore", runc::restore),
+    row("crun 1.8.1", "checkpoint", crun_checkpoint),
 ];
 
 fn main() {
@@ -306,4 +315,20 @@ fn pycriu_both(service: bool) -> Result<Done, String> {
             pid
         },
     )
+}
+
+/// Debian builds it without.
+fn crun_checkpoint() -> Result<Done, String> {
+    needs("/usr/bin/crun", "crun")?;
+    let stage = Stage::new()?;
+    let begun = Instant::now();
+    let mut command = Command::new("/usr/bin/crun");
+    let words = ["--root", &stage.scene.dir_text(), "checkpoint", "none"].map(str::to_owned);
+    command.args(&words);
+    let outcome = tool::run(command, words.to_vec(), DEADLINE)?.must_exit(1)?;
+    let reason = "unknown command checkpoint";
+    match (outcome.stdout.clone() + &outcome.stderr).contains(reason) {
+        true => answered(format!("not in Debian's crun: {reason}"), begun),
+        false => Err(outcome.told()),
+    }
 }

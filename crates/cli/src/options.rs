@@ -169,6 +169,13 @@ pub(crate) static OPTIONS: &[Opt] = &[
         .only(&["nftables", "iptables", "skip"]),
     opt("require-plugins", "If a plugin for devices (cuda-checkpoint, where it is found on PATH) fails, so does the dump or restore; else that is a warning")
         .on(MAIN),
+    opt("manage-cgroups", "Carry the cgroups that the tree is in. At the restore: ignore; none (they have to be there), props (they have to be there, and get their settings), soft (default: those that are missing are made, with their settings), full (all get their settings), strict (they must not be there)")
+        .maybe("MODE")
+        .on(BOTH),
+    opt("cgroup-root", "At the restore, the cgroup DIR stands for that of the tree's root, in the hierarchy of controller CTRL, or in all that are not named")
+        .takes("[CTRL:]DIR")
+        .on(BOTH)
+        .repeats(),
     opt("display-stats", "Print counts and times at the end").on(BOTH),
     opt("close", "Close our descriptor FD first").takes("FD").on(RUNS).repeats(),
     opt("log-pid", "A log for each process").on(&[Restore]).moot("one process does all the work of a restore, so there is one log"),
@@ -194,8 +201,6 @@ pub(crate) static OPTIONS: &[Opt] = &[
     opt("force-irmap", "Find the names of inotify watches by search").on(DUMPS).not_yet(),
     opt("irmap-scan-path", "Where to search for them").takes("DIR").on(DUMPS).repeats().not_yet(),
     opt("freeze-cgroup", "Freeze this cgroup while all in it is seized").takes("DIR").on(DUMPS),
-    opt("manage-cgroups", "Carry cgroups").maybe("MODE").on(BOTH).only(&["ignore"]),
-    opt("cgroup-root", "Another root of the cgroups").takes("[CTRL:]DIR").on(BOTH).repeats().not_yet(),
     opt("cgroup-props", "Properties of controllers").takes("SPEC").on(BOTH).not_yet(),
     opt("cgroup-props-file", "Properties of controllers, from a file").takes("FILE").on(BOTH).not_yet(),
     opt("cgroup-dump-controller", "Dump only this controller").takes("NAME").on(DUMPS).repeats().not_yet(),

@@ -125,8 +125,12 @@ fn what_is_not_carried_is_refused_by_name() {
             "--track-mem, --page-server are not carried yet",
         ),
         (
-            "dump -t 1 -D /nowhere --manage-cgroups=soft",
-            "--manage-cgroups=soft is not carried yet",
+            "dump -t 1 -D /nowhere --manage-cgroups=hard",
+            "--manage-cgroups=hard: not one of ignore, none, props, soft, full, strict",
+        ),
+        (
+            "restore -D /nowhere --cgroup-root memory:x",
+            "--cgroup-root memory:x: not [CTRL:]/DIR",
         ),
         (
             "dump -t 1 -D /nowhere --external dev[8/1]:y",

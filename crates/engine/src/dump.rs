@@ -464,6 +464,9 @@ fn gather(
     for kind in own {
         kind.dump(&mut cx, &mut blockers).in_phase(Phase::Collect)?;
     }
+    for kind in registry::PLACES {
+        kind.dump(&mut cx, &mut blockers).in_phase(Phase::Collect)?;
+    }
     if events.cancelled() {
         return Err(freeze::cancelled());
     }

@@ -14,8 +14,8 @@ use crate::cancel::{Cancel, Cancellable};
 use crate::{DEFAULT_DEADLINE, SharedEvents, thread};
 use freezeframe_engine::dump::{After, DumpReport, DumpRequest, run};
 use freezeframe_engine::events::NoEvents;
-use freezeframe_kinds::DumpOptions;
 use freezeframe_kinds::plugin::Plugin;
+use freezeframe_kinds::{CgroupMode, DumpOptions};
 use freezeframe_pages::{Compression, PageOptions};
 
 /// A dump of the process tree under one process: set up, then [`run`](Dump::run).
@@ -161,6 +161,12 @@ impl Dump {
     /// Carry established TCP connections as closed: their peers learn of the end.
     pub fn tcp_close(mut self, yes: bool) -> Dump {
         self.request.options.tcp_close = yes;
+        self
+    }
+
+    /// Carry the cgroups that the tree is in: any mode but [`CgroupMode::Ignore`] means so.
+    pub fn manage_cgroups(mut self, mode: CgroupMode) -> Dump {
+        self.request.options.cgroups = mode;
         self
     }
 

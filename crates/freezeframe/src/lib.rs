@@ -99,6 +99,7 @@ pub use freezeframe_engine::dump::DumpReport;
 pub use freezeframe_engine::events::{Events, Level, NoEvents, Step};
 pub use freezeframe_engine::restore::RestoreReport;
 pub use freezeframe_error::{Error, Kind, Phase, Result, Target};
+pub use freezeframe_kinds::CgroupMode;
 pub use freezeframe_kinds::plugin::{DeviceFile, DeviceMapping, Plugin, PluginTree};
 pub use freezeframe_pages::Compression;
 #[cfg(feature = "async")]

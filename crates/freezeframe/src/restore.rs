@@ -18,8 +18,8 @@ use crate::cancel::{Cancel, Cancellable};
 use crate::{DEFAULT_DEADLINE, SharedEvents, thread};
 use freezeframe_engine::events::NoEvents;
 use freezeframe_engine::restore::{RestoreReport, RestoreRequest, run};
-use freezeframe_kinds::RestoreOptions;
 use freezeframe_kinds::plugin::Plugin;
+use freezeframe_kinds::{CgroupMode, CgroupRoot, RestoreOptions};
 
 /// A restore of the process tree in an image: set up, then [`run`](Restore::run).
 #[must_use = "nothing happens before run()"]
@@ -93,6 +93,24 @@ impl Restore {
     /// Take the file locks and leases of the image again. Must be as it was at the dump.
     pub fn file_locks(mut self, yes: bool) -> Restore {
         self.request.options.file_locks = yes;
+        self
+    }
+
+    /// What becomes of the image's cgroups (cgroups(7)): unless said otherwise nothing, and the tree
+    /// is where the caller is. Those that are made are removed again if the restore fails.
+    pub fn manage_cgroups(mut self, mode: CgroupMode) -> Restore {
+        self.request.options.cgroups = mode;
+        self
+    }
+
+    /// At the restore, the cgroup `path` (below the root of its hierarchy, as /proc/PID/cgroup has
+    /// it) stands for that of the tree's root, and those below it go with it: in the hierarchy of
+    /// this controller (`memory`, `name=systemd`; empty: of version 2), or in all that are not named.
+    pub fn cgroup_root(mut self, controller: Option<&str>, path: impl Into<PathBuf>) -> Restore {
+        let controller = controller.map(str::to_owned);
+        let path = path.into();
+        let root = CgroupRoot { controller, path };
+        self.request.options.cgroup_roots.push(root);
         self
     }
 

@@ -8,6 +8,7 @@ mod restore;
 use std::collections::HashMap;
 use std::os::fd::{AsRawFd, RawFd};
 
+use crate::cgroups::{CgroupMode, CgroupRoot};
 pub use crate::mem::sysv_shm::Segments;
 use crate::plugin::Plugins;
 
@@ -26,6 +27,8 @@ pub struct DumpOptions {
     pub external: Vec<String>,
     /// Accept file locks.
     pub file_locks: bool,
+    /// Whether cgroups are carried: all but [`CgroupMode::Ignore`] mean yes.
+    pub cgroups: CgroupMode,
     /// Largest ghost file (unlinked, contents carried) in bytes.
     pub ghost_limit: u64,
     /// Link unlinked files that have other names.
@@ -61,6 +64,10 @@ pub struct RestoreOptions {
     pub inherit: HashMap<String, RawFd>,
     /// Accept file locks.
     pub file_locks: bool,
+    /// What becomes of the image's cgroups.
+    pub cgroups: CgroupMode,
+    /// Others for those of the tree's root.
+    pub cgroup_roots: Vec<CgroupRoot>,
     /// Restore established TCP connections.
     pub tcp_established: bool,
     /// Restore them as closed.

@@ -11,6 +11,7 @@
 
 pub mod about;
 pub mod bytes;
+pub mod cgroups;
 pub mod cx;
 pub mod file;
 pub mod mem;
@@ -21,5 +22,6 @@ pub mod registry;
 pub mod task;
 
 pub use about::{About, Family, show};
+pub use cgroups::{CgroupMode, CgroupRoot};
 pub use cx::*;
 pub use model::{FileId, ObjectId};

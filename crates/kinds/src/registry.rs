@@ -4,9 +4,10 @@ use freezeframe_image::{RawRecord, Tag};
 
 use crate::about::{About, Family};
 use crate::cx::{
-    AsksOn, BeforeTree, FileKind, Linked, LookedAtLast, MemKind, NsKind, Settles, Talking, TaskKind,
+    AsksOn, BeforeTree, FileKind, Linked, LookedAtLast, MemKind, NsKind, PlaceKind, Settles,
+    Talking, TaskKind,
 };
-use crate::{file, mem, namespace, task};
+use crate::{cgroups, file, mem, namespace, task};
 
 /// What a descriptor can refer to. The first that claims a file has it.
 pub static FILES: &[&dyn FileKind] = &[
@@ -118,6 +119,9 @@ pub static SETTLING: &[&dyn Settles] = &[&task::aio::Aio];
 /// Namespaces that a tree may have to itself.
 pub static NAMESPACES: &[&dyn NsKind] = &[&namespace::ipc::Ipc];
 
+/// What tasks are in that is not of the tree.
+pub static PLACES: &[&dyn PlaceKind] = &[&cgroups::Cgroups];
+
 /// The file kind with this tag.
 pub fn file(tag: Tag) -> Option<&'static dyn FileKind> {
     FILES.iter().copied().find(|k| k.about().tag == tag)
@@ -139,7 +143,8 @@ pub fn all() -> impl Iterator<Item = (Family, &'static About)> {
     let memory = MEMORY.iter().map(|k| (Family::Memory, k.about()));
     let tasks = TASKS.iter().map(|k| (Family::Task, k.about()));
     let spaces = NAMESPACES.iter().map(|k| (Family::Namespace, k.about()));
-    files.chain(memory).chain(tasks).chain(spaces)
+    let places = PLACES.iter().map(|k| (Family::Task, k.about()));
+    files.chain(memory).chain(tasks).chain(places).chain(spaces)
 }
 
 /// What a record's kind says of itself.

@@ -12,7 +12,7 @@ use freezeframe_error::{Error, Kind, Result, SysExt};
 
 use crate::ids::{Pid, Tid};
 use crate::keeper::{Deed, Keeper};
-use crate::proc::{Mount, ProcDir};
+use crate::proc::{Cgroup, Mount, ProcDir};
 
 /// Version 1 or 2.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -82,8 +82,7 @@ impl Freezer {
                 _ if cgroup.controllers.iter().any(|c| c == "freezer") => Version::V1,
                 _ => continue,
             };
-            let mut here = mounts.iter().filter_map(|m| seen(m, version, &cgroup.path));
-            let Some((top, own)) = here.find(|(_, own)| own.exists()) else {
+            let Some((top, own)) = seen(&mounts, &cgroup) else {
                 continue;
             };
             let up = own.ancestors().take_while(|dir| dir.starts_with(&top));
@@ -193,18 +192,25 @@ impl Freezer {
     }
 }
 
-/// Where a cgroup of this path (as /proc/PID/cgroup has it) is seen by a mount,
-/// and where that mount is.
-fn seen(mount: &Mount, version: Version, path: &[u8]) -> Option<(PathBuf, PathBuf)> {
-    let fits = match version {
-        Version::V1 => {
+/// Where a cgroup, said as a line of /proc/PID/cgroup says it, is seen by one of our mounts, and
+/// where that mount is. None if it is not there.
+pub fn seen(mounts: &[Mount], cgroup: &Cgroup) -> Option<(PathBuf, PathBuf)> {
+    let mut here = mounts.iter().filter_map(|m| place(m, cgroup));
+    here.find(|(_, own)| own.exists())
+}
+
+/// The same, of one mount, whether it is there or not.
+pub fn place(mount: &Mount, cgroup: &Cgroup) -> Option<(PathBuf, PathBuf)> {
+    let fits = match cgroup.hierarchy {
+        0 => mount.fs_type == b"cgroup2",
+        _ => {
             let mut options = mount.super_options.split(|b| *b == b',');
-            mount.fs_type == b"cgroup" && options.any(|o| o == b"freezer")
+            let first = cgroup.controllers.first()?;
+            mount.fs_type == b"cgroup" && options.any(|o| o == first.as_bytes())
         }
-        Version::V2 => mount.fs_type == b"cgroup2",
     };
     let root = mount.root.strip_suffix(b"/").unwrap_or(&mount.root);
-    let below = path.strip_prefix(root).filter(|_| fits)?;
+    let below = cgroup.path.strip_prefix(root).filter(|_| fits)?;
     let below = match below {
         [] => below,
         [b'/', rest @ ..] => rest,
@@ -245,16 +251,24 @@ mod tests {
     #[test]
     fn cgroups_are_found_where_they_are_mounted() {
         let top = Path::new("/sys/somewhere");
-        let of = |m: &Mount, version, path: &str| Some(seen(m, version, path.as_bytes())?.1);
-        let v1 = mount("cgroup", "/", top, "rw,freezer");
-        assert_eq!(of(&v1, Version::V1, "/a/b"), Some(top.join("a/b")));
-        assert_eq!(of(&v1, Version::V1, "/"), Some(top.join("")));
-        assert_eq!(of(&v1, Version::V2, "/a/b"), None);
-        assert_eq!(of(&v1, Version::V1, "/../x"), None);
+        let of = |m: &Mount, controllers: &[&str], path: &str| {
+            let cgroup = Cgroup {
+                hierarchy: controllers.len() as u32,
+                controllers: controllers.iter().map(|c| (*c).to_owned()).collect(),
+                path: path.into(),
+            };
+            Some(place(m, &cgroup)?.1)
+        };
+        let (v1, v2) = (["freezer"], []);
+        let frozen = mount("cgroup", "/", top, "rw,freezer");
+        assert_eq!(of(&frozen, &v1, "/a/b"), Some(top.join("a/b")));
+        assert_eq!(of(&frozen, &v1, "/"), Some(top.join("")));
+        assert_eq!(of(&frozen, &v2, "/a/b"), None);
+        assert_eq!(of(&frozen, &v1, "/../x"), None);
         let other = mount("cgroup", "/", top, "rw,memory");
-        assert_eq!(of(&other, Version::V1, "/a/b"), None);
+        assert_eq!(of(&other, &v1, "/a/b"), None);
         let part = mount("cgroup2", "/pod", top, "rw");
-        assert_eq!(of(&part, Version::V2, "/pod/a"), Some(top.join("a")));
-        assert_eq!(of(&part, Version::V2, "/podium/a"), None);
+        assert_eq!(of(&part, &v2, "/pod/a"), Some(top.join("a")));
+        assert_eq!(of(&part, &v2, "/podium/a"), None);
     }
 }

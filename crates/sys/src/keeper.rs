@@ -4,6 +4,7 @@
 //! clone(2), pidfd_open(2)
 #![allow(unsafe_code)]
 
+use std::ffi::CStr;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use freezeframe_error::{Result, SysExt};
@@ -19,15 +20,22 @@ pub enum Deed<'a> {
     Write(BorrowedFd<'a>, &'static str),
     /// Kills the process of a pidfd.
     Kill(BorrowedFd<'a>),
+    /// Removes an empty directory; a cgroup, of which the last task may be on its way out.
+    Remove(&'a CStr),
 }
 
+/// How long that waits for them: milliseconds.
+const LEAVING: u32 = 1000;
+
 impl Deed<'_> {
-    fn fd(&self) -> i32 {
-        let (Deed::Write(fd, _) | Deed::Kill(fd)) = self;
-        fd.as_raw_fd()
+    fn fd(&self) -> Option<i32> {
+        match self {
+            Deed::Write(fd, _) | Deed::Kill(fd) => Some(fd.as_raw_fd()),
+            Deed::Remove(_) => None,
+        }
     }
 
-    /// Makes one system call.
+    /// Makes its system call.
     fn act(&self) {
         match self {
             // SAFETY: the word is as long as is said.
@@ -43,6 +51,15 @@ impl Deed<'_> {
                     0usize,
                     0,
                 );
+            },
+            // SAFETY: the path ends with a zero; errno is this thread's own, and it is the only one.
+            Deed::Remove(path) => unsafe {
+                for _ in 0..LEAVING {
+                    if libc::rmdir(path.as_ptr()) == 0 || *libc::__errno_location() != libc::EBUSY {
+                        break;
+                    }
+                    libc::poll(std::ptr::null_mut(), 0, 1);
+                }
             },
         }
     }
@@ -62,7 +79,7 @@ impl Keeper {
     /// What clone(2) says.
     pub fn start(deeds: Vec<Deed<'_>>) -> Result<Keeper> {
         let us = pidfd::pidfd_open(Pid::this())?;
-        let mut kept: Vec<i32> = deeds.iter().map(Deed::fd).collect();
+        let mut kept: Vec<i32> = deeds.iter().filter_map(Deed::fd).collect();
         kept.push(us.as_raw_fd());
         kept.sort_unstable();
         let (zero, mut pidfd) = (0usize, -1i32);

@@ -387,6 +387,11 @@ impl TaskFiles {
         self.parsed("cgroup", parse::cgroups)
     }
 
+    /// The same of one of its threads.
+    pub fn cgroups_of(&self, tid: Tid) -> Result<Vec<Cgroup>> {
+        self.parsed(&format!("task/{tid}/cgroup"), parse::cgroups)
+    }
+
     /// The mounts it sees.
     pub fn mountinfo(&self) -> Result<Vec<Mount>> {
         self.parsed("mountinfo", parse::mountinfo)

@@ -15,6 +15,7 @@ pub(crate) mod os;
 mod aio;
 mod basic;
 mod beyond;
+mod cgroups;
 mod credentials;
 mod events;
 mod files;
@@ -164,6 +165,13 @@ impl Program {
         self
     }
 
+    /// Dumped and restored with `--manage-cgroups`.
+    const fn cgroups(mut self) -> Self {
+        self.dump_args = &["--manage-cgroups"];
+        self.restore_args = &["--manage-cgroups"];
+        self
+    }
+
     const fn terminal_without_flag(mut self) -> Self {
         self.terminal = true;
         self
@@ -228,6 +236,7 @@ const FAMILIES: &[(&str, &[Program])] = &[
     ("mqueue", mqueue::PROGRAMS),
     ("ipcns", ipcns::PROGRAMS),
     ("aio", aio::PROGRAMS),
+    ("cgroups", cgroups::PROGRAMS),
 ];
 
 /// Every program, in the order of the table.

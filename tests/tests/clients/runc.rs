@@ -1,7 +1,9 @@
-//! Debian's runc. Whole containers have namespaces and cgroups that are not carried yet: so what it is told must be the
-//! name of that, and the container goes on.
+//! Debian's runc. Whole containers have namespaces that are not carried yet: what it is told must be the name of that,
+//! and the container goes on. One without namespaces goes all the way.
 
 use super::{Done, Stage, needs};
+use freezeframe_tests::run::DEADLINE;
+use freezeframe_tests::snapshot::Snapshot;
 use freezeframe_tests::tool::Outcome;
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
@@ -18,7 +20,7 @@ struct Container {
 }
 
 impl Container {
-    fn start() -> Result<Container, String> {
+    fn start(config: &str) -> Result<Container, String> {
         needs(RUNC, "runc")?;
         let stage = Stage::new()?;
         // What it mounts goes with us.
@@ -33,7 +35,19 @@ impl Container {
         for dir in ["bin", "sbin", "lib", "lib64"] {
             symlink(format!("usr/{dir}"), root.join(dir)).unwrap();
         }
-        fs::write(stage.scene.path("bundle/config.json"), CONFIG).unwrap();
+        fs::write(stage.scene.path("bundle/config.json"), config).unwrap();
+        // Where runc mounts nothing itself.
+        let bind = |from: &str| {
+            let to = root.join(&from[1..]);
+            let flags = MsFlags::MS_BIND | MsFlags::MS_REC;
+            mount(Some(from), &to, None::<&str>, flags, None::<&str>).map_err(|e| e.to_string())
+        };
+        if config == WITHOUT_NAMESPACES {
+            fs::write(root.join("dev/null"), "").unwrap();
+            ["/proc", "/usr", "/dev/null"]
+                .into_iter()
+                .try_for_each(bind)?;
+        }
         let id = format!("ff-{}", std::process::id());
         let container = Container { stage, id };
         let bundle = container.stage.text("bundle");
@@ -75,6 +89,15 @@ impl Container {
     }
 }
 
+impl Container {
+    fn pid(&self) -> Result<i32, String> {
+        let state = self.runc(&["state", &self.id])?.must_exit(0)?;
+        let pid = state.stdout.split_once(r#""pid": "#);
+        let pid = pid.and_then(|(_, rest)| rest.split(',').next()?.parse().ok());
+        pid.ok_or_else(|| state.told())
+    }
+}
+
 impl Drop for Container {
     fn drop(&mut self) {
         let _ = self.runc(&["delete", "--force", &self.id]);
@@ -82,18 +105,18 @@ impl Drop for Container {
 }
 
 pub(super) fn checkpoint() -> Result<Done, String> {
-    let container = Container::start()?;
+    let container = Container::start(WHOLE)?;
     let begun = Instant::now();
     let outcome = container.checkpoint(&[])?;
     let took = begun.elapsed();
-    let reason = "--manage-cgroups is not carried yet";
+    let reason = "namespaces are not supported yet";
     let result = container.refused(outcome, "work/dump.log", reason)?;
     container.runs()?;
     Ok(Done { result, took })
 }
 
 pub(super) fn pre_dump() -> Result<Done, String> {
-    let container = Container::start()?;
+    let container = Container::start(WHOLE)?;
     let begun = Instant::now();
     let outcome = container.checkpoint(&["--pre-dump"])?;
     let took = begun.elapsed();
@@ -103,38 +126,48 @@ pub(super) fn pre_dump() -> Result<Done, String> {
     Ok(Done { result, took })
 }
 
-/// Of an image there is none yet; so what is restored is a directory without one.
-pub(super) fn restore() -> Result<Done, String> {
-    let container = Container::start()?;
-    let images = container.stage.text("img");
-    let pipes = r#"["/dev/null","/dev/null","/dev/null"]"#;
-    fs::write(container.stage.scene.path("img/descriptors.json"), pipes).unwrap();
-    let (bundle, work) = (container.stage.text("bundle"), container.stage.text("work"));
-    let id = format!("{}-restored", container.id);
-    let words = [
-        "restore",
-        "-d",
-        "-b",
-        &bundle,
-        "--image-path",
-        &images,
-        "--work-path",
-        &work,
-        &id,
-    ];
+/// One without namespaces, chrooted and in cgroups of its own: by checkpoint and restore it goes on where it was.
+pub(super) fn both() -> Result<Done, String> {
+    let container = Container::start(WITHOUT_NAMESPACES)?;
+    let scene = &container.stage.scene;
+    let log = || fs::read_to_string(scene.path("bundle/rootfs/log")).unwrap_or_default();
+    let counts = |more: usize| {
+        let wanted = log().lines().count() + more;
+        let goes_on = || Ok(log().lines().count() >= wanted);
+        scene.await_that("the container to count", goes_on, None)
+    };
+    counts(1)?;
+    let before = Snapshot::take(container.pid()?);
     let begun = Instant::now();
-    let outcome = container.runc(&words)?;
-    let took = begun.elapsed();
-    let reason = "--manage-cgroups, --cgroup-root are not carried yet";
-    let result = container.refused(outcome, "work/restore.log", reason);
-    container.runc(&["delete", "--force", &id])?;
-    Ok(Done {
-        result: result?,
-        took,
-    })
+    container.checkpoint(&["--leave-running"])?.must_exit(0)?;
+    container.runs()?;
+    container.checkpoint(&[])?.must_exit(0)?;
+    let mut took = begun.elapsed();
+    scene.await_gone(&before, DEADLINE)?;
+    let id = container.id.as_str();
+    let text = |name: &str| container.stage.text(name);
+    let (bundle, images, work) = (text("bundle"), text("img"), text("work"));
+    let words = ["restore", "-d", "-b", &bundle, "--image-path", &images];
+    let begun = Instant::now();
+    let restored = container.runc(&[&words[..], &["--work-path", &work, id]].concat());
+    took += begun.elapsed();
+    restored?
+        .must_exit(0)
+        .map_err(|e| format!("{e}\n{}", container.stage.logs()))?;
+    container.runs()?;
+    counts(2)?;
+    let (root, counted) = (before.pids[0], log());
+    let wanted = (0..counted.lines().count()).map(|n| format!("{n}\n"));
+    let lines = fs::read_to_string(format!("/proc/{root}/cgroup")).unwrap_or_default();
+    let there = lines.contains(&format!("/{id}\n")) && container.pid()? == root;
+    if !there || counted != wanted.collect::<String>() {
+        return Err(format!("it counts {counted:?}, its cgroups are {lines}"));
+    }
+    let result = "done".to_owned();
+    Ok(Done { result, took })
 }
 
-const CONFIG: &str = r#"{
+const WHOLE: &str = r#"{
     "ociVersion": "1.0.2",
     "process": {
         "terminal": false,
@@ -155,5 +188,19 @@ const CONFIG: &str = r#"{
             {"type": "pid"}, {"type": "mount"}, {"type": "ipc"}, {"type": "uts"}, {"type": "network"}
         ]
     }
+}
+"#;
+
+const WITHOUT_NAMESPACES: &str = r#"{
+    "ociVersion": "1.0.2",
+    "process": {
+        "terminal": false,
+        "user": {"uid": 0, "gid": 0},
+        "args": ["/bin/sh", "-c", "exec </dev/null >/log 2>&1; n=0; while true; do echo $n; n=$((n+1)); sleep 0.01; done"],
+        "env": ["PATH=/bin"],
+        "cwd": "/"
+    },
+    "root": {"path": "rootfs"},
+    "linux": {"namespaces": []}
 }
 "#;

@@ -33,6 +33,7 @@ pub(crate) fn run(line: &Line) -> Result<i32, Stop> {
     let deadline = line.number::<u64>("timeout")?.filter(|s| *s > 0);
     let ghost_limit = line.text("ghost-limit")?.map(size).transpose()?;
     let compress = line.text("compress")?.map(compression).transpose()?;
+    let cgroups = super::cgroups(line)?;
     let mut external = Vec::new();
     for name in line.values("external") {
         external.push(external_name(name.to_str())?);
@@ -70,6 +71,7 @@ pub(crate) fn run(line: &Line) -> Result<i32, Stop> {
             .network_lock(line.value("network-lock").is_none_or(|m| m != "skip"))
             .compress(compress.unwrap_or_default())
             .file_locks(line.has("file-locks"))
+            .manage_cgroups(cgroups)
             .link_remap(line.has("link-remap"))
             .dedup_pages(line.has("dedup-pages"))
             .direct(line.has("direct"))

@@ -13,7 +13,11 @@ pub(crate) mod shim;
 pub(crate) mod support;
 pub(crate) mod verify;
 
-use freezeframe::{Error, Level};
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+use freezeframe::{CgroupMode, Error, Level};
 
 use crate::grammar::{Line, Usage};
 use crate::log::Log;
@@ -220,5 +224,37 @@ fn write_side_files(line: &Line, log: &Log, write: impl FnOnce() -> std::io::Res
     {
         let text = format_args!("inventory.img or the statistics cannot be written: {e}");
         log.line(Level::Warning, line.act.name(), text);
+    }
+}
+
+/// What becomes of cgroups.
+pub(crate) fn cgroups(line: &Line) -> Result<CgroupMode, Usage> {
+    let Some(mode) = line.value("manage-cgroups") else {
+        let modes = [CgroupMode::Ignore, CgroupMode::Soft];
+        return Ok(modes[usize::from(line.has("manage-cgroups"))]);
+    };
+    let named = CgroupMode::ALL.iter().find(|(name, _)| mode == *name);
+    named.map(|(_, mode)| *mode).ok_or_else(|| {
+        let names = CgroupMode::ALL.map(|(name, _)| name).join(", ");
+        let mode = mode.display();
+        Usage(format!("--manage-cgroups={mode}: not one of {names}"))
+    })
+}
+
+/// The controller, if one is named, and the cgroup of a `[CTRL:]DIR`.
+pub(crate) fn cgroup_root(value: &OsStr) -> Result<(Option<&str>, &Path), Usage> {
+    let bytes = value.as_bytes();
+    let (controller, path) = match bytes.iter().position(|b| *b == b':') {
+        Some(at) if bytes[0] != b'/' => (Some(&bytes[..at]), &bytes[at + 1..]),
+        _ => (None, bytes),
+    };
+    let path = Path::new(OsStr::from_bytes(path));
+    let named = controller.map(std::str::from_utf8).transpose();
+    match named {
+        Ok(controller) if path.is_absolute() => Ok((controller, path)),
+        _ => Err(Usage(format!(
+            "--cgroup-root {}: not [CTRL:]/DIR",
+            value.display()
+        ))),
     }
 }

@@ -33,6 +33,9 @@ pub(crate) fn run(line: &Line) -> Result<i32, Stop> {
         .into());
     }
     let deadline = line.number::<u64>("timeout")?.filter(|s| *s > 0);
+    let cgroups = super::cgroups(line)?;
+    let roots = line.values("cgroup-root").into_iter();
+    let roots: Vec<_> = roots.map(super::cgroup_root).collect::<Result<_, _>>()?;
     let mut inherit = Vec::new();
     for value in line.values("inherit-fd") {
         inherit.push(inherited(value.to_str())?);
@@ -55,6 +58,7 @@ pub(crate) fn run(line: &Line) -> Result<i32, Stop> {
             .shell_job(line.has("shell-job"))
             .orphan_pts_master(line.has("orphan-pts-master"))
             .file_locks(line.has("file-locks"))
+            .manage_cgroups(cgroups)
             .tcp_established(line.has("tcp-established"))
             .tcp_close(line.has("tcp-close"))
             .network_lock(line.value("network-lock").is_none_or(|m| m != "skip"))
@@ -62,6 +66,9 @@ pub(crate) fn run(line: &Line) -> Result<i32, Stop> {
             .events(ears.clone());
         if let Some(cuda) = CudaCheckpoint::find() {
             restore = restore.plugin(Arc::new(cuda));
+        }
+        for (controller, path) in roots {
+            restore = restore.cgroup_root(controller, path);
         }
         for (name, fd) in inherit {
             restore = restore.inherit_raw_fd(name, fd);

@@ -79,6 +79,29 @@ impl Drop for Ice {
     }
 }
 
+/// Freezes it. Version 1 may say FREEZING for ever, of a task that was in exec(2) or was just made
+/// when it was asked: so it is asked again, and now and then after a thaw.
+fn await_rest(freezer: &Freezer, deadline: Instant) -> Result<()> {
+    freezer.set(true)?;
+    for round in 1u32.. {
+        if freezer.is_at_rest() {
+            break;
+        }
+        if Instant::now() >= deadline {
+            let text = "the cgroup does not freeze in time";
+            return Err(Error::new(Kind::Timeout, text).on(freezer.dir().display()));
+        }
+        std::thread::sleep(Duration::from_micros(100));
+        if round.is_multiple_of(500) {
+            freezer.set(false)?;
+        }
+        if round.is_multiple_of(50) {
+            freezer.set(true)?;
+        }
+    }
+    Ok(())
+}
+
 /// Freezes a cgroup, seizes all that is in it, and thaws it: nothing in it can make
 /// new tasks meanwhile. One that is frozen already is left to [`Ice`].
 pub(super) fn freeze(
@@ -105,14 +128,7 @@ pub(super) fn freeze(
     let all = [freezer];
     let keeper = Freezer::keep([(&all[0], false)])?;
     let thawed = Thawed(&all[0]);
-    all[0].set(true)?;
-    while !all[0].is_at_rest() {
-        if Instant::now() >= deadline {
-            let text = "the cgroup does not freeze in time";
-            return Err(Error::new(Kind::Timeout, text).on(dir.display().to_string()));
-        }
-        std::thread::sleep(Duration::from_micros(100));
-    }
+    await_rest(&all[0], deadline)?;
     let stopped = seize_and_thaw(&all, tracer, held, deadline, events);
     drop(thawed);
     drop(keeper);

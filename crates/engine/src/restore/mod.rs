@@ -8,6 +8,7 @@ mod files;
 pub mod load;
 mod memory;
 mod namespaces;
+mod places;
 pub mod plan;
 mod tasks;
 mod terminals;
@@ -33,6 +34,7 @@ use crate::events::{Events, Step as Point};
 use crate::{log, plugins};
 use load::Loaded;
 use memory::{Building, Memory};
+use places::Places;
 use plan::Step;
 
 /// What to restore, and how.
@@ -117,8 +119,13 @@ fn restore(request: &RestoreRequest, events: &dyn Events) -> Result<RestoreRepor
     let failing = plugins::Failing::new(&request.options.plugins);
     let mut waking = files::sleepers(&loaded, &request.options).in_phase(Phase::Load)?;
     let mut segments = Segments::default();
-    let (shells, finals, late) =
-        builder.build(&tracer, &steps, &mut waking, &mut segments, &mut report)?;
+    let mut places = Places::prepare(&loaded, &request.options, &mut report.warnings)?;
+    let outside = Outside {
+        waking: &mut waking,
+        segments: &mut segments,
+        places: &mut places,
+    };
+    let (shells, finals, late) = builder.build(&tracer, &steps, outside, &mut report)?;
     drop(builder);
     events.step(Point::PreResume(report.pid))?;
     events.phase(Phase::Resume);
@@ -128,6 +135,7 @@ fn restore(request: &RestoreRequest, events: &dyn Events) -> Result<RestoreRepor
     }
     remove(&late.leftovers, &mut report.warnings);
     segments.finish().in_phase(Phase::Resume)?;
+    places.finish(&loaded).in_phase(Phase::Resume)?;
     let resumed = shells.resume_all(finals).map_err(|e| match e.target() {
         // In the last switch, when the first tasks already run.
         Target::Running => e.left_behind("the restored tree, which runs"),
@@ -138,6 +146,7 @@ fn restore(request: &RestoreRequest, events: &dyn Events) -> Result<RestoreRepor
         _ => {
             late.keep();
             segments.keep();
+            places.keep();
             failing.forget();
         }
     }
@@ -322,6 +331,13 @@ fn always_huge_pages() -> bool {
 /// Set, it makes a restore do without userfaultfd, as where there is none. For tests.
 const NO_USERFAULTFD: &str = "FREEZEFRAME_NO_USERFAULTFD";
 
+/// What a tree needs outside of it.
+struct Outside<'a> {
+    waking: &'a mut [Box<dyn Waking>],
+    segments: &'a mut Segments,
+    places: &'a mut Places,
+}
+
 /// A tree that waits for the last switch, what that sets, and the files of the
 /// dump that go before.
 type Built<'t> = (Shells<'t>, Vec<freezeframe_inject::shell::Final>, Late);
@@ -331,10 +347,14 @@ impl<'a> Builder<'a> {
         &mut self,
         tracer: &'t Tracer,
         steps: &[Step],
-        waking: &mut [Box<dyn Waking>],
-        segments: &mut Segments,
+        outside: Outside<'_>,
         report: &mut RestoreReport,
     ) -> Result<Built<'t>> {
+        let Outside {
+            waking,
+            segments,
+            places,
+        } = outside;
         let options = &self.request.options;
         self.events.phase(Phase::Fork);
         let forking = Instant::now();
@@ -347,6 +367,7 @@ impl<'a> Builder<'a> {
         };
         let (mut shells, root_task) = Shells::spawn_root(tracer, spawn).in_phase(Phase::Fork)?;
         report.pid = root.pid();
+        places.put(root.pid())?;
         files::make_room(&mut shells, root_task, self.loaded).in_phase(Phase::Fork)?;
         self.events.step(Point::SetupNamespaces(report.pid))?;
         namespaces::enter(self.loaded, &mut shells, root_task, options, segments)
@@ -388,6 +409,7 @@ impl<'a> Builder<'a> {
                 &prepared,
                 &mut buildings,
             )?;
+            places.after(*step)?;
         }
         self.check_tree()?;
         terminals::set_foreground(self.loaded, &prepared, options, &mut shells, &tasks)

@@ -229,3 +229,30 @@ pub trait NsKind: Sync + std::fmt::Debug {
     /// else of the tree.
     fn restore(&self, cx: &mut dyn MakeObject, records: &[&RawRecord]) -> Result<()>;
 }
+
+/// Something outside the tree that its tasks are in: cgroups.
+pub trait PlaceKind: Sync + std::fmt::Debug {
+    /// What it is.
+    fn about(&self) -> &'static About;
+    /// Adds to the records where the tasks are, if it is to be carried.
+    fn dump(&self, cx: &mut DumpCx<'_>, blockers: &mut Vec<Error>) -> Result<()>;
+    /// Makes the places ready, before there is any process; none if nothing is to be done.
+    fn prepare(
+        &self,
+        records: &[&RawRecord],
+        options: &RestoreOptions,
+        warnings: &mut Vec<String>,
+    ) -> Result<Option<Box<dyn Place>>>;
+}
+
+/// Where the tasks of a restored tree belong. Dropped, what was made for them is removed.
+pub trait Place: std::fmt::Debug {
+    /// Puts a new process there.
+    fn put(&mut self, pid: i32) -> Result<()>;
+    /// Puts a new thread of a process there.
+    fn put_thread(&mut self, tid: i32, pid: i32) -> Result<()>;
+    /// Does what is to be done when all tasks are there.
+    fn finish(&mut self) -> Result<()>;
+    /// The tree lives: leaves everything as it is.
+    fn keep(self: Box<Self>);
+}

@@ -379,7 +379,8 @@ fn external_mounts(auto: Option<bool>, mounts: &[ExtMount]) -> Vec<OsString> {
 
 fn cgroup_root(root: &CgroupRoot) -> OsString {
     match &root.ctrl {
-        Some(ctrl) if !ctrl.is_empty() => pair(ctrl, ":", &root.path),
+        // Empty: of version 2.
+        Some(ctrl) => pair(ctrl, ":", &root.path),
         _ => word(&root.path),
     }
 }
@@ -561,7 +562,7 @@ mod tests {
             auto_ext_mnt: Some(true) => "--ext-mount-map=auto",
             auto_ext_mnt: Some(false) => "",
             cg_root: vec![CgroupRoot { ctrl: b("c"), path: b"p".to_vec() }] => "--cgroup-root=c:p",
-            cg_root: vec![CgroupRoot { ctrl: b(""), path: b"p".to_vec() }] => "--cgroup-root=p",
+            cg_root: vec![CgroupRoot { ctrl: b(""), path: b"p".to_vec() }] => "--cgroup-root=:p",
             join_ns: vec![JoinNs { ns: "net".to_owned(), ns_file: b"f".to_vec(), extra_opt: text("1") }]
                 => "--join-ns=net:f,1",
             unix_sk_ino: vec![UnixSk { inode: 5 }] => "--ext-unix-sk=5",
