@@ -368,6 +368,7 @@ fn whoever_is_killed_leaves_none_behind() -> Done {
             .scene
             .await_that("no cgroup", gone, None)
             .map_err(|e| format!("{whom:?} at {:?}: {e}", struck.place))?;
+        dumped.scene.await_alone(&dumped.target)?;
         dumped.scene.await_gone(&dumped.before, DEADLINE)?;
     }
     dumped.restored(&["--manage-cgroups"], Made::is_full)

@@ -476,21 +476,17 @@ fn options_that_are_not_carried_are_refused_by_name() -> Done {
         Ok::<Resp, String>(resp)
     };
     let resp = with(&|o| {
-        o.manage_cgroups = Some(true);
+        o.track_mem = Some(true);
         o.parent_img = Some(b"../parent".to_vec());
     })?;
     fails(
         &resp,
         Kind::Dump,
-        "--manage-cgroups, --prev-images-dir are not carried yet",
+        "--track-mem, --prev-images-dir are not carried yet",
     )?;
     equal("errno", resp.cr_errno(), 56)?;
     let log = fs::read_to_string(scene.path("img/dump.log")).unwrap();
-    equal(
-        "log",
-        log.starts_with("Error (options): --manage-cgroups"),
-        true,
-    )?;
+    equal("log", log.starts_with("Error (options): --track-mem"), true)?;
     let resp = with(&|o| o.log_file = Some(b"../x".to_vec()))?;
     fails(&resp, Kind::Dump, "log_file")?;
     let resp = with(&|o| o.work_dir_fd = Some(777))?;
