@@ -81,13 +81,14 @@ impl Events for Ears {
     fn step(&self, step: Step) -> Result<()> {
         self.log
             .line(Level::Debug, "engine", format_args!("step: {step:?}"));
-        if self.cancelled() {
+        let stopped = || !step.is_told_always() && self.cancelled();
+        if stopped() {
             return Err(Error::new(Kind::Cancelled, "stopped by a signal"));
         }
         if let (Step::PostRestore(pid), Some(path)) = (step, &self.pidfile) {
             write_pid(path, pid)?;
         }
-        self.hooks.call(step, &|| self.cancelled())
+        self.hooks.call(step, &stopped)
     }
     fn orphan_pts_master(&self, master: OwnedFd) -> Result<()> {
         self.hooks.give(master, &|| self.cancelled())

@@ -46,6 +46,14 @@ pub enum Step {
     PostResume(i32),
 }
 
+impl Step {
+    /// Whether it is told even to a caller who has asked for the end: it undoes what an earlier one
+    /// has done, or comes when there is nothing to be stopped any more.
+    pub fn is_told_always(self) -> bool {
+        matches!(self, Step::NetworkUnlock | Step::PostResume(_))
+    }
+}
+
 /// The caller's ears. Called on the operation's thread; while the target is
 /// frozen an implementation must not block (but for a step whose point is that
 /// somebody else acts).

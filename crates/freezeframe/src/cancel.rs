@@ -91,9 +91,7 @@ impl Events for Cancellable {
         self.events.progress(done, total);
     }
     fn step(&self, step: Step) -> Result<()> {
-        // These only tell; one of them undoes what an earlier one has done.
-        let tells = matches!(step, Step::NetworkUnlock | Step::PostResume(_));
-        if !tells && self.by.iter().any(Cancel::is_cancelled) {
+        if !step.is_told_always() && self.by.iter().any(Cancel::is_cancelled) {
             let words = "stopped at the caller's request";
             return Err(Error::new(Kind::Cancelled, words));
         }

@@ -9,7 +9,9 @@ mod client;
 
 use client::{Connection, Told, request, request_on};
 use freezeframe_shims::criu::proto::{Features, Kind, Opts, Req, Resp};
+use freezeframe_tests::programs::Program;
 use freezeframe_tests::run::{DEADLINE, Mode, Scene, Target, own_network, own_terminals};
+use freezeframe_tests::snapshot::Snapshot;
 use freezeframe_tests::snapshot::children;
 use freezeframe_tests::tool::binary;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
@@ -565,19 +567,20 @@ fn what_is_off_or_unknown_is_not_left_out() -> Done {
     scene.finish(target, &program, &before, Mode::Restore)
 }
 
+/// The program, in a network namespace of its own: that is refused, when the network is locked.
+fn in_own_network(scene: &Scene) -> Result<(Program, Target, Snapshot), String> {
+    std::thread::scope(|s| {
+        let inside = || own_network().and_then(|()| scene.start_program(PROGRAM));
+        s.spawn(inside).join().unwrap()
+    })
+}
+
 /// Of a tree with a network of its own the client is told when nothing may reach it.
 #[test]
 fn the_network_is_locked_and_unlocked() -> Done {
     let scene = Scene::new()?;
     let images = image_dir(&scene);
-    let (program, target, before) = {
-        // The program's, not ours.
-        let started = std::thread::scope(|s| {
-            let inside = || own_network().and_then(|()| scene.start_program(PROGRAM));
-            s.spawn(inside).join().unwrap()
-        });
-        started?
-    };
+    let (program, target, before) = in_own_network(&scene)?;
     let client = Connection::swrk()?;
     let req = request_on(Kind::Dump, &images, dumped(&target));
     let (resp, told) = client.ask_with(&req, |_| true)?;
@@ -760,6 +763,31 @@ fn an_action_script_that_is_stopped_leaves_nothing() -> Done {
     let killed = WaitStatus::Signaled(started, Signal::SIGKILL, false);
     let ended = || Ok(waitpid(started, Some(WaitPidFlag::WNOHANG)) == Ok(killed));
     scene.await_that("the end of what it started", ended, None)?;
+    scene.finish(target, &program, &before, Mode::Running)
+}
+
+#[test]
+fn an_action_script_that_locks_unlocks_though_it_was_stopped() -> Done {
+    let scene = Scene::new()?;
+    let (program, target, before) = in_own_network(&scene)?;
+    let told = scene.path("told");
+    let script = format!(
+        "echo $CRTOOLS_SCRIPT_ACTION >> {}; [ $CRTOOLS_SCRIPT_ACTION != network-lock ] || sleep 1000",
+        told.display()
+    );
+    let mut command = Command::new(binary());
+    command.args(["dump", "-R", "-t", &target.pid.to_string(), "-D"]);
+    command.arg(scene.path("img"));
+    let dump = command.args(["--action-script", &script]).spawn();
+    let mut dump = Started(dump.unwrap());
+    let told = || fs::read_to_string(&told).unwrap_or_default();
+    scene.await_that("the lock", || Ok(told().ends_with("network-lock\n")), None)?;
+    kill(Pid::from_raw(dump.0.id() as i32), Signal::SIGTERM).unwrap();
+    equal("exit code", dump.0.wait().unwrap().code(), Some(1))?;
+    let wanted = "pre-dump\nnetwork-lock\nnetwork-unlock\n";
+    equal("steps", told().as_str(), wanted)?;
+    // What the script had started.
+    scene.await_alone(&target)?;
     scene.finish(target, &program, &before, Mode::Running)
 }
 
