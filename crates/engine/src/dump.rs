@@ -1,5 +1,6 @@
 //! Dumping a tree.
 
+mod distinct;
 mod files;
 mod live;
 mod memory;

@@ -1,6 +1,5 @@
 //! Descriptor tables, and which of them refer to the same open file.
 
-use std::cmp::Ordering;
 use std::collections::{BTreeMap, HashSet};
 use std::ffi::CString;
 use std::os::fd::AsRawFd;
@@ -14,6 +13,7 @@ use freezeframe_sys::kcmp::{self, KcmpType};
 use freezeframe_sys::pidfd;
 use freezeframe_sys::proc::{FdInfo, ProcDir};
 
+use super::distinct::Distinct;
 use crate::parallel;
 
 /// One descriptor as found: of a process of the tree, or, of a file in flight, ours.
@@ -321,33 +321,16 @@ fn identify(seen: &[Seen]) -> Result<Vec<FileId>> {
             .push(i);
     }
     let mut same_as: Vec<usize> = (0..seen.len()).collect();
-    let mut failed = None;
     for group in by_inode.into_values().filter(|g| g.len() > 1) {
-        let mut compare = |a: usize, b: usize| {
-            let (a, b) = (&seen[a], &seen[b]);
-            match kcmp::kcmp(a.pid, b.pid, KcmpType::File, a.fd as u64, b.fd as u64) {
-                Ok(order) => order,
-                Err(e) => {
-                    failed.get_or_insert(e.on(format!("fd {}", a.fd)).on_task(a.pid.0));
-                    Ordering::Equal
-                }
-            }
-        };
-        let mut sorted = group;
-        sorted.sort_by(|a, b| compare(*a, *b));
-        let mut start = 0;
-        for i in 1..=sorted.len() {
-            if i == sorted.len() || compare(sorted[i - 1], sorted[i]) != Ordering::Equal {
-                let least = sorted[start..i].iter().copied().min().unwrap_or(start);
-                for &member in &sorted[start..i] {
-                    same_as[member] = least;
-                }
-                start = i;
-            }
+        let mut files = Distinct::new();
+        for i in group {
+            let same = files.add(i, |a: usize, b: usize| {
+                let (a, b) = (&seen[a], &seen[b]);
+                let order = kcmp::kcmp(a.pid, b.pid, KcmpType::File, a.fd as u64, b.fd as u64);
+                order.on(format!("fd {}", a.fd)).on_task(a.pid.0)
+            });
+            same_as[i] = same?.unwrap_or(i);
         }
-    }
-    if let Some(e) = failed {
-        return Err(e);
     }
     let mut next = 0u32;
     let mut ids: Vec<FileId> = Vec::with_capacity(seen.len());

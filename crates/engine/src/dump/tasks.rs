@@ -13,6 +13,7 @@ use freezeframe_sys::ids::{Pid, Tid};
 use freezeframe_sys::kcmp::{self, KcmpType};
 use freezeframe_sys::proc::SeccompMode;
 
+use super::distinct::Distinct;
 use crate::freeze::{Frozen, Task};
 use crate::parallel;
 
@@ -219,28 +220,13 @@ pub(super) fn check_sharing(
         .map(|p| Pid(p.pid()))
         .collect();
     for (kind, name) in what {
-        let mut failed = None;
-        let mut compare = |a: Pid, b: Pid| {
-            kcmp::kcmp(a, b, kind, 0, 0).unwrap_or_else(|e| {
-                failed.get_or_insert(e.on_task(a.0));
-                std::cmp::Ordering::Equal
-            })
-        };
-        let mut sorted = alive.clone();
-        sorted.sort_by(|a, b| compare(*a, *b));
-        for pair in sorted.windows(2) {
-            if compare(pair[0], pair[1]).is_eq() {
-                blockers.push(
-                    Error::unsupported(format!(
-                        "a {name} shared with process {} is not supported",
-                        pair[1]
-                    ))
-                    .on_task(pair[0].0),
-                );
+        let mut distinct = Distinct::new();
+        for pid in &alive {
+            let order = |a: Pid, b: Pid| kcmp::kcmp(a, b, kind, 0, 0).on_task(a.0);
+            if let Some(other) = distinct.add(*pid, order)? {
+                let what = format!("a {name} shared with process {other} is not supported");
+                blockers.push(Error::unsupported(what).on_task(pid.0));
             }
-        }
-        if let Some(e) = failed {
-            return Err(e);
         }
     }
     Ok(())
