@@ -569,9 +569,16 @@ impl Watchdog {
 fn engine_of(visible: Pid) -> Option<Pid> {
     let exe = |pid: i32| fs::read_link(format!("/proc/{pid}/exe")).ok();
     let ours = exe(visible.as_raw())?;
+    // A root that is being restored runs it as well, for a while: it is traced by the other.
+    let traced_by_it = |pid: i32| {
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+        let tracer = status.lines().find_map(|l| l.strip_prefix("TracerPid:"));
+        let own = std::process::id().to_string();
+        tracer.is_some_and(|tid| ![&own, "0"].contains(&tid.trim()))
+    };
     crate::snapshot::children(visible.as_raw())
         .into_iter()
-        .find(|pid| exe(*pid).as_ref() == Some(&ours))
+        .find(|pid| exe(*pid).as_ref() == Some(&ours) && !traced_by_it(*pid))
         .map(Pid::from_raw)
 }
 
