@@ -172,9 +172,9 @@ pub(crate) static OPTIONS: &[Opt] = &[
     opt("manage-cgroups", "Carry the cgroups that the tree is in. At the restore: ignore; none (they have to be there), props (they have to be there, and get their settings), soft (default: those that are missing are made, with their settings), full (all get their settings), strict (they must not be there)")
         .maybe("MODE")
         .on(BOTH),
-    opt("cgroup-root", "At the restore, the cgroup DIR stands for that of the tree's root, in the hierarchy of controller CTRL, or in all that are not named")
+    opt("cgroup-root", "The cgroup DIR stands for that of the tree's root, in the hierarchy of controller CTRL, or in all that are not named")
         .takes("[CTRL:]DIR")
-        .on(BOTH)
+        .on(&[Restore])
         .repeats(),
     opt("display-stats", "Print counts and times at the end").on(BOTH),
     opt("close", "Close our descriptor FD first").takes("FD").on(RUNS).repeats(),

@@ -89,21 +89,21 @@ impl Places {
     }
 
     /// Makes these directories.
-    fn create(&mut self, missing: &[PathBuf]) -> Result<()> {
+    fn create(&mut self, missing: &[Missing]) -> Result<()> {
         if missing.is_empty() {
             return Ok(());
         }
         let named = missing.iter().rev();
-        let named = named.map(|dir| CString::new(dir.as_os_str().as_bytes()));
+        let named = named.map(|m| CString::new(m.dir.as_os_str().as_bytes()));
         let named: Vec<CString> = named
             .collect::<std::result::Result<_, _>>()
             .map_err(|_| Error::corrupt("a cgroup with a zero in its name"))?;
         let deeds = named.iter().map(|dir| Deed::Remove(dir));
         self.keeper = Some(Keeper::start(deeds.collect())?);
-        for dir in missing {
+        for Missing { dir, is_between } in missing {
             fs::create_dir(dir).sys("mkdir").on(dir.display())?;
             self.made.push(dir.clone());
-            inherit(dir)?;
+            inherit(dir, *is_between)?;
         }
         Ok(())
     }
@@ -252,9 +252,17 @@ fn on_this_host(
     of_image.dirs.iter().map(rebased).collect()
 }
 
+/// A directory to be made.
+#[derive(Debug, PartialEq)]
+struct Missing {
+    dir: PathBuf,
+    /// It is not of the image, but above one that is.
+    is_between: bool,
+}
+
 /// Those of the directories, and of the ones above them, that have to be made; parents first.
-fn missing<'a>(dirs: impl Iterator<Item = &'a Path>, mode: CgroupMode) -> Result<Vec<PathBuf>> {
-    let mut all: Vec<PathBuf> = Vec::new();
+fn missing<'a>(dirs: impl Iterator<Item = &'a Path>, mode: CgroupMode) -> Result<Vec<Missing>> {
+    let mut all: Vec<Missing> = Vec::new();
     for dir in dirs {
         let is_root = dir.as_os_str().as_bytes().ends_with(b"/");
         match mode {
@@ -269,18 +277,22 @@ fn missing<'a>(dirs: impl Iterator<Item = &'a Path>, mode: CgroupMode) -> Result
             }
             _ => {}
         }
-        let up = dir.ancestors().take_while(|dir| !dir.exists());
-        let mut up: Vec<PathBuf> = up.map(Path::to_owned).collect();
+        let up = dir.ancestors().take_while(|up| !up.exists());
+        let up = up.map(|up| Missing {
+            dir: up.to_owned(),
+            is_between: up != dir,
+        });
+        let mut up: Vec<Missing> = up.collect();
         up.reverse();
-        up.retain(|dir| !all.contains(dir));
+        up.retain(|new| all.iter().all(|known| known.dir != new.dir));
         all.extend(up);
     }
     Ok(all)
 }
 
-/// A new cgroup has no CPUs (version 1), and hands no controllers on (version 2): as the one above
-/// it, until it gets settings of its own.
-fn inherit(dir: &Path) -> Result<()> {
+/// A new cgroup of version 1 has no CPUs, and lets nobody in: it gets those of the one above it. One
+/// of version 2 hands no controllers on: between cgroups of the image, it hands on what it gets.
+fn inherit(dir: &Path, is_between: bool) -> Result<()> {
     let Some(above) = dir.parent() else {
         return Ok(());
     };
@@ -288,14 +300,21 @@ fn inherit(dir: &Path) -> Result<()> {
         let text = fs::read_to_string(dir.join(file)).unwrap_or_default();
         text.trim().to_owned()
     };
+    let write = |file: &str, text: &str| {
+        let path = dir.join(file);
+        fs::write(&path, text).sys("write").on(path.display())
+    };
     let is_v1 = dir.join("tasks").exists();
     for file in ["cpuset.cpus", "cpuset.mems"] {
         let (now, wanted) = (read(dir, file), read(above, file));
         if is_v1 && now.is_empty() && !wanted.is_empty() {
-            let path = dir.join(file);
-            let written = fs::write(&path, wanted).sys("write");
-            written.on(path.display())?;
+            write(file, &wanted)?;
         }
+    }
+    let handed_on = read(above, "cgroup.subtree_control");
+    if is_between && !handed_on.is_empty() {
+        let on: Vec<String> = handed_on.split(' ').map(|c| format!("+{c}")).collect();
+        write("cgroup.subtree_control", &on.join(" "))?;
     }
     Ok(())
 }
@@ -333,6 +352,7 @@ fn enter(dir: &Path, files: &[&str], task: i32) -> Result<()> {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 
@@ -367,5 +387,32 @@ mod tests {
         ] {
             assert!(check(&record(path, file, other)).is_err(), "{path} {file}");
         }
+    }
+
+    #[test]
+    fn a_new_one_gets_what_is_above_it() {
+        let above = tempfile::tempdir().unwrap();
+        let dir = above.path().join("a/b");
+        let to_make = missing([dir.as_path()].into_iter(), CgroupMode::Soft).unwrap();
+        let between = to_make.iter().map(|m| (m.dir.clone(), m.is_between));
+        let wanted = [(above.path().join("a"), true), (dir.clone(), false)];
+        assert_eq!(between.collect::<Vec<_>>(), wanted);
+        fs::create_dir_all(&dir).unwrap();
+        let write = |dir: &Path, file: &str, text: &str| fs::write(dir.join(file), text).unwrap();
+        let read = |dir: &Path, file: &str| fs::read_to_string(dir.join(file)).ok();
+        let a = above.path().join("a");
+        write(above.path(), "cpuset.cpus", "0-1\n");
+        write(&a, "cpuset.cpus", "\n");
+        inherit(&a, true).unwrap();
+        assert_eq!(read(&a, "cpuset.cpus").unwrap(), "\n", "of version 2");
+        write(&a, "tasks", "");
+        inherit(&a, true).unwrap();
+        assert_eq!(read(&a, "cpuset.cpus").unwrap(), "0-1");
+        write(above.path(), "cgroup.subtree_control", "cpu memory\n");
+        inherit(&a, false).unwrap();
+        assert_eq!(read(&a, "cgroup.subtree_control"), None);
+        inherit(&a, true).unwrap();
+        let handed_on = read(&a, "cgroup.subtree_control").unwrap();
+        assert_eq!(handed_on, "+cpu +memory");
     }
 }
