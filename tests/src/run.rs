@@ -289,6 +289,7 @@ impl Scene {
             .prefix(&watch::mark(std::process::id() as i32))
             .tempdir()
             .map_err(|e| e.to_string())?;
+        watch::tell(dir.path())?;
         fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o777))
             .map_err(|e| e.to_string())?;
         Ok(Scene { dir })

@@ -5,11 +5,12 @@ use crate::run::{DEADLINE, Scene, program_binary};
 use freezeframe_sys::ids::Pid;
 use freezeframe_sys::pidfd::{pidfd_open, poll_dead};
 use freezeframe_sys::process::{Forked, fork_single_threaded};
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sched::{CloneFlags, setns};
 use nix::sys::signal::{Signal, kill};
-use std::ffi::OsString;
 use std::fs;
-use std::path::PathBuf;
+use std::io::{ErrorKind, PipeWriter, Read, Write};
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
@@ -21,19 +22,33 @@ pub(crate) fn mark(test: i32) -> String {
 
 /// Starts a watcher of this process, once.
 pub(crate) fn begin() -> Result<(), String> {
-    static BEGUN: OnceLock<Result<(), String>> = OnceLock::new();
-    BEGUN.get_or_init(start).clone()
+    watcher().map(drop)
 }
 
-fn start() -> Result<(), String> {
+/// Tells it of a directory that is to be removed.
+pub(crate) fn tell(dir: &Path) -> Result<(), String> {
+    let line = format!("{}\n", dir.display());
+    let mut watcher = watcher()?;
+    watcher.write_all(line.as_bytes()).map_err(told)
+}
+
+/// What it is told.
+fn watcher() -> Result<&'static PipeWriter, String> {
+    static BEGUN: OnceLock<Result<PipeWriter, String>> = OnceLock::new();
+    BEGUN.get_or_init(start).as_ref().map_err(String::clone)
+}
+
+fn start() -> Result<PipeWriter, String> {
+    let (its, ours) = std::io::pipe().map_err(told)?;
     let mut command = Command::new(program_binary());
     command.args(["watch", &std::process::id().to_string()]);
-    let null = [Stdio::null(), Stdio::null(), Stdio::null()];
-    let [stdin, stdout, stderr] = null;
+    command
+        .stdin(its)
+        .stdout(Stdio::null())
+        .stderr(Stdio::null());
     // It goes on in a child of its own.
-    let status = command.stdin(stdin).stdout(stdout).stderr(stderr).status();
-    match status {
-        Ok(status) if status.success() => Ok(()),
+    match command.status() {
+        Ok(status) if status.success() => Ok(ours),
         other => Err(format!("the watcher: {other:?}")),
     }
 }
@@ -53,7 +68,7 @@ pub fn watch(test: &str) -> Result<(), String> {
     std::env::set_current_dir("/").map_err(told)?;
     while !poll_dead(&process, Duration::from_secs(3600)).map_err(told)? {}
     let mark = mark(test);
-    let dirs = dirs(&mark);
+    let dirs = dirs().map_err(told)?;
     // One that has come to its end has removed them, and before that ended all.
     if dirs.is_empty() {
         return Ok(());
@@ -83,22 +98,29 @@ fn kill_all(mark: &str) -> bool {
     any
 }
 
-fn dirs(mark: &str) -> Vec<PathBuf> {
-    let entries = fs::read_dir(std::env::temp_dir());
-    let ours = |name: OsString| name.to_string_lossy().starts_with(mark);
-    let all = entries.into_iter().flatten().flatten();
-    let all = all.filter(|e| ours(e.file_name()));
-    all.map(|e| e.path()).collect()
+/// Those it has told of that are there still. (Not by a look at the directory they are in: other tests watch that.)
+fn dirs() -> std::io::Result<Vec<PathBuf>> {
+    // A child that it has forked may hold the other end.
+    let stdin = std::io::stdin();
+    fcntl(&stdin, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
+    let mut told = Vec::new();
+    match stdin.lock().read_to_end(&mut told) {
+        Err(e) if e.kind() != ErrorKind::WouldBlock => return Err(e),
+        _ => {}
+    }
+    let all = String::from_utf8_lossy(&told);
+    let all = all.lines().map(PathBuf::from);
+    Ok(all.filter(|dir| dir.exists()).collect())
 }
 
-/// Starts a program as a test does, dumps and restores it, prints its PID and waits to be killed.
+/// Starts a program as a test does, dumps and restores it, prints its PID and the directory, and waits to be killed.
 pub fn abandon(name: &str) -> Result<(), String> {
     let scene = Scene::new()?;
     let (program, target, before) = scene.start_program(name)?;
     scene.dump(&program, &target, "img", &[])?.must_exit(0)?;
     scene.await_gone(&before, DEADLINE)?;
     let target = scene.restore(&program, &target, "img")?;
-    println!("{}", target.pid);
+    println!("{} {}", target.pid, scene.dir_text());
     loop {
         std::thread::park();
     }

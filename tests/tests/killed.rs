@@ -5,6 +5,7 @@ use freezeframe_tests::harm::strike::{Call, Whom};
 use freezeframe_tests::run::{DEADLINE, program_binary};
 use freezeframe_tests::snapshot::state_of;
 use std::io::{BufRead, BufReader};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -65,19 +66,12 @@ fn a_killed_test_leaves_no_target_behind() -> Done {
     let mut line = String::new();
     let said = test.stdout.take().ok_or("no pipe")?;
     let heard = BufReader::new(said).read_line(&mut line);
-    let prefix = format!("ff-{}-", test.id());
     let killed = test.kill().and_then(|()| test.wait());
     heard.and(killed).map_err(|e| e.to_string())?;
-    let pid: i32 = line.trim().parse().map_err(|e| format!("{line}: {e}"))?;
+    let (pid, dir) = line.trim().split_once(' ').ok_or(line.as_str())?;
+    let pid: i32 = pid.parse().map_err(|e| format!("{line}: {e}"))?;
     let begun = Instant::now();
-    let dirs = || {
-        let all = std::fs::read_dir(std::env::temp_dir())
-            .into_iter()
-            .flatten();
-        let names = all.filter_map(|e| e.ok()?.file_name().into_string().ok());
-        names.filter(|name| name.starts_with(&prefix)).count()
-    };
-    while !matches!(state_of(pid), None | Some('Z')) || dirs() > 0 {
+    while !matches!(state_of(pid), None | Some('Z')) || Path::new(dir).exists() {
         if begun.elapsed() > DEADLINE {
             return Err(format!("{pid} is still there: {:?}", state_of(pid)));
         }
