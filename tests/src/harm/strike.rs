@@ -538,20 +538,24 @@ pub(crate) fn fail(thread: Tid, errno: Errno) {
 /// Kills the command if a run takes too long.
 struct Watchdog {
     over: std::sync::mpsc::Sender<()>,
-    thread: std::thread::JoinHandle<bool>,
+    /// Where they stood, if it came to that.
+    thread: std::thread::JoinHandle<Option<String>>,
 }
 
 impl Watchdog {
     fn start(visible: Pid) -> Watchdog {
         let (over, heard) = std::sync::mpsc::channel();
         let thread = std::thread::spawn(move || {
-            let late = heard.recv_timeout(DEADLINE).is_err();
-            if late {
-                for pid in [engine_of(visible), Some(visible)].into_iter().flatten() {
-                    let _ = kill(pid, Signal::SIGKILL);
-                }
+            if heard.recv_timeout(DEADLINE).is_ok() {
+                return None;
             }
-            late
+            let own = std::process::id() as i32;
+            let all = crate::snapshot::tree(own).into_iter().skip(1);
+            let stood: Vec<String> = all.map(|pid| stands(Pid::from_raw(pid))).collect();
+            for pid in [engine_of(visible), Some(visible)].into_iter().flatten() {
+                let _ = kill(pid, Signal::SIGKILL);
+            }
+            Some(stood.join("\n"))
         });
         Watchdog { over, thread }
     }
@@ -559,8 +563,8 @@ impl Watchdog {
     fn over(self) -> Result<(), String> {
         let _ = self.over.send(());
         match self.thread.join() {
-            Ok(false) => Ok(()),
-            _ => Err(format!("not over after {DEADLINE:?}")),
+            Ok(None) => Ok(()),
+            stood => Err(format!("not over after {DEADLINE:?}: {stood:?}")),
         }
     }
 }
