@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use freezeframe_error::{Error, Result};
 use freezeframe_sys::ids::{Pid, Tid};
+use freezeframe_sys::pidfd;
 use freezeframe_sys::ptrace::{self, Options};
 use nix::errno::Errno;
 use nix::sys::signal::{self, Signal};
@@ -19,7 +20,13 @@ pub(crate) fn kill(pid: Pid) -> std::result::Result<(), Errno> {
     if pid.0 < 1 {
         return Err(Errno::ESRCH);
     }
-    signal::kill(nix::unistd::Pid::from_raw(pid.0), Signal::SIGKILL)
+    match signal::kill(nix::unistd::Pid::from_raw(pid.0), Signal::SIGKILL) {
+        Ok(()) | Err(Errno::ESRCH) => Ok(()),
+        // Half a tree is worse than none: there is another way.
+        Err(e) => pidfd::pidfd_open(pid)
+            .and_then(|it| pidfd::pidfd_send_signal(it, libc::SIGKILL))
+            .map_err(|_| e),
+    }
 }
 
 impl Tracer {
@@ -133,10 +140,7 @@ impl Tracer {
     /// As of [`kill`](Tracer::kill).
     pub fn kill_all(&self, processes: Vec<(Pid, Vec<Tid>)>, deadline: Instant) -> Result<()> {
         for (pid, _) in &processes {
-            match kill(*pid) {
-                Ok(()) | Err(Errno::ESRCH) => {}
-                Err(e) => return Err(Error::syscall("kill", e as i32).on_task(pid.0)),
-            }
+            kill(*pid).map_err(|e| Error::syscall("kill", e as i32).on_task(pid.0))?;
             step("kill");
         }
         for (pid, tids) in processes {
