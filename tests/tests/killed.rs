@@ -46,12 +46,19 @@ fn a_dump_killed_while_it_kills_the_tree() -> Done {
     kill_at_each(Action::Dump, Call::Kill)
 }
 
+/// One that is not killed by the call for it is killed in another way: not half of the tree is left.
+#[test]
+fn a_dump_that_fails_to_kill_one_of_the_tree() -> Done {
+    let faults = [1, 2, 7].map(|n| Fault::ErrorAtCall(libc::EPERM, Call::Kill, n));
+    strike(Action::Dump, &faults)
+}
+
 /// A child whose number is not known was once taken for process 0, and killed: that is all of the
 /// caller's process group.
 #[test]
 fn a_child_that_is_not_told() -> Done {
     let errors = [libc::ESRCH, libc::EIO];
-    let faults = errors.map(|errno| Fault::ErrorAtCall(errno, Call::WhichChild));
+    let faults = errors.map(|errno| Fault::ErrorAtCall(errno, Call::WhichChild, 1));
     strike(Action::Restore, &faults)
 }
 

@@ -46,8 +46,8 @@ pub enum Fault {
     KillAtStep(Whom),
     /// SIGKILL, after so many calls of one sort.
     KillAtCall(Whom, Call, u8),
-    /// A call of one sort, the first, fails with this error.
-    ErrorAtCall(i32, Call),
+    /// A call of one sort, the n-th, fails with this error.
+    ErrorAtCall(i32, Call, u8),
     /// SIGKILL, at any instant.
     KillAnyTime(Whom),
     /// A signal that asks it to end, as a service manager or a terminal sends it.
@@ -108,7 +108,7 @@ impl Fault {
             Fault::KillAtCall(whom, call, n) => {
                 format!("SIGKILL after {}, {n} times, {}", call.name(), whom.name())
             }
-            Fault::ErrorAtCall(errno, call) => {
+            Fault::ErrorAtCall(errno, call, _) => {
                 format!("{:?} from {}", Errno::from_raw(errno), call.name())
             }
             Fault::KillAtStep(whom) => format!("SIGKILL after a step, {}", whom.name()),
@@ -126,7 +126,7 @@ impl Fault {
             // A terminal sends to both; the one that traces has to leave it to the other.
             Fault::Asked(Signal::SIGINT) => Blow::Signal(Whom::Both, Signal::SIGINT),
             Fault::Asked(signal) => Blow::Signal(Whom::Visible, signal),
-            Fault::Error(errno) | Fault::ErrorAtCall(errno, _) => {
+            Fault::Error(errno) | Fault::ErrorAtCall(errno, ..) => {
                 Blow::Fail(Errno::from_raw(errno))
             }
             Fault::Paused(whom) | Fault::PausedAtStep(whom) => {
@@ -332,7 +332,7 @@ impl Session {
         let mut within = |whole: u64| 1 + (place * whole + dice.below(whole)) / of.max(1);
         let when = match fault {
             Fault::KillAtCall(_, call, n) => When::Call(call, n.into()),
-            Fault::ErrorAtCall(_, call) => When::Call(call, 1),
+            Fault::ErrorAtCall(_, call, n) => When::Call(call, n.into()),
             Fault::KillAnyTime(_) | Fault::Paused(_) | Fault::StoppedAndKilled(_) => When::After(
                 Duration::from_micros(within(measure.time.as_micros() as u64)),
             ),

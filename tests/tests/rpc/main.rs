@@ -736,6 +736,14 @@ fn who_asks_for_its_own_dump_is_refused_at_once() -> Done {
     service.ends_well()
 }
 
+/// A dump under way that leaves the tree running.
+fn dump_with_script(scene: &Scene, target: &Target, script: &str) -> Started {
+    let mut command = Command::new(binary());
+    command.args(["dump", "-R", "-t", &target.pid.to_string(), "-D"]);
+    command.arg(scene.path("img"));
+    Started(command.args(["--action-script", script]).spawn().unwrap())
+}
+
 /// It runs as programs do: no signal is blocked, and at its end what it has started ends too.
 #[test]
 fn an_action_script_that_is_stopped_leaves_nothing() -> Done {
@@ -746,11 +754,7 @@ fn an_action_script_that_is_stopped_leaves_nothing() -> Done {
         "grep SigBlk /proc/self/status > {0}.mask; sleep 1000 & echo $! > {0}; wait",
         told.display()
     );
-    let mut command = Command::new(binary());
-    command.args(["dump", "-R", "-t", &target.pid.to_string(), "-D"]);
-    command.arg(scene.path("img"));
-    let dump = command.args(["--action-script", &script]).spawn();
-    let mut dump = Started(dump.unwrap());
+    let mut dump = dump_with_script(&scene, &target, &script);
     // A line, whole.
     let line = || fs::read_to_string(&told).unwrap_or_default();
     scene.await_that("the script", || Ok(line().ends_with('\n')), None)?;
@@ -775,11 +779,7 @@ fn an_action_script_that_locks_unlocks_though_it_was_stopped() -> Done {
         "echo $CRTOOLS_SCRIPT_ACTION >> {}; [ $CRTOOLS_SCRIPT_ACTION != network-lock ] || sleep 1000",
         told.display()
     );
-    let mut command = Command::new(binary());
-    command.args(["dump", "-R", "-t", &target.pid.to_string(), "-D"]);
-    command.arg(scene.path("img"));
-    let dump = command.args(["--action-script", &script]).spawn();
-    let mut dump = Started(dump.unwrap());
+    let mut dump = dump_with_script(&scene, &target, &script);
     let told = || fs::read_to_string(&told).unwrap_or_default();
     scene.await_that("the lock", || Ok(told().ends_with("network-lock\n")), None)?;
     kill(Pid::from_raw(dump.0.id() as i32), Signal::SIGTERM).unwrap();
